@@ -1,0 +1,1 @@
+"""byom: build your own multi-task model."""

@@ -1,0 +1,65 @@
+"""Content signatures: the name of a result is the hash of the choices that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def describe(value: Any) -> Any:
+    """Reduce a choice to JSON: a dataclass becomes its class name and the fields that differ from the defaults.
+
+    Fields declared with ``metadata={"signature": False}`` (places, not choices) are left out, so that moving a
+    cache or adding an option that defaults to the old behaviour renames no result.
+
+    Args:
+        value: A frozen dataclass, a container of them, or a JSON scalar.
+
+    Returns:
+        A JSON value that is equal for equal choices.
+
+    Raises:
+        TypeError: If something in it has no stable description.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__} | {
+            f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if _counts(f, value)
+        }
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [describe(v) for v in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no stable description; make it a frozen dataclass")
+
+
+def _counts(field: dataclasses.Field, owner: Any) -> bool:
+    if not field.metadata.get("signature", True):
+        return False
+    value = getattr(owner, field.name)
+    if field.default is not dataclasses.MISSING:
+        return value != field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return value != field.default_factory()
+    return True
+
+
+def signature(*choices: Any, digits: int = 12) -> str:
+    """Return the SHA-256 of the described choices, shortened to `digits` hexadecimal digits.
+
+    Args:
+        choices: What determines the result, in order.
+        digits: Length of the returned string.
+
+    Returns:
+        A string that is equal for equal choices on every machine and run.
+    """
+    text = json.dumps(describe(list(choices)), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
