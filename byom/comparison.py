@@ -1,0 +1,171 @@
+"""Merge-then-prune against pruning alone: distances, what is dropped, and who wins by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from byom.errors import ByomError
+from byom.table import MISSING, Record, Row, labels, percent, rows
+
+RESAMPLES = 2000
+LEVEL = 0.95
+COLUMNS = (
+    "method", "density", "distance", "distance_std", "residual", "residual_std",
+    "difference", "difference_std", "lower", "upper", "seeds",
+)  # fmt: skip
+
+
+def unpack_hits(score: Mapping, task: str) -> np.ndarray:
+    """Return whether each test example was classified correctly.
+
+    Args:
+        score: A task's score, with ``hits`` (hexadecimal, most significant bit first) and ``examples``.
+        task: The task's name, for the message.
+
+    Returns:
+        Booleans as 0 and 1, one an example.
+
+    Raises:
+        ByomError: If ``hits`` does not hold ``examples`` bits.
+    """
+    packed = np.frombuffer(bytes.fromhex(score["hits"]), dtype=np.uint8)
+    if packed.size != -(-score["examples"] // 8):
+        raise ByomError(
+            f"the hits of {task} hold {packed.size} bytes, which is not {score['examples']} examples; "
+            "the record is damaged: delete it and run that cell again"
+        )
+    return np.unpackbits(packed, count=score["examples"]).astype(np.int64)
+
+
+def interval(differences: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
+    r"""Return the 95 % percentile bootstrap interval of a mean over tasks of paired differences.
+
+    Examples are resampled with replacement within each task. A difference takes few distinct values, so one
+    multinomial draw of how often each is seen is the same as drawing the examples one by one.
+
+    Args:
+        differences: For each task [examples], what one model scores beyond the other on each example.
+        seed: Of the 2000 resamples.
+
+    Returns:
+        The lower and the upper end, as fractions.
+
+    References:
+        Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.mean([_resampled_means(task, rng) for task in differences], axis=0)
+    tail = 50 * (1 - LEVEL)
+    lower, upper = np.percentile(means, [tail, 100 - tail])
+    return float(lower), float(upper)
+
+
+def _resampled_means(differences: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = rng.multinomial(len(differences), counts / counts.sum(), size=RESAMPLES)
+    return drawn @ values / len(differences)
+
+
+def against_post_pruning(records: Iterable[Record]) -> pd.DataFrame:
+    """Compare BYOM-FFT with post-pruning at each density, paired over seeds and test examples.
+
+    Args:
+        records: Finished runs of one suite and backbone.
+
+    Returns:
+        One row a BYOM-FFT row of the main table, as fractions. ``distance`` is the mean over tasks of
+        ‖θₜ − θ*‖ / ‖θₜ − θ₀‖; ``residual`` the same ratio of what is left out after putting back;
+        ``difference`` BYOM-FFT less post-pruning; ``lower`` and ``upper`` its interval over examples. A
+        quantity without its partner is NaN.
+    """
+    found = rows(records)
+    pruned = [row for row in found if row.variant == "post_pruning"]
+    made = [
+        {"method": label, "density": row.density, **_compare(row, _partner(row, pruned))}
+        for row, label in zip(found, labels(found), strict=True)
+        if row.variant == "fft"
+    ]
+    return pd.DataFrame(made, columns=list(COLUMNS))
+
+
+def _partner(row: Row, pruned: Sequence[Row]) -> Row | None:
+    """Return the post-pruning row chosen in the same way: every BYOM setting the two share is equal."""
+    return next((other for other in pruned if _same_choice(row.settings, other.settings)), None)
+
+
+def _same_choice(one: Mapping, two: Mapping) -> bool:
+    shared = [name for name in one.keys() & two.keys() if name.startswith("byom.")]
+    return "byom.density" in shared and all(one[name] == two[name] for name in shared)
+
+
+def _compare(row: Row, partner: Row | None) -> dict[str, float]:
+    distance = [np.mean([n["to_merged"] / n["to_pretrained"] for n in _norms(r)]) for r in row.records]
+    pairs = _paired(row, partner)
+    residual = [np.mean(_residuals(*pair)) for pair in pairs]
+    difference = [_mean(one) - _mean(two) for one, two in pairs]
+    out = _spread("distance", distance) | _spread("residual", residual) | _spread("difference", difference)
+    lower, upper = interval(_example_differences(pairs)) if pairs else (np.nan, np.nan)
+    return out | {"lower": lower, "upper": upper, "seeds": len(pairs)}
+
+
+def _paired(row: Row, partner: Row | None) -> list[tuple[Record, Record]]:
+    other = {record["choices"]["seed"]: record for record in partner.records} if partner else {}
+    seeds = [(record, record["choices"]["seed"]) for record in row.records]
+    return [(record, other[seed]) for record, seed in seeds if seed in other]
+
+
+def _norms(record: Record) -> list[Mapping]:
+    return list(record["norms"].values())
+
+
+def _residuals(one: Record, two: Record) -> list[float]:
+    """Return for each task what BYOM drops over what post-pruning drops; 1 where neither drops anything."""
+    pairs = [(norms["dropped"], two["norms"][task]["dropped"]) for task, norms in one["norms"].items()]
+    return [1.0 if a == b else a / b if b else np.inf for a, b in pairs]
+
+
+def _mean(record: Record) -> float:
+    return record["summary"]["test"]["absolute"]
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+    return {name: float(np.mean(values)) if len(values) else np.nan, f"{name}_std": std}
+
+
+def _example_differences(pairs: Sequence[tuple[Record, Record]]) -> list[np.ndarray]:
+    """Return for each task the difference on every test example, averaged over seeds."""
+    tasks = pairs[0][0]["scores"]["test"]
+    return [np.mean([_hit_difference(one, two, task) for one, two in pairs], axis=0) for task in tasks]
+
+
+def _hit_difference(one: Record, two: Record, task: str) -> np.ndarray:
+    ours, theirs = (unpack_hits(record["scores"]["test"][task], task) for record in (one, two))
+    return ours - theirs
+
+
+def display_comparison(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the printed form of `against_post_pruning`: ratios, and differences in points."""
+    out = pd.DataFrame({"Method": frame["method"], "m %": [percent(m) for m in frame["density"]]})
+    out["Distance ratio"] = _ratios(frame, "distance")
+    out["Dropped ratio"] = _ratios(frame, "residual")
+    pairs = zip(frame["difference"], frame["difference_std"], strict=True)
+    out["Difference (points)"] = [_plus_minus(100 * a, 100 * s, "+.1f", ".1f") for a, s in pairs]
+    ends = zip(frame["lower"], frame["upper"], strict=True)
+    out["95 % interval"] = [MISSING if np.isnan(a) else f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in ends]
+    out["Seeds"] = frame["seeds"].astype(str)
+    return out
+
+
+def _ratios(frame: pd.DataFrame, name: str) -> list[str]:
+    pairs = zip(frame[name], frame[f"{name}_std"], strict=True)
+    return [_plus_minus(value, std, ".3f", ".3f") for value, std in pairs]
+
+
+def _plus_minus(value: float, std: float, form: str, spread: str) -> str:
+    if np.isnan(value):
+        return MISSING
+    return f"{value:{form}}" + ("" if np.isnan(std) else f" ± {std:{spread}}")
