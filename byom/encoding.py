@@ -1,0 +1,139 @@
+"""Positions of kept entries as bytes: one byte a gap or one bit a place, whichever is smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from byom.errors import CheckpointError, suggest
+
+Array = NDArray[Any]
+
+ESCAPE = 255  # a byte that adds 255 to the gap and is followed by more of it
+CHUNK = 1 << 23  # places of a bitmap unpacked at once; a multiple of 8
+
+
+def encode(indices: Tensor, numel: int) -> tuple[str, Tensor]:
+    """Write sorted positions in the smaller of two byte forms.
+
+    Kinds: `gap8` holds the distance to the previous position less one, in base-255 steps (254 is ``[254]``,
+    255 is ``[255, 0]``); `bitmap` holds one bit a place, lowest bit first; `all` and `none` hold nothing.
+
+    Args:
+        indices: Flat positions, int64 [k], strictly ascending, in [0, numel).
+        numel: Number of places.
+
+    Returns:
+        The kind and its bytes, uint8 on the CPU.
+
+    Raises:
+        ValueError: If the positions are not strictly ascending or not in [0, numel).
+    """
+    places = indices.detach().cpu().numpy().astype(np.int64, copy=False).reshape(-1)
+    gaps = np.diff(places, prepend=-1) - 1
+    if len(places) and (gaps.min() < 0 or places[-1] >= numel):
+        raise ValueError(f"positions must be strictly ascending in [0, {numel}); sort them first")
+    kind = _smallest(gaps, numel)
+    write: dict[str, Callable[[], Array]] = {
+        "gap8": lambda: _to_gaps(gaps),
+        "bitmap": lambda: _to_bitmap(places, numel),
+    }
+    return kind, torch.from_numpy(write.get(kind, _nothing)())
+
+
+def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
+    """Read positions back.
+
+    Args:
+        kind: `gap8`, `bitmap`, `all` or `none`.
+        data: The bytes, uint8, flat.
+        numel: Number of places.
+        count: Number of positions, k.
+
+    Returns:
+        Flat positions, int64 [k], strictly ascending, on the CPU.
+
+    Raises:
+        CheckpointError: If the bytes do not hold exactly `count` positions in [0, numel).
+    """
+    readers: dict[str, Callable[[Array, int], Array]] = {
+        "gap8": _from_gaps,
+        "bitmap": _from_bitmap,
+        "all": lambda data, numel: _only_empty(data, np.arange(numel, dtype=np.int64)),
+        "none": lambda data, _: _only_empty(data, np.empty(0, dtype=np.int64)),
+    }
+    if kind not in readers:
+        raise CheckpointError(f"unknown encoding of positions '{kind}': {suggest(kind, readers)}")
+    if data.dtype != torch.uint8:
+        raise _corrupt(f"the bytes are {data.dtype}, not torch.uint8")
+    places = readers[kind](data.detach().cpu().numpy().reshape(-1), numel)
+    if len(places) != count:
+        raise _corrupt(f"'{kind}' holds {len(places)} positions where {count} are expected")
+    return torch.from_numpy(places)
+
+
+def _smallest(gaps: Array, numel: int) -> str:
+    if len(gaps) in (0, numel):
+        return "all" if len(gaps) else "none"
+    return "gap8" if len(gaps) + int((gaps // ESCAPE).sum()) <= -(-numel // 8) else "bitmap"
+
+
+def _nothing() -> Array:
+    return np.empty(0, dtype=np.uint8)
+
+
+def _to_gaps(gaps: Array) -> Array:
+    ends = np.cumsum(gaps // ESCAPE + 1) - 1
+    data = np.full(ends[-1] + 1, ESCAPE, dtype=np.uint8)
+    data[ends] = gaps % ESCAPE
+    return data
+
+
+def _from_gaps(data: Array, numel: int) -> Array:
+    if len(data) and data[-1] == ESCAPE:
+        raise _corrupt("the last gap is cut short")
+    ends = np.flatnonzero(data != ESCAPE)
+    places = np.cumsum(data, dtype=np.int64)[ends] + np.arange(len(ends))
+    if len(places) and places[-1] >= numel:
+        raise _corrupt(f"a position reaches {places[-1]} of {numel} places")
+    return places
+
+
+def _to_bitmap(places: Array, numel: int) -> Array:
+    data = np.empty(-(-numel // 8), dtype=np.uint8)
+    for start in range(0, numel, CHUNK):
+        low, high = np.searchsorted(places, (start, start + CHUNK))
+        bits = np.zeros(min(CHUNK, numel - start), dtype=np.bool_)
+        bits[places[low:high] - start] = True
+        packed = np.packbits(bits, bitorder="little")
+        data[start // 8 : start // 8 + len(packed)] = packed
+    return data
+
+
+def _from_bitmap(data: Array, numel: int) -> Array:
+    if len(data) != -(-numel // 8):
+        raise _corrupt(f"a bitmap of {numel} places is {-(-numel // 8)} bytes, not {len(data)}")
+    if numel % 8 and data[-1] >> numel % 8:
+        raise _corrupt(f"bits are set beyond the {numel} places")
+    step = CHUNK // 8
+    pieces = [_ones(data[start : start + step]) + 8 * start for start in range(0, len(data), step)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+
+def _ones(data: Array) -> Array:
+    return np.flatnonzero(np.unpackbits(data, bitorder="little").view(np.bool_))
+
+
+def _only_empty(data: Array, places: Array) -> Array:
+    if len(data):
+        raise _corrupt(f"{len(data)} bytes follow where none belong")
+    return places
+
+
+def _corrupt(what: str) -> CheckpointError:
+    return CheckpointError(f"the positions of kept entries are corrupt: {what}; pack or fetch it again")

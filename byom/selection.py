@@ -1,0 +1,302 @@
+"""Exact global order statistics over a stream of tensors that need not fit in memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import floor, inf, sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from byom.errors import CheckpointError, OptionError, fraction
+
+Array = NDArray[Any]
+
+BLOCK = 1 << 17  # elements a block, so that magnitudes and masks stay in the second-level cache
+SAMPLE = 1 << 18  # sampled elements: brackets hold 2 * MARGIN * sqrt(p (1 - p) / SAMPLE) < 1 % of the stream
+MARGIN = 5.0  # standard deviations on each side of a bracket: a miss costs one more pass, never an error
+TOGETHER = 8  # brackets in one pass, which bounds the memory of the candidates
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the stream, read in flat pieces.
+
+    Attributes:
+        numel: Number of elements.
+        read: Signed floating-point values, flat, at a slice or at ascending int64 positions. It may be
+            called many times and must give the same bits each time.
+    """
+
+    numel: int
+    read: Callable[[slice | Tensor], Tensor]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Part:
+        """Wrap a tensor of any shape, 0-d and empty included; a non-contiguous one is copied."""
+        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a stream is cut so that exactly `count` entries survive.
+
+    Attributes:
+        threshold: Magnitude of the smallest survivor; infinite if none survives, 0 if all do.
+        last: Flat index, in the concatenated stream, of the last survivor that equals `threshold`.
+        count: Number of survivors.
+    """
+
+    threshold: float
+    last: int
+    count: int
+
+    def mask(self, values: Tensor, offset: int = 0) -> Tensor:
+        """Say which entries survive.
+
+        Args:
+            values: A contiguous stretch of the stream, any shape and device.
+            offset: Flat index in the stream of the first element of `values`.
+
+        Returns:
+            A bool tensor of the shape of `values`: true where the magnitude is above the threshold, or equal
+            to it at a flat index up to `last`.
+        """
+        sizes = values.detach().reshape(-1).to(_precision(values.dtype, self.threshold)).abs()
+        ties = min(max(self.last + 1 - offset, 0), sizes.numel())
+        kept = torch.empty(sizes.shape, dtype=torch.bool, device=sizes.device)
+        torch.ge(sizes[:ties], self.threshold, out=kept[:ties])
+        torch.gt(sizes[ties:], self.threshold, out=kept[ties:])
+        return kept.reshape(values.shape)
+
+
+def kept(density: float, n: int) -> int:
+    """Number of survivors among `n` at a density: ``floor(density * n + 1e-9)``.
+
+    The small term protects products such as 0.29 * 100 = 28.999999999999996.
+
+    Args:
+        density: Fraction kept, in [0, 1] (m).
+        n: Number of elements.
+
+    Returns:
+        An integer in [0, n].
+
+    Raises:
+        OptionError: If the density lies outside [0, 1].
+    """
+    return min(n, floor(fraction("density", density) * n + 1e-9))
+
+
+@torch.no_grad()
+def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
+    """Find where to cut a stream so that exactly `count` entries survive, for every count at once.
+
+    Survivors have the largest magnitudes; ties go to the lowest flat index, as a stable descending sort would
+    have it. Magnitudes compare in fp32, in fp64 if any part is fp64. A seeded sample brackets every wanted
+    rank; one blocked pass counts what lies above each bracket and collects what lies inside; the rank is then
+    found among those few candidates. A bracket that misses is moved and the pass repeated, so the sample
+    decides the speed and never the result. The result does not depend on how the stream is split in parts.
+
+    Args:
+        parts: The tensors of the stream, in order. Values on an accelerator are copied to the CPU by blocks.
+        counts: Wanted numbers of survivors, each in [0, n] with n the length of the stream. Up to 8 share a
+            pass.
+
+    Returns:
+        One `Cut` a count, in the order given.
+
+    Raises:
+        OptionError: If a count lies outside [0, n].
+        CheckpointError: If the stream holds NaN, infinities or values that are not floating-point.
+    """
+    stream = _Stream.of(parts)
+    n = stream.numel
+    for count in counts:
+        if not 0 <= count <= n:
+            raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
+    found = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
+    pending, unread = _brackets(stream, sorted(set(counts) - set(found))), True
+    while pending or unread:
+        batch, pending, unread = pending[:TOGETHER], pending[TOGETHER:], False
+        _scan(stream, batch)
+        found |= {each.count: each.cut(stream) for each in batch if each.side() == 0}
+        pending += [each.moved() for each in batch if each.side() != 0]
+    return [found[count] for count in counts]
+
+
+def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
+    """The dtype magnitudes compare in; a threshold from an fp64 part needs fp64 for fp32 values too."""
+    exact = torch.tensor(threshold, dtype=torch.float32).item() == threshold
+    return torch.float32 if exact and dtype != torch.float64 else torch.float64
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Random access to the magnitudes of the concatenated parts."""
+
+    parts: list[Part]
+    ends: list[int]
+    buffer: Tensor  # [BLOCK], reused by every read
+
+    @property
+    def numel(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.numel // len(self.buffer))
+
+    @staticmethod
+    def of(parts: Sequence[Part]) -> _Stream:
+        filled = [part for part in parts if part.numel]
+        dtypes = {part.read(slice(0, 1)).dtype for part in filled}
+        if odd := [dtype for dtype in dtypes if not dtype.is_floating_point]:
+            raise CheckpointError(f"the stream holds {odd[0]} values; leave tensors that are not float out")
+        precision = torch.float64 if torch.float64 in dtypes else torch.float32
+        ends = np.cumsum([part.numel for part in filled], dtype=np.int64).tolist()
+        return _Stream(filled, ends, torch.empty(BLOCK, dtype=precision))
+
+    def block(self, index: int) -> Array:
+        """Magnitudes of one block, valid until the next read."""
+        start = done = index * len(self.buffer)
+        stop = min(start + len(self.buffer), self.numel)
+        while done < stop:
+            owner = bisect_right(self.ends, done)
+            part, end = self.parts[owner], self.ends[owner]
+            size, first = min(stop, end) - done, done - (end - part.numel)
+            self.buffer[done - start : done - start + size].copy_(part.read(slice(first, first + size)))
+            done += size
+        values = self.buffer.numpy()[: stop - start]
+        return np.abs(values, out=values)
+
+    def at(self, positions: Array) -> Array:
+        """Magnitudes at ascending flat positions."""
+        found = np.empty(len(positions), dtype=self.buffer.numpy().dtype)
+        borders = [0, *np.searchsorted(positions, self.ends).tolist()]
+        for part, end, low, high in zip(self.parts, self.ends, borders, borders[1:], strict=False):
+            if low < high:
+                local = torch.from_numpy(positions[low:high] - (end - part.numel))
+                found[low:high] = part.read(local).to(self.buffer.dtype).abs().cpu().numpy()
+        return found
+
+
+@dataclass
+class _Bracket:
+    """A magnitude interval that should hold the `count`-th largest, and what one pass found around it.
+
+    The edges are counted apart from the inside, a number a block: a value shared by many entries is sampled
+    often, so it becomes an edge and costs no memory.
+    """
+
+    count: int
+    sample: Array  # ascending magnitudes
+    margin: int  # in sample ranks
+    low: float
+    high: float
+    above: int = 0
+    at_high: list[int] = field(default_factory=list)
+    inside: list[Array] = field(default_factory=list)
+    at_low: list[int] = field(default_factory=list)
+
+    def add(self, block: Array) -> None:
+        chosen = block >= self.low
+        reaching = int(np.count_nonzero(chosen))
+        chosen &= block <= self.high
+        near = block[chosen]
+        high, low = near == self.high, near == self.low
+        self.above += reaching - len(near)
+        self.at_high.append(int(high.sum()))
+        self.at_low.append(int(low.sum()))
+        self.inside.append(near[~(high | low)])
+
+    def side(self) -> int:
+        """Where the wanted rank is: 1 above the bracket, 0 in it, -1 below."""
+        if self.count <= self.above:
+            return 1
+        edges = sum(self.at_high) + (sum(self.at_low) if self.low < self.high else 0)
+        return 0 if self.count <= self.above + edges + sum(map(len, self.inside)) else -1
+
+    def moved(self) -> _Bracket:
+        """The neighbouring bracket on the side of the wanted rank, four times as wide."""
+        margin = 4 * self.margin + 8
+        if self.side() > 0:
+            reach = np.searchsorted(self.sample, self.high, side="right") + margin
+            return _Bracket(self.count, self.sample, margin, self.high, _edge(self.sample, int(reach)))
+        reach = np.searchsorted(self.sample, self.low) - margin
+        return _Bracket(self.count, self.sample, margin, _edge(self.sample, int(reach)), self.low)
+
+    def cut(self, stream: _Stream) -> Cut:
+        """Turn the tallies into the cut; reads one block again to find the last tie's index."""
+        rank = self.count - self.above
+        if rank <= sum(self.at_high):
+            return self._cut(stream, self.high, np.array(self.at_high), rank)
+        rank -= sum(self.at_high)
+        inside = np.concatenate(self.inside)
+        if rank > len(inside):
+            return self._cut(stream, self.low, np.array(self.at_low), rank - len(inside))
+        threshold = np.partition(inside, -rank)[-rank]
+        hits = np.flatnonzero(inside == threshold)
+        owners = np.searchsorted(np.cumsum([len(piece) for piece in self.inside]), hits, side="right")
+        ties = np.bincount(owners, minlength=stream.blocks)
+        return self._cut(stream, float(threshold), ties, rank - int((inside > threshold).sum()))
+
+    def _cut(self, stream: _Stream, threshold: float, ties: Array, rank: int) -> Cut:
+        reached = np.cumsum(ties)
+        index = int(np.searchsorted(reached, rank))
+        among = rank - int(reached[index] - ties[index])
+        local = np.flatnonzero(stream.block(index) == threshold)[among - 1]
+        return Cut(float(threshold), index * len(stream.buffer) + int(local), self.count)
+
+
+def _brackets(stream: _Stream, counts: list[int]) -> list[_Bracket]:
+    if not counts:
+        return []
+    sample = np.sort(stream.at(_positions(stream.numel)))
+    return [_bracket(stream.numel, sample, count) for count in counts]
+
+
+def _bracket(n: int, sample: Array, count: int) -> _Bracket:
+    share, size = count / n, len(sample)
+    margin = int(MARGIN * sqrt(size * share * (1 - share)) + MARGIN)
+    middle = size - round(share * size)
+    return _Bracket(count, sample, margin, _edge(sample, middle - margin), _edge(sample, middle + margin))
+
+
+def _edge(sample: Array, rank: int) -> float:
+    """A sampled magnitude, or beyond every magnitude where the sample ends."""
+    if rank < 0:
+        return -1.0
+    return float(sample[rank]) if rank < len(sample) else inf
+
+
+def _positions(n: int) -> Array:
+    """One random flat position in each of `SAMPLE` equal stretches: ascending, and the same at every call."""
+    size = min(SAMPLE, n)
+    spots = (np.arange(size) + np.random.default_rng(0).random(size)) * (n / size)
+    return np.minimum(spots.astype(np.int64), n - 1)
+
+
+def _scan(stream: _Stream, brackets: list[_Bracket]) -> None:
+    for index in range(stream.blocks):
+        block = stream.block(index)
+        if not np.isfinite(block.max()):
+            _refuse(stream)
+        for bracket in brackets:
+            bracket.add(block)
+
+
+def _refuse(stream: _Stream) -> None:
+    finite = (np.isfinite(stream.block(index)) for index in range(stream.blocks))
+    bad = [(len(good) - int(good.sum()), int(good.argmin())) for good in finite]
+    index = next(index for index, (size, _) in enumerate(bad) if size)
+    raise CheckpointError(
+        f"{sum(size for size, _ in bad)} of {stream.numel} values are NaN or infinite, "
+        f"the first at flat position {index * len(stream.buffer) + bad[index][1]}; "
+        "such a checkpoint cannot be merged: take an earlier one, or train again in a wider dtype"
+    )
