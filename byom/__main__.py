@@ -1,0 +1,105 @@
+"""The command line: ``byom COMMAND [options]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+HELP = """byom: build your own multi-task model.
+
+Usage: byom COMMAND [option=value ...]
+
+Commands
+  run      one cell:   byom run merge=ties byom=fft byom.density=0.1 suite=vision8_offline
+           a sweep:    byom -m merge=average,ties byom=none,fft byom.density=0.01,0.1
+  table    every missing cell of an experiment, then its table and figures:
+                       byom table vision8_offline
+  report   tables and figures from the records alone:
+                       byom report suite=vision8_offline
+  list     methods, variants, suites, backbones, and the experts in the cache
+
+Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
+`byom list` the options of each group. Records go to results/runs (results=FOLDER), everything that
+can be made again to ~/.cache/byom (cache=FOLDER or BYOM_CACHE).
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program name; None takes the process's.
+
+    Returns:
+        The exit status: 0, or 1 after an error that a sentence explained.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0
+    from byom.errors import ByomError
+
+    try:
+        return _dispatch(arguments)
+    except ByomError as error:
+        sys.stderr.write(f"byom: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("byom: interrupted; finished cells are kept, run the same command to go on\n")
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from byom.errors import OptionError, suggest
+
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-m", "--multirun") or "=" in name:
+        name, rest = "run", arguments
+    if "-h" in rest or "--help" in rest:
+        sys.stdout.write(HELP)
+        return 0
+    if name not in COMMANDS:
+        raise OptionError(f"there is no command '{name}'; {suggest(name, COMMANDS)}")
+    return COMMANDS[name](rest)
+
+
+def _run(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    sweep = [a for a in arguments if a not in ("-m", "--multirun")]
+    if len(sweep) < len(arguments):
+        return commands.sweep(sweep)
+    return commands.run(arguments)
+
+
+def _table(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    return commands.table(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from byom import commands
+
+    return commands.report(arguments)
+
+
+def _list(arguments: list[str]) -> int:
+    from byom import commands
+
+    return commands.list_options(arguments)
+
+
+def _quiet() -> None:
+    """Keep the hubs' libraries from reporting at every load; they read these when they are imported."""
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+        os.environ.setdefault(name, value)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": _run, "table": _table, "report": _report, "list": _list}
+
+if __name__ == "__main__":
+    sys.exit(main())

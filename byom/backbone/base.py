@@ -1,0 +1,129 @@
+"""What a backbone is: an encoder that gets merged, and frozen heads made from the pre-trained encoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from byom.data import Split
+from byom.errors import CheckpointError, DataError
+from byom.suite import Task
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen cosine classifier: ``logits = temperature * normalised features @ weight.T``.
+
+    Args:
+        weight: ``[C, D]`` unit rows, one a class.
+        temperature: Factor on the cosine.
+    """
+
+    weight: Tensor
+    temperature: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of features ``[B, D]``."""
+        return self.temperature * normalize(features.float(), dim=-1) @ self.weight.to(features.device).T
+
+
+class Backbone(ABC):
+    """A frozen dataclass that says how to build an encoder and how to feed it."""
+
+    modality: ClassVar[Literal["image", "text"]]
+    learning_rate: float
+    """Learning rate of full fine-tuning that keeps the experts mergeable."""
+    temperature: float
+    """Factor on the cosine of prototype heads."""
+
+    @property
+    @abstractmethod
+    def encoding(self) -> Mapping[str, Any]:
+        """What determines `encode`, as JSON: part of the signature of cached inputs."""
+
+    @abstractmethod
+    def encode(self, raw: Sequence[Any]) -> dict[str, Tensor]:
+        """Turn raw inputs (PIL images or strings) into tensors with a leading axis of examples."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Build the encoder with its pre-trained weights: keyword inputs to features ``[B, D]``.
+
+        Raises:
+            CheckpointError: If the weights cannot be had or do not fit.
+        """
+
+    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Head:
+        """Make the frozen head of a task from the pre-trained encoder and a few labelled examples.
+
+        The row of a class is its normalised mean of normalised features (a prototype).
+
+        Args:
+            encoder: The pre-trained encoder.
+            task: The task.
+            shots: Labelled examples, at least one a class.
+
+        Returns:
+            The head.
+        """
+        return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
+
+    def require(self, task: Task) -> None:
+        """Refuse a task of the other modality.
+
+        Raises:
+            DataError: Naming task and backbone.
+        """
+        if task.modality != self.modality:
+            raise DataError(
+                f"task '{task.name}' is {task.modality}, but {type(self).__name__} reads {self.modality}; "
+                f"choose another suite= or backbone="
+            )
+
+
+@torch.no_grad()
+def prototypes(encoder: nn.Module, shots: Split, classes: int) -> Tensor:
+    """Return class prototypes ``[C, D]``: normalised class means of normalised features.
+
+    Args:
+        encoder: The encoder, put in evaluation mode.
+        shots: Labelled examples with labels in ``[0, C)``.
+        classes: Number of classes (C).
+
+    Returns:
+        Unit rows in fp32, on the CPU.
+    """
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    sums = 0
+    for inputs, labels, *_ in shots.batches(64):
+        features = normalize(encoder(**{k: v.to(device) for k, v in inputs.items()}).float(), dim=-1).cpu()
+        sums = sums + torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    return normalize(torch.as_tensor(sums), dim=-1)
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Load a complete state dict into a module.
+
+    Args:
+        module: The module.
+        state: Name to tensor; every name and shape must fit.
+        source: What the error calls the weights.
+
+    Returns:
+        The module.
+
+    Raises:
+        CheckpointError: If names or shapes differ.
+    """
+    try:
+        module.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit {type(module).__name__}: {error}") from error
+    return module

@@ -1,0 +1,101 @@
+"""CLIP through open_clip: the image tower is merged, zero-shot heads come from the text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from byom.backbone.base import Backbone, Head
+from byom.backbone.vit import PixelEncoder
+from byom.data import Split
+from byom.errors import CheckpointError, DataError
+from byom.suite import Task
+
+
+@dataclass(frozen=True)
+class Clip(Backbone):
+    """An open_clip model: heads are text embeddings of class names in templates, frozen and never merged.
+
+    Args:
+        model: open_clip's architecture name.
+        pretrained: open_clip's weight tag or a file; ``random`` for untrained weights (tests).
+        learning_rate: For full fine-tuning; 1e-5 in the benchmark.
+    """
+
+    model: str = "ViT-B-32"
+    pretrained: str = "openai"
+    learning_rate: float = 1e-5
+
+    modality = "image"
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """The model's own resize and crop."""
+        return {"kind": "clip", "model": self.model}
+
+    def encode(self, raw: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return ``pixels`` uint8 ``[N, 3, S, S]``: shorter side resized, centre cropped."""
+        from open_clip import get_model_config
+        from torchvision.transforms.v2 import functional as f
+
+        config = get_model_config(self.model)
+        if config is None:
+            raise CheckpointError(f"open_clip has no model '{self.model}'; see open_clip.list_models()")
+        size = config["vision_cfg"].get("image_size", 224)
+        cubic = f.InterpolationMode.BICUBIC
+        crop = [f.center_crop(f.resize(image.convert("RGB"), [size], cubic), [size, size]) for image in raw]
+        return {"pixels": torch.stack([f.pil_to_tensor(image) for image in crop])}
+
+    def load(self) -> nn.Module:
+        """Return the image tower with normalisation; see `Backbone.load`."""
+        import open_clip
+
+        model = self._full()
+        return PixelEncoder(model.visual, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD).eval()
+
+    @torch.no_grad()
+    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Head:
+        """Make the zero-shot head: the normalised mean of the templates' normalised text features per class.
+
+        Args:
+            encoder: Not used; the text tower belongs to the same checkpoint.
+            task: Gives class names and templates.
+            shots: Not used: zero-shot heads need no labelled example.
+
+        Returns:
+            The head.
+
+        Raises:
+            DataError: If the task has no templates.
+        """
+        import open_clip
+
+        if not task.templates:
+            raise DataError(f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml")
+        model, tokenizer = self._full(), open_clip.get_tokenizer(self.model)
+        rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
+        return Head(torch.stack(rows), float(model.logit_scale.exp()))
+
+    def _full(self) -> Any:
+        import open_clip
+
+        tag = None if self.pretrained == "random" else self.pretrained
+        torch.manual_seed(0)
+        try:
+            return open_clip.create_model(self.model, pretrained=tag).eval()
+        except Exception as error:
+            raise CheckpointError(
+                f"open_clip cannot load {self.model} with pretrained='{self.pretrained}' ({type(error).__name__}: "
+                f"{error}). Check the names and the network, or set backbone.pretrained to a file"
+            ) from error
+
+
+def _class_feature(model: Any, tokenizer: Any, name: str, templates: Sequence[str]) -> Tensor:
+    texts = model.encode_text(tokenizer([template.format(name) for template in templates]))
+    return normalize(normalize(texts.float(), dim=-1).mean(0), dim=-1)

@@ -1,0 +1,113 @@
+"""What the commands do; imported only once a command is known."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from byom import config
+from byom.errors import ByomError, OptionError
+
+GROUPS_LISTED = ("merge", "byom", "suite", "backbone", "finetune", "tune", "logger", "experiment")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one cell, or print the configuration that would run (``--cfg``)."""
+    overrides = [a for a in arguments if a != "--cfg"]
+    composed = config.compose(overrides)
+    if "--cfg" in arguments:
+        return _print_config(config.plain(composed))
+    _job(config.build(composed))
+    return 0
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Run a Hydra multirun; every job returns its metric to the sweeper."""
+    config.multirun(arguments, _job)
+    return 0
+
+
+def table(arguments: Sequence[str]) -> int:
+    """Run the missing cells of an experiment, then write its table and figures."""
+    if not arguments or "=" in arguments[0]:
+        raise OptionError(f"which table? byom table NAME, one of: {', '.join(config.options('experiment'))}")
+    name, extra = arguments[0], list(arguments[1:])
+    plan = config.plain(config.compose([f"experiment={name}"], primary="table"))
+    every = config.cells(plan["rows"], [*plan["common"], *extra])
+    failures = _cells(every)
+    composed = config.build(config.compose(every[0]))
+    _report(composed.place().root, composed.suite.name, composed.names["backbone"])
+    for cell, error in failures:
+        sys.stderr.write(f"byom: failed: {' '.join(cell)}: {error}\n")
+    return 1 if failures else 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write tables and figures from records alone."""
+    chosen = config.plain(config.compose(list(arguments), primary="report"))
+    _report(Path(chosen["results"]), chosen["suite"], chosen["backbone"])
+    return 0
+
+
+def list_options(arguments: Sequence[str]) -> int:
+    """List the options of every group (or of those named) and the experts in the cache."""
+    groups = [a for a in arguments if a in GROUPS_LISTED] or list(GROUPS_LISTED)
+    for group in groups:
+        sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")
+    cache = Path(config.plain(config.compose([]))["cache"]).expanduser()
+    for line in _experts(cache):
+        sys.stdout.write(f"  {line}\n")
+    return 0
+
+
+def _experts(cache: Path) -> list[str]:
+    import json
+
+    found = sorted((cache / "experts").glob("*/training.json"))
+    rows = [(json.loads(file.read_text()), file.parent.name) for file in found]
+    lines = [f"{row['task']:<18} seed {row['seed']}  {row['backbone']:<20} {name}" for row, name in rows]
+    return [f"experts in {cache}: {len(lines)}", *sorted(lines)]
+
+
+def _job(settings: Any) -> float:
+    from byom.run import metric
+    from byom.run import run as run_cell
+
+    return metric(run_cell(settings))
+
+
+def _cells(every: Sequence[list[str]]) -> list[tuple[list[str], Exception]]:
+    failures: list[tuple[list[str], Exception]] = []
+    start = time.monotonic()
+    for number, cell in enumerate(every, 1):
+        sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
+        sys.stdout.flush()
+        try:
+            _job(config.build(config.compose(cell)))
+        except ByomError as error:
+            failures.append((cell, error))
+    return failures
+
+
+def _left(start: float, done: int, total: int) -> str:
+    if not done:
+        return " " * 13
+    seconds = (time.monotonic() - start) / done * (total - done)
+    return f"{int(seconds // 60):>3}:{int(seconds % 60):02d} left "
+
+
+def _report(results: Path, suite: str, backbone: str | None) -> None:
+    from byom.report import generate
+
+    made = generate(results, suite, backbone)
+    sys.stdout.write(f"\n{made.text}\n\n" + "".join(f"{file}\n" for file in made.files))
+
+
+def _print_config(resolved: dict[str, Any]) -> int:
+    import yaml
+
+    sys.stdout.write(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    return 0

@@ -1,0 +1,168 @@
+"""Configuration: the only module that knows Hydra. Composes options, builds plain objects, explains mistakes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from byom.errors import ByomError, OptionError, suggest
+
+PLACES = ("results", "cache")
+
+
+def folder() -> Path:
+    """Return the Hydra tree: inside the package in a wheel, beside it in a source tree."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """Return the names of a group's options."""
+    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
+
+
+def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
+    """Compose a configuration.
+
+    Args:
+        overrides: Hydra overrides, for example ``merge=ties``.
+        primary: The command's primary configuration.
+
+    Returns:
+        The configuration, with Hydra's own part (which options were chosen) included.
+
+    Raises:
+        OptionError: If a group, option or key does not exist.
+    """
+    with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+        return hydra.compose(primary, list(overrides), return_hydra_config=True)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Resolve a configuration to plain containers, without Hydra's own part."""
+    with explained():
+        bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
+    return dict(resolved)     # pyright: ignore
+
+
+def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
+    """Build one run's plain objects; below this line nobody sees a DictConfig.
+
+    Args:
+        config: What `compose` returned, or what Hydra passed to a job.
+        names: Group to option name; None reads them from the configuration.
+
+    Returns:
+        `byom.run.Settings`.
+
+    Raises:
+        OptionError: If a value is refused by what it configures.
+    """
+    from byom.run import Settings
+
+    with explained():
+        names = names or config.hydra.runtime.choices
+        resolved = plain(config)
+        groups = {group: instantiate(config[group], _convert_="all") for group in GROUPS}
+    groups["suite"] = groups["suite"].available()
+    chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
+    places = {key: Path(resolved[key]).expanduser() for key in PLACES}
+    return Settings(
+        **groups, **places, seed=resolved["seed"], device=resolved["device"], names=chosen, resolved=resolved
+    )
+
+
+GROUPS = ("suite", "backbone", "finetune", "merge", "byom", "tune", "evaluate", "logger")
+
+
+def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:
+    """Run a sweep through Hydra's own sweeper and launcher.
+
+    Args:
+        overrides: Hydra overrides with comma-separated or other sweeps.
+        job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
+    """
+
+    def task(config: DictConfig) -> float:
+        return job(build(config, HydraConfig.get().runtime.choices))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"     # let errors reach us, to be said in one sentence
+    sys.argv = [sys.argv[0], "-m", *overrides]
+    with explained():
+        hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
+
+
+def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
+    """Expand sweep lines into the overrides of single runs.
+
+    Args:
+        rows: Lines such as ``merge=average,ties byom=fft byom.density=0.01,0.1``.
+        common: Overrides added to every line; they may sweep as well.
+
+    Returns:
+        One list of overrides a cell, in order, without repetitions.
+    """
+    outer = _expand(common)     # outermost, so that neighbouring cells share their seed and its experts
+    expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
+    return [list(cell) for cell in dict.fromkeys(map(tuple, expanded))]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into sentences with the nearest names."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ByomError):
+            raise cause from error
+        raise OptionError(_sentence(error)) from error
+
+
+def _expand(overrides: Sequence[str]) -> list[list[str]]:
+    with explained():
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [list(cell) for cell in product(*map(_choices, parsed))]
+
+
+def _choices(override: Any) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    if match := re.search(r"Could not find '([\w@]+)/([^']+)'", text):
+        group, given = match.groups()
+        return f"there is no {group}={given}; {suggest(given, options(group.split('@')[0]))}"
+    if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
+        return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no option '{match[1]}'; {_nearest(match[1])}"
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _nearest(key: str) -> str:
+    """Suggest keys near one that does not exist, from the default configuration."""
+    group, _, name = key.rpartition(".")
+    with hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+        default = hydra.compose("run")
+    known = OmegaConf.select(default, group) if group else default
+    keys = [str(k) for k in known if not str(k).startswith("_")] if isinstance(known, DictConfig) else GROUPS
+    return suggest(name, keys)

@@ -1,0 +1,145 @@
+"""Fine-tuning: one loop for every backbone and task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from byom import storage
+from byom.backbone.base import Head
+from byom.data import Split
+from byom.errors import OptionError
+from byom.seeding import keyed
+from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: AdamW, linear warm-up, cosine decay, gradient clipping.
+
+    Args:
+        epochs: Passes over the training examples.
+        batch_size: Examples a step.
+        learning_rate: Peak learning rate; None takes the backbone's own.
+        weight_decay: Decoupled weight decay, on matrices only.
+        warmup: Fraction of the steps in which the learning rate rises linearly.
+        clip: Largest Euclidean norm of the gradient.
+
+    Raises:
+        OptionError: If a value is out of range.
+    """
+
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive = (self.epochs, self.batch_size, self.clip, 1 if self.learning_rate is None else self.learning_rate)
+        if min(positive) <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise OptionError(f"finetune options out of range: {self}; sizes must be positive, warmup in [0, 1)")
+
+
+def finetune(  # noqa: PLR0917 (one call site, each argument a different kind of thing)
+    encoder: nn.Module, head: Head, split: Split, recipe: Full, rate: float, seed: int, folder: Path, label: str
+) -> Weights:
+    """Fine-tune an encoder under a frozen head; interrupted training resumes at the last finished epoch.
+
+    The order of examples and the dropout of an epoch depend on (seed, epoch) alone, so a resumed run ends in the
+    same bits as an uninterrupted one.
+
+    Args:
+        encoder: The encoder with pre-trained weights; modified.
+        head: The task's frozen head.
+        split: Training examples.
+        recipe: Hyperparameters.
+        rate: Peak learning rate.
+        seed: Seed.
+        folder: Where the state after each epoch is kept until training ends.
+        label: Shown beside the progress bar.
+
+    Returns:
+        The fine-tuned weights, in memory.
+    """
+    optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate)
+    steps = math.ceil(len(split) / recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup))
+    done = _resume(folder, encoder, optimizer, schedule)
+    with tqdm(total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False) as bar:
+        for epoch in range(done, recipe.epochs):
+            for loss in _epoch(encoder, head, split, recipe, optimizer, seed, epoch):
+                schedule.step()
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+            if epoch + 1 < recipe.epochs:
+                _keep(folder, encoder, optimizer, schedule, epoch + 1)
+    return Weights.of({name: tensor.cpu().clone() for name, tensor in encoder.state_dict().items()}, origin=label)
+
+
+def _epoch(
+    encoder: nn.Module, head: Head, split: Split, recipe: Full, optimizer: torch.optim.Optimizer, seed: int, epoch: int
+) -> Iterator[float]:
+    encoder.train()
+    torch.manual_seed(keyed(seed, "dropout", epoch))
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(keyed(seed, "order", epoch)))
+    device = next(encoder.parameters()).device
+    for inputs, labels, *_ in split.batches(recipe.batch_size, order):
+        loss = cross_entropy(head(encoder(**{k: v.to(device) for k, v in inputs.items()})), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), recipe.clip)
+        optimizer.step()
+        yield float(loss.detach())
+
+
+def _groups(encoder: nn.Module, decay: float) -> list[dict]:
+    matrices = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in encoder.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _warm_cosine(step: int, total: int, warmup: float) -> float:
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _keep(folder: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer, schedule: object, epoch: int) -> None:
+    """Write the state after an epoch as plain tensors and JSON, replacing the previous one only when complete."""
+    state = optimizer.state_dict()
+    moments = {f"{i}//{key}": _tensor(v) for i, values in state["state"].items() for key, v in values.items()}
+    notes = {"epoch": epoch, "groups": state["param_groups"], "schedule": schedule.state_dict()["last_epoch"]}  # pyright: ignore
+    tensors = {f"encoder//{name}": tensor for name, tensor in encoder.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_file(folder / "state.safetensors", tensors | {f"adam//{k}": v for k, v in moments.items()}, {"training": json.dumps(notes)})
+
+
+def _resume(folder: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> int:
+    file = folder / "state.safetensors"
+    if not file.is_file():
+        return 0
+    notes = json.loads(storage.read_notes(file)["training"])
+    stored = storage.TensorFiles(file)
+    encoder.load_state_dict({n.removeprefix("encoder//"): stored.read(n) for n in stored.specs if n.startswith("encoder//")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name in (n for n in stored.specs if n.startswith("adam//")):
+        _, index, key = name.split("//")
+        moments.setdefault(int(index), {})[key] = stored.read(name).clone()
+    optimizer.load_state_dict({"state": moments, "param_groups": notes["groups"]})
+    schedule.last_epoch = notes["schedule"]
+    return notes["epoch"]
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value)

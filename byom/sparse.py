@@ -1,0 +1,65 @@
+"""Top-magnitude sparse differences: which entries, their positions in few bytes, and how they go back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from byom import encoding
+from byom.errors import CheckpointError, OptionError, fraction
+from byom.trim import Cuts, cuts
+from byom.variants.base import Parts, Variant
+from byom.weights import Weights, wide
+
+
+@dataclass(frozen=True)
+class TopMagnitude(Variant):
+    """Keep the target's own values where the difference to the reference is largest in magnitude.
+
+    Values are the target's, not differences, and are assigned, not added: at density 1 the result is theta_t bit
+    for bit, and at every kept position it is theta_t exactly, which ``reference + difference`` is not in floating
+    point.
+
+    Args:
+        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)``, ties going to the lowest
+            position in sorted parameter order.
+        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+    """
+
+    density: float = 0.1
+    scope: Literal["global", "tensor"] = "global"
+
+    def __post_init__(self) -> None:
+        fraction("byom.density", self.density)
+        if self.scope not in ("global", "tensor"):
+            raise OptionError(f"byom.scope={self.scope} is not known; use global or tensor")
+
+    def plan(self, target: Weights, reference: Weights) -> Cuts:
+        """Find the cut of this density; every density of a sweep comes from one shared pass."""
+        return cuts(target, reference, self.density, self.scope)
+
+    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Cuts) -> Parts:
+        """Store the target's values at the kept positions, and the positions."""
+        cut, offset = plan[name]
+        mask = cut.mask(wide(target) - wide(reference), offset)
+        positions = mask.reshape(-1).nonzero().reshape(-1)
+        if not len(positions):
+            return {}
+        kind, data = encoding.encode(positions, target.numel())
+        return {kind: data, "values": target.reshape(-1)[positions]}
+
+    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+        """Assign the stored values at their positions in a copy of the reference."""
+        values = parts["values"]
+        if len(values) > reference.numel():
+            raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {reference.numel()}")
+        kind = next(part for part in parts if part != "values")
+        positions = encoding.decode(kind, parts[kind], reference.numel(), len(values))
+        patched = reference.clone().reshape(-1)
+        patched[positions] = values.to(patched.dtype)
+        return patched.reshape(reference.shape)

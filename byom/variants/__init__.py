@@ -1,0 +1,1 @@
+"""BYOM variants: one file each. `byom.variants.<name>` holds the class that ``byom=<name>`` builds."""

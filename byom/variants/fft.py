@@ -1,0 +1,27 @@
+"""BYOM-FFT: merge, then put each task's largest remaining differences back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from byom.sparse import TopMagnitude
+
+
+@dataclass(frozen=True)
+class ByomFft(TopMagnitude):
+    """Put back the top m % of ``theta_t - theta_merged`` by magnitude: inference uses ``theta_merged + v_t(m)``.
+
+    Args:
+        density: Fraction of entries kept (m), in [0, 1].
+        scope: ``global`` or ``tensor``.
+
+    References:
+        BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-FFT). https://arxiv.org/abs/2310.01886
+
+    Differences:
+        The paper does not say whether the top m % is taken over the whole model or per layer; the default is the
+        whole model. No official code was found.
+    """
+
+    title = "BYOM-FFT"
+    reference = "merged"

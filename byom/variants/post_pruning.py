@@ -1,0 +1,24 @@
+"""Post-pruning: prune each task vector, without merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from byom.sparse import TopMagnitude
+
+
+@dataclass(frozen=True)
+class PostPruning(TopMagnitude):
+    """Put back the top m % of ``theta_t - theta_0`` on the pre-trained model; no merged model is involved.
+
+    Args:
+        density: Fraction of entries kept (m), in [0, 1].
+        scope: ``global`` or ``tensor``.
+
+    References:
+        BYOM: Building Your Own Multi-Task Model For Free, section 3 (the Post-Pruning baseline).
+        https://arxiv.org/abs/2310.01886
+    """
+
+    title = "Post-Pruning"
+    reference = "pretrained"

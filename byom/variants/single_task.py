@@ -1,0 +1,27 @@
+"""Each task keeps its own fine-tuned model: the reference row, and the cost that merging avoids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from byom.variants.base import Parts, Variant
+
+
+@dataclass(frozen=True)
+class SingleTask(Variant):
+    """Store every fine-tuned model whole: T models instead of one."""
+
+    title = "Single-task"
+    reference = "pretrained"
+    shares_reference = False
+
+    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Any) -> Parts:
+        """Store all values."""
+        return {"values": target}
+
+    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+        """Return theta_t."""
+        return parts["values"].reshape(reference.shape)
