@@ -102,9 +102,10 @@ def _same_choice(one: Mapping, two: Mapping) -> bool:
 
 
 def _compare(row: Row, partner: Row | None) -> dict[str, float]:
-    distance = [np.mean([n["to_merged"] / n["to_pretrained"] for n in _norms(r)]) for r in row.records]
+    distance = [float(np.mean(_distances(record))) for record in row.records if record.get("norms")]
     pairs = _paired(row, partner)
-    residual = [np.mean(_residuals(*pair)) for pair in pairs]
+    measured = [pair for pair in pairs if all(record.get("norms") for record in pair)]
+    residual = [float(np.mean(_residuals(*pair))) for pair in measured]
     difference = [_mean(one) - _mean(two) for one, two in pairs]
     out = _spread("distance", distance) | _spread("residual", residual) | _spread("difference", difference)
     lower, upper = interval(_example_differences(pairs)) if pairs else (np.nan, np.nan)
@@ -117,14 +118,19 @@ def _paired(row: Row, partner: Row | None) -> list[tuple[Record, Record]]:
     return [(record, other[seed]) for record, seed in seeds if seed in other]
 
 
-def _norms(record: Record) -> list[Mapping]:
-    return list(record["norms"].values())
+def _distances(record: Record) -> list[float]:
+    return [_ratio(norms["to_merged"], norms["to_pretrained"]) for norms in record["norms"].values()]
 
 
 def _residuals(one: Record, two: Record) -> list[float]:
-    """Return for each task what BYOM drops over what post-pruning drops; 1 where neither drops anything."""
-    pairs = [(norms["dropped"], two["norms"][task]["dropped"]) for task, norms in one["norms"].items()]
-    return [1.0 if a == b else a / b if b else np.inf for a, b in pairs]
+    return [_ratio(norms["dropped"], two["norms"][task]["dropped"]) for task, norms in one["norms"].items()]
+
+
+def _ratio(one: float, two: float) -> float:
+    """Return the ratio of two norms; 1 where both are 0, as at density 1 where nothing is dropped."""
+    if one == two:
+        return 1.0
+    return one / two if two else np.inf
 
 
 def _mean(record: Record) -> float:

@@ -2,83 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from byom.table import kind, name_method, percent, task_names
+from byom.drawing import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
+from byom.table import KINDS, kind, percent, task_names
 
-COLUMN = 3.5
 TYPICAL_DENSITY = 0.1
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 7.5, "axes.labelsize": 7.5, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.fontsize": 7, "legend.frameon": False,
-    "legend.handlelength": 2.6, "lines.linewidth": 1.2, "lines.markersize": 4.5, "pdf.fonttype": 42,
-    "savefig.dpi": 200, "figure.dpi": 200, "axes.grid": False, "svg.hashsalt": "byom",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one family of rows is drawn; colour, marker and dash each tell it apart alone."""
-
-    color: str
-    marker: str
-    dash: str | tuple = "-"
-    fill: bool = True
-
-    @property
-    def line(self) -> dict:
-        """Keyword arguments of ``Axes.plot`` and ``Axes.errorbar``."""
-        face = self.color if self.fill else "white"
-        return {"color": self.color, "marker": self.marker, "linestyle": self.dash, "markerfacecolor": face}
-
-
-LOOKS = {
-    "pretrained": Look("#8a8a8a", "v", fill=False),
-    "single_task": Look("#000000", "*"),
-    "post_pruning": Look("#6e6e6e", "s", (0, (1.2, 1.4)), fill=False),
-    "average": Look("#e69f00", "D", (0, (5, 1.5, 1, 1.5))),
-    "task_arithmetic": Look("#2a9fd6", "^", (0, (4, 1.6))),
-    "ties": Look("#14306b", "o"),
-}
-# families without a look of their own take these in turn
-SPARE = (
-    Look("#c1272d", "P"), Look("#00735c", "X", (0, (4, 1.6))), Look("#d98cb3", "<", (0, (5, 1.5, 1, 1.5))),
-    Look("#7a3e00", ">", (0, (1.2, 1.4))), Look("#9a7fd1", "h"), Look("#3f3f3f", "p", (0, (4, 1.6))),
-)  # fmt: skip
-
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @wraps(draw)
-    def inside(*args, **kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return inside
-
-
-def looks(families: Sequence[str]) -> dict[str, Look]:
-    """Give each family a look, the same one in every figure.
-
-    Args:
-        families: Names of merge methods, or kinds of row.
-
-    Returns:
-        One look a family, distinct as long as the spare ones last.
-    """
-    rest = sorted(name for name in families if name not in LOOKS)
-    return LOOKS | {name: SPARE[i % len(SPARE)] for i, name in enumerate(rest)}
+# the height of a line of labels, of the axes
+LABEL_GAP = 0.055
 
 
 def _kinds(frame: pd.DataFrame) -> pd.Series:
@@ -87,31 +26,43 @@ def _kinds(frame: pd.DataFrame) -> pd.Series:
     )
 
 
+def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    return pd.DataFrame(frame.loc[mask])
+
+
 def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Split the rows that put something back by where they start from.
+    """Split the rows that put a density back into curves.
 
     Args:
         frame: A frame made by `byom.table.numbers`.
 
     Returns:
-        ``post_pruning`` and each merge method, its rows by density.
+        For each name such as ``BYOM-FFT on TIES`` its rows by density.
     """
-    put_back = frame[frame["variant"].isin(["post_pruning", "fft"]) & frame["density"].notna()]
-    names = put_back["merge"].where(put_back["variant"] == "fft", "post_pruning")
-    return {str(name): rows.sort_values("density") for name, rows in put_back.groupby(names, sort=False)}
+    put_back = _where(frame, frame["variant"].isin(["post_pruning", "fft"]) & frame["density"].notna())
+    parts = put_back.groupby("method", sort=False)
+    return {str(name): part.sort_values(by="density") for name, part in parts}
 
 
-def _start(frame: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the row of a family at density 0: the merged model, or the pre-trained one."""
-    merge = "pretrained" if family == "post_pruning" else family
-    return frame[(frame["variant"] == "none") & (frame["merge"] == merge)].head(1)
+def _base(method: str) -> str:
+    """Return what a row starts from as the table names it: ``TIES`` for ``BYOM-FFT on TIES``."""
+    return method.partition(" on ")[2] or method
 
 
-def _family_label(family: str) -> str:
-    return name_method("pretrained", family) if family == "post_pruning" else name_method(family, "fft")
+def _looks(frame: pd.DataFrame) -> dict[str, Look]:
+    """Give every merge method and post-pruning its look, under the names `_base` returns."""
+    wanted = zip(frame["method"], frame["merge"], frame["variant"], strict=True)
+    return looks({_base(m): variant if variant == "post_pruning" else merge for m, merge, variant in wanted})
 
 
-@_styled
+def _start(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of a curve at density 0: the merged model, or the pre-trained one."""
+    alone = _where(frame, (frame["variant"] == "none") & (frame["merge"] == rows["merge"].iloc[0]))
+    named = _where(alone, alone["method"] == _base(rows["method"].iloc[0]))
+    return named if len(named) else alone.head(1)
+
+
+@styled
 def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     """Draw the mean accuracy against m, the part put back for each task.
 
@@ -121,32 +72,28 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure; the open marker at "0" is the model nothing was put back into.
     """
-    figure, axes = _figure(3.1)
     found = families(frame)
-    look = looks(list(found))
+    figure, axes = blank(2.75, len(found))
+    look = _looks(frame)
     densities = sorted({m for rows in found.values() for m in rows["density"]})
     zero = _zero_place(densities)
     for name, rows in found.items():
-        _errorbar(axes, 100 * rows["density"], rows, look[name], _family_label(name))
-        _draw_start(axes, _start(frame, name), zero, 100 * rows["density"].iloc[0], look[name])
+        style = look[_base(name)]
+        _errorbar(axes, 100 * rows["density"], rows, style, name)
+        _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
     _density_axis(axes, densities, zero)
     _reference(axes, frame, "single_task", "Single-task", 1.0)
     _reference(axes, frame, "pretrained", "Pre-trained", 0.0)
     axes.set_ylabel("Mean test accuracy (%)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _zero_place(densities: Sequence[float]) -> float:
     return 100 * densities[0] / 2.6 if densities else 0.1
 
 
-def _errorbar(axes: Axes, x: pd.Series, rows: pd.DataFrame, look: Look, label: str) -> None:
+def _errorbar(axes: Axes, x: Any, rows: pd.DataFrame, look: Look, label: str) -> None:
     spread = 100 * rows["mean_std"].fillna(0)
     axes.errorbar(x, 100 * rows["mean"], yerr=spread, capsize=1.8, elinewidth=0.7, label=label, **look.line)
 
@@ -155,7 +102,7 @@ def _draw_start(axes: Axes, row: pd.DataFrame, zero: float, first: float, look: 
     """Mark the model before anything is put back, and carry its level to where the curve begins."""
     for value in 100 * row["mean"]:
         axes.plot([zero, first], [value, value], color=look.color, linestyle="--", linewidth=0.6, zorder=1)
-        axes.plot([zero], [value], color=look.color, marker=look.marker, markerfacecolor="white", zorder=3)
+        axes.plot([zero], [value], **look.hollow.line, zorder=3)
 
 
 def _density_axis(axes: Axes, densities: Sequence[float], zero: float) -> None:
@@ -165,24 +112,25 @@ def _density_axis(axes: Axes, densities: Sequence[float], zero: float) -> None:
     axes.set_xticks(places, labels=names)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(zero / 1.35, places[-1] * 1.25)
-    axes.set_xlabel("Put back for each task, m (% of parameters; 0: merged model alone)")
+    axes.set_xlabel("Put back for each task, m (% of parameters)")
+    _mark_break(axes, (zero * places[min(1, len(places) - 1)]) ** 0.5)
+
+
+def _mark_break(axes: Axes, place: float) -> None:
+    """Strike through the axis where the scale is not logarithmic: 0 has no place on it."""
+    axes.annotate("//", (place, 0), xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=7)
 
 
 def _reference(axes: Axes, frame: pd.DataFrame, what: str, label: str, right: float) -> None:
     """Draw a labelled line across, and its label just above, at the left or right end."""
-    for value in 100 * frame.loc[_kinds(frame) == what, "mean"].head(1):
+    for value in 100 * _where(frame, _kinds(frame) == what)["mean"].head(1):
         axes.axhline(value, color=LOOKS[what].color, linewidth=0.8, zorder=0)
         side = "right" if right else "left"
         spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
         axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, columnspacing=1.2, borderpad=0.1)
-
-
-@_styled
+@styled
 def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     """Draw the mean accuracy against the bytes stored for all tasks together.
 
@@ -192,18 +140,19 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure; open markers are merged models alone, the light line is the Pareto front.
     """
-    figure, axes = _figure(3.1)
     found = families(frame)
-    look = looks([*found, *frame["merge"].unique()])
+    figure, axes = blank(2.75, len(found) + 1)
+    look = _looks(frame)
     for name, rows in found.items():
-        _errorbar(axes, rows["bytes"] / 1e6, rows, look[name], _family_label(name))
+        _errorbar(axes, rows["bytes"] / 1e6, rows, look[_base(name)], name)
     _draw_front(axes, frame)
-    shared = frame[_kinds(frame).isin(["pretrained", "merged"])]
+    shared = _where(frame, _kinds(frame).isin(["pretrained", "merged"]))
     _label_shared(axes, shared, look)
     _label_single(axes, frame)
-    _size_axis(axes, frame["bytes"] / 1e6)
+    _label_densities(axes, found)
+    size_axis(axes, frame["bytes"] / 1e6, longest=max(map(len, shared["method"]), default=0))
     axes.set_ylabel("Mean test accuracy (%)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -211,7 +160,7 @@ def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows that no other row beats in both bytes and mean accuracy, smallest first."""
     ordered = frame.sort_values(["bytes", "mean"], ascending=[True, False])
     before = ordered["mean"].cummax().shift(fill_value=-np.inf)
-    return ordered[ordered["mean"] > before]
+    return _where(ordered, ordered["mean"] > before)
 
 
 def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
@@ -223,43 +172,32 @@ def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
 def _label_shared(axes: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
     """Mark the models without anything put back, their names to the left, moved apart where they meet."""
     ordered = rows.sort_values("mean")
-    heights = spread_out(100 * ordered["mean"].to_numpy(), 3.2)
-    for height, (_, row) in zip(heights, ordered.iterrows(), strict=True):
-        here, style = (row["bytes"] / 1e6, 100 * row["mean"]), look[row["merge"]]
-        axes.plot(*here, color=style.color, marker=style.marker, markerfacecolor="white", zorder=3)
+    low, high = axes.get_ylim()
+    heights = spread_out(100 * ordered["mean"].to_numpy(), LABEL_GAP * (high - low))
+    for height, row in zip(heights, ordered.to_dict("records"), strict=True):
+        here = (row["bytes"] / 1e6, 100 * row["mean"])
+        axes.plot(*here, **look[row["method"]].hollow.line, zorder=3)
         axes.annotate(row["method"], here, (here[0] * 0.93, height), ha="right", va="center", fontsize=7)
 
 
-def spread_out(values: np.ndarray, gap: float) -> np.ndarray:
-    """Move ascending values apart until neighbours are `gap` away, and keep their mean."""
-    steps = np.arange(len(values)) * gap
-    moved = np.maximum.accumulate(values - steps) + steps
-    return moved - (moved - values).mean()
-
-
 def _label_single(axes: Axes, frame: pd.DataFrame) -> None:
-    for _, row in frame[frame["variant"] == "single_task"].head(1).iterrows():
+    for row in _where(frame, frame["variant"] == "single_task").head(1).to_dict("records"):
         here, style = (row["bytes"] / 1e6, 100 * row["mean"]), LOOKS["single_task"]
         axes.plot(*here, color=style.color, marker=style.marker, markersize=7)
         spot = {"xytext": (3, -6), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7}
         axes.annotate("Single-task", here, **spot)
 
 
-def _size_axis(axes: Axes, sizes: pd.Series) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(sizes.min() / 2.1, sizes.max() * 1.15)
-    axes.xaxis.set_major_locator(FixedLocator(_round_sizes(sizes.min(), sizes.max())))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("Stored for all tasks (MB)")
+def _label_densities(axes: Axes, found: dict[str, pd.DataFrame]) -> None:
+    """Write m below the lowest point of each density."""
+    points = pd.concat([*found.values()]).sort_values(by="mean")
+    for low in points.drop_duplicates("density").to_dict("records"):
+        spot = {"xytext": (4, -4), "textcoords": "offset points", "ha": "left", "va": "top"}
+        here = (low["bytes"] / 1e6, 100 * low["mean"])
+        axes.annotate(f"{percent(low['density'])} %", here, color="#555555", fontsize=6.5, **spot)
 
 
-def _round_sizes(low: float, high: float) -> list[float]:
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    return [d * 10.0**e for e in decades for d in (1, 2, 5) if 0.95 * low <= d * 10.0**e <= 1.05 * high]
-
-
-@_styled
+@styled
 def accuracy_by_task(frame: pd.DataFrame) -> Figure:
     """Draw the accuracy on each task of the rows that tell the story.
 
@@ -270,54 +208,64 @@ def accuracy_by_task(frame: pd.DataFrame) -> Figure:
         The figure: one line a task, one marker a row of `selected`.
     """
     tasks = task_names(frame)
-    figure, axes = _figure(1.2 + 0.24 * (len(tasks) + 1))
+    rows = selected(frame)
+    figure, axes = blank(0.7 + 0.24 * (len(tasks) + 1), len(rows))
     places = [*range(len(tasks)), len(tasks) + 0.4]
     axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color="#e4e4e4", linewidth=0.7, zorder=0)
-    for place, (name, row) in enumerate(selected(frame).items()):
+    look = _looks(frame)
+    for name, row in rows.items():
         values = [100 * row[f"accuracy_{task}"] for task in tasks] + [100 * row["mean"]]
-        style = TASK_LOOKS[place]
-        axes.plot(values, places, **{**style.line, "linestyle": "none"}, label=name)
+        axes.plot(values, places, label=name, **_task_marker(row, look))
     axes.axhline(len(tasks) - 0.3, color="black", linewidth=0.5)
     axes.set_yticks(places, labels=[*(task.replace("_", " ") for task in tasks), "Mean"])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(places[-1] + 0.6, -0.6)
     axes.set_xlabel("Test accuracy (%)")
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-TASK_LOOKS = (
-    Look("#8a8a8a", "v", fill=False), Look("#e69f00", "D"), Look("#6e6e6e", "s", fill=False),
-    Look("#14306b", "o"), Look("#000000", "|"),
-)  # fmt: skip
+def _task_marker(row: dict, look: dict[str, Look]) -> dict:
+    """Return the marker of a row: as in the other figures, but a tick that stays visible for single-task."""
+    what = kind(row["merge"], row["variant"])
+    if what == "single_task":
+        return {"color": "black", "marker": "|", "markersize": 9, "markeredgewidth": 1.3, "linestyle": "none"}
+    style = look[_base(row["method"])]
+    return {**(style.hollow if what == "merged" else style).line, "linestyle": "none"}
 
 
-def selected(frame: pd.DataFrame) -> dict[str, pd.Series]:
+def selected(frame: pd.DataFrame) -> dict[str, dict]:
     """Pick the rows of the figure by task; what is best is decided on validation data.
 
     Args:
         frame: A frame made by `byom.table.numbers`.
 
     Returns:
-        Up to five rows by name: pre-trained, best merged model, post-pruning and BYOM-FFT on that merge at the
-        density nearest 10 %, single-task.
+        Up to five rows by name: pre-trained, best merged model, post-pruning and BYOM-FFT on that merge at
+        the density nearest 10 %, single-task.
     """
     kinds = _kinds(frame)
-    merged = frame[kinds == "merged"].nlargest(1, "validation")
-    fft = frame[kinds == "fft"]
-    same = fft[fft["merge"].isin(merged["merge"])]
-    picks = [frame[kinds == "pretrained"], merged, _typical(frame[kinds == "post_pruning"])]
-    picks += [_typical(same if len(same) else fft), frame[kinds == "single_task"]]
-    found = [rows.iloc[0] for rows in picks if len(rows)]
+    parts = {what: _where(frame, kinds == what) for what in KINDS}
+    merged = parts["merged"].nlargest(1, "validation")
+    same = _where(parts["fft"], parts["fft"]["method"].map(_base).isin(merged["method"]))
+    fft = same if len(same) else parts["fft"]
+    picks = [
+        parts["pretrained"],
+        merged,
+        _typical(parts["post_pruning"]),
+        _typical(fft),
+        parts["single_task"],
+    ]
+    found = [row for rows in picks for row in rows.head(1).to_dict("records")]
     return {_row_label(row): row for row in found}
 
 
 def _typical(rows: pd.DataFrame) -> pd.DataFrame:
     nearest = (rows["density"] - TYPICAL_DENSITY).abs()
-    return rows[nearest == nearest.min()].nlargest(1, "validation")
+    return _where(rows, nearest == nearest.min()).nlargest(1, "validation")
 
 
-def _row_label(row: pd.Series) -> str:
+def _row_label(row: dict) -> str:
     return row["method"] + ("" if np.isnan(row["density"]) else f", {percent(row['density'])} %")
 
 
@@ -341,26 +289,3 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
     """
     names = FIGURES if len(families(frame)) else ["accuracy-by-task"]
     return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as PNG (200 dpi) and PDF, the same bytes for the same figure.
-
-    Args:
-        figure: The figure.
-        stem: The path without its ending.
-
-    Returns:
-        The two paths.
-    """
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    return [_save(figure, stem, *ending) for ending in (("png", "Software"), ("pdf", "CreationDate"))]
-
-
-def _save(figure: Figure, stem: Path, ending: str, stamp: str) -> Path:
-    path = stem.with_name(f"{stem.name}.{ending}")
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with mpl.rc_context(STYLE):
-        figure.savefig(fresh, format=ending, metadata={stamp: None})
-    fresh.replace(path)
-    return path

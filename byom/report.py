@@ -15,12 +15,12 @@ import pandas as pd
 from byom import render
 from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError, OptionError, suggest
-from byom.table import Record, best, display, kind, name_method, numbers, table, task_names
+from byom.table import Record, best, display, kind, name_method, numbers, percent, table, task_names
 
 __all__ = ["Report", "Runs", "generate", "read_runs", "table"]
 
 FORMAT = 1
-NEEDED = ("choices", "hyperparameters", "scores", "summary", "storage", "signature", "norms")
+NEEDED = ("choices", "hyperparameters", "scores", "summary", "storage", "signature")
 NOTES = (
     "Accuracies are in per cent on the test split, mean ± sample standard deviation over seeds.",
     "m %: the part of one model's parameters put back for each task, the largest differences first.",
@@ -125,7 +125,10 @@ def read_runs(
     kept = [r for r in records if _wanted(r["choices"], seeds, finetune)]
     done = [r for r in kept if r["status"] != "failed"]
     if not done:
-        raise OptionError(f"{folder} holds no finished record of the seeds and fine-tuning asked for")
+        raise OptionError(
+            f"{folder} holds no finished record of the seeds and fine-tuning asked for; run "
+            f"`byom suite={suite} backbone={backbone}` first"
+        )
     check_comparable(done)
     finished = {r["signature"] for r in done}
     failed = [r for r in kept if r["status"] == "failed" and r["signature"] not in finished]
@@ -229,11 +232,23 @@ def _breaks(frame: pd.DataFrame) -> list[int]:
 def as_markdown(runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> str:
     """Return the report as Markdown: what was run, the table, the comparison, and what the columns mean."""
     parts = [f"# {runs.suite}, {runs.backbone}\n\n", *_bullets(header(runs)), "\n"]
-    parts += [render.markdown(display(frame), best(frame)), "\n", *_bullets(NOTES)]
+    parts += [render.markdown(display(frame), best(frame)), "\n", *_bullets([*NOTES, *_differing(runs)])]
     if len(comparison):
         parts += ["\n## BYOM-FFT against Post-Pruning\n\n", render.markdown(display_comparison(comparison))]
         parts += ["\n", *_bullets(COMPARISON_NOTES)]
     return "".join(parts)
+
+
+def _differing(runs: Runs) -> list[str]:
+    """Say how much larger m % is of the parameters that fine-tuning changed, where it is at all."""
+    pairs = [(record["storage"].get("density") or {}) for record in runs.done]
+    ratios = [pair["of_differing"] / pair["of_all"] for pair in pairs if pair.get("of_all")]
+    if not ratios or max(ratios) < 1.005:
+        return []
+    return [
+        "Some parameters are the same in the fine-tuned and the reference model: of those that differ, m % "
+        f"is up to {max(ratios):.2f} times as large a part."
+    ]
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
@@ -269,4 +284,6 @@ def _skipped(task: str | Mapping[str, Any]) -> str:
 def _failure(record: Record) -> str:
     choices, reason = record["choices"], record.get("error") or "no reason recorded"
     first = str(reason.get("message", reason) if isinstance(reason, Mapping) else reason).partition("\n")[0]
-    return f"{name_method(choices['merge'], choices['byom'])}, seed {choices['seed']}: {first}"
+    density = ((record.get("hyperparameters") or {}).get("byom") or {}).get("density")
+    part = f", {percent(density)} %" if density is not None else ""
+    return f"{name_method(choices['merge'], choices['byom'])}{part}, seed {choices['seed']}: {first}"
