@@ -64,8 +64,7 @@ class Cut:
             offset: Flat index in the stream of the first element of `values`.
 
         Returns:
-            A bool tensor of the shape of `values`: true where the magnitude is above the threshold, or equal
-            to it at a flat index up to `last`.
+            Bool, of the shape of `values`: above the threshold, or equal to it at a flat index up to `last`.
         """
         sizes = values.detach().reshape(-1).to(_precision(values.dtype, self.threshold)).abs()
         ties = min(max(self.last + 1 - offset, 0), sizes.numel())
@@ -99,14 +98,13 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
 
     Survivors have the largest magnitudes; ties go to the lowest flat index, as a stable descending sort would
     have it. Magnitudes compare in fp32, in fp64 if any part is fp64. A seeded sample brackets every wanted
-    rank; one blocked pass counts what lies above each bracket and collects what lies inside; the rank is then
-    found among those few candidates. A bracket that misses is moved and the pass repeated, so the sample
-    decides the speed and never the result. The result does not depend on how the stream is split in parts.
+    rank; one blocked pass counts what lies above each bracket and collects the few values inside. A bracket
+    that misses is moved and the pass repeated, so the sample decides the speed and never the result. The
+    result does not depend on how the stream is split in parts.
 
     Args:
-        parts: The tensors of the stream, in order. Values on an accelerator are copied to the CPU by blocks.
-        counts: Wanted numbers of survivors, each in [0, n] with n the length of the stream. Up to 8 share a
-            pass.
+        parts: The tensors of the stream, in order; those on an accelerator are copied to the CPU by blocks.
+        counts: Wanted numbers of survivors, in [0, n] with n the stream's length; up to 8 share a pass.
 
     Returns:
         One `Cut` a count, in the order given.
@@ -142,11 +140,8 @@ class _Stream:
 
     parts: list[Part]
     ends: list[int]
+    numel: int
     buffer: Tensor  # [BLOCK], reused by every read
-
-    @property
-    def numel(self) -> int:
-        return self.ends[-1] if self.ends else 0
 
     @property
     def blocks(self) -> int:
@@ -160,7 +155,7 @@ class _Stream:
             raise CheckpointError(f"the stream holds {odd[0]} values; leave tensors that are not float out")
         precision = torch.float64 if torch.float64 in dtypes else torch.float32
         ends = np.cumsum([part.numel for part in filled], dtype=np.int64).tolist()
-        return _Stream(filled, ends, torch.empty(BLOCK, dtype=precision))
+        return _Stream(filled, ends, sum(part.numel for part in filled), torch.empty(BLOCK, dtype=precision))
 
     def block(self, index: int) -> Array:
         """Magnitudes of one block, valid until the next read."""
@@ -207,6 +202,10 @@ class _Bracket:
     def add(self, block: Array) -> None:
         chosen = block >= self.low
         reaching = int(np.count_nonzero(chosen))
+        if self.low == self.high:
+            self.at_high.append(reaching - int(np.count_nonzero(block > self.high)))
+            self.above += reaching - self.at_high[-1]
+            return
         chosen &= block <= self.high
         near = block[chosen]
         high, low = near == self.high, near == self.low
@@ -219,17 +218,18 @@ class _Bracket:
         """Where the wanted rank is: 1 above the bracket, 0 in it, -1 below."""
         if self.count <= self.above:
             return 1
-        edges = sum(self.at_high) + (sum(self.at_low) if self.low < self.high else 0)
-        return 0 if self.count <= self.above + edges + sum(map(len, self.inside)) else -1
+        held = sum(self.at_high) + sum(map(len, self.inside)) + sum(self.at_low)
+        return 0 if self.count <= self.above + held else -1
 
     def moved(self) -> _Bracket:
         """The neighbouring bracket on the side of the wanted rank, four times as wide."""
         margin = 4 * self.margin + 8
+        low, high = self.low, self.high
         if self.side() > 0:
-            reach = np.searchsorted(self.sample, self.high, side="right") + margin
-            return _Bracket(self.count, self.sample, margin, self.high, _edge(self.sample, int(reach)))
-        reach = np.searchsorted(self.sample, self.low) - margin
-        return _Bracket(self.count, self.sample, margin, _edge(self.sample, int(reach)), self.low)
+            low, high = high, _edge(self.sample, int(np.searchsorted(self.sample, high, "right")) + margin)
+        else:
+            low, high = _edge(self.sample, int(np.searchsorted(self.sample, low)) - margin), low
+        return _Bracket(self.count, self.sample, margin, low, high)
 
     def cut(self, stream: _Stream) -> Cut:
         """Turn the tallies into the cut; reads one block again to find the last tie's index."""
@@ -240,31 +240,27 @@ class _Bracket:
         inside = np.concatenate(self.inside)
         if rank > len(inside):
             return self._cut(stream, self.low, np.array(self.at_low), rank - len(inside))
-        threshold = np.partition(inside, -rank)[-rank]
-        hits = np.flatnonzero(inside == threshold)
-        owners = np.searchsorted(np.cumsum([len(piece) for piece in self.inside]), hits, side="right")
-        ties = np.bincount(owners, minlength=stream.blocks)
-        return self._cut(stream, float(threshold), ties, rank - int((inside > threshold).sum()))
+        inside.partition(len(inside) - rank)
+        threshold = inside[-rank]
+        ties = np.array([np.count_nonzero(piece == threshold) for piece in self.inside])
+        return self._cut(stream, float(threshold), ties, rank - int(np.count_nonzero(inside > threshold)))
 
     def _cut(self, stream: _Stream, threshold: float, ties: Array, rank: int) -> Cut:
         reached = np.cumsum(ties)
         index = int(np.searchsorted(reached, rank))
-        among = rank - int(reached[index] - ties[index])
+        among = rank - reached[index] + ties[index]
         local = np.flatnonzero(stream.block(index) == threshold)[among - 1]
-        return Cut(float(threshold), index * len(stream.buffer) + int(local), self.count)
+        return Cut(threshold, index * len(stream.buffer) + int(local), self.count)
 
 
 def _brackets(stream: _Stream, counts: list[int]) -> list[_Bracket]:
-    if not counts:
-        return []
-    sample = np.sort(stream.at(_positions(stream.numel)))
+    sample = np.sort(stream.at(_positions(stream.numel))) if counts else np.empty(0)
     return [_bracket(stream.numel, sample, count) for count in counts]
 
 
 def _bracket(n: int, sample: Array, count: int) -> _Bracket:
     share, size = count / n, len(sample)
-    margin = int(MARGIN * sqrt(size * share * (1 - share)) + MARGIN)
-    middle = size - round(share * size)
+    margin, middle = int(MARGIN * sqrt(size * share * (1 - share)) + MARGIN), size - round(share * size)
     return _Bracket(count, sample, margin, _edge(sample, middle - margin), _edge(sample, middle + margin))
 
 

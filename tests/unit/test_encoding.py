@@ -22,7 +22,7 @@ def round_trip(indices, numel):
 
 
 @given(st.lists(GAPS, max_size=40), st.sampled_from([0, 1, 7, 8, 300, 10**6]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_gaps_round_trip(gaps, spare):
     indices = torch.cumsum(torch.tensor(gaps, dtype=torch.int64) + 1, 0) - 1
     numel = (int(indices[-1]) + 1 if gaps else 0) + spare
@@ -115,7 +115,7 @@ def test_decode_refuses_other_dtypes():
 
 
 @given(st.binary(max_size=30), st.sampled_from(["gap8", "bitmap"]), st.integers(0, 300), st.integers(0, 40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_decode_to_positions_or_an_error(data, kind, numel, count):
     try:
         places = decode(kind, torch.tensor(list(data), dtype=torch.uint8), numel, count)

@@ -17,26 +17,31 @@ from byom.selection import Cut, Part, kept, locate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def slow(values, count):
+def order_of(values):
     """The obvious oracle: sort everything, stably, largest magnitude first."""
-    sizes = values.reshape(-1).to(torch.float64 if values.dtype == torch.float64 else torch.float32).abs()
-    order = torch.argsort(sizes, descending=True, stable=True)[:count]
+    sizes = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32).abs()
+    return sizes, torch.argsort(sizes, descending=True, stable=True)
+
+
+def expected(sizes, order, count):
     mask = torch.zeros(sizes.shape, dtype=torch.bool)
-    mask[order] = True
+    mask[order[:count]] = True
     if count in (0, len(sizes)):
         return (Cut(0.0, count - 1, count) if count else Cut(inf, -1, 0)), mask
-    return Cut(sizes[order[-1]].item(), int(order[-1]), count), mask
+    last = int(order[count - 1])
+    return Cut(sizes[last].item(), last, count), mask
 
 
 def split(values, sizes):
     return [Part.of(piece) for piece in torch.split(values, sizes)]
 
 
-def check(values, counts, sizes=None):
-    parts = [Part.of(values)] if sizes is None else split(values, sizes)
-    for count, cut in zip(counts, locate(parts, counts), strict=True):
-        expected, mask = slow(values, count)
-        assert cut == expected
+def check(values, counts, splits):
+    parts = split(values, splits)
+    sizes, order = order_of(values)
+    for count, found in zip(counts, locate(parts, counts), strict=True):
+        cut, mask = expected(sizes, order, count)
+        assert found == cut
         assert torch.equal(cut.mask(values), mask)
 
 
@@ -68,7 +73,7 @@ def scaled(tiny):
 
 
 @given(streams(), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_equals_a_stable_sort(case, tiny):
     values, sizes, counts = case
     with scaled(tiny):
@@ -97,9 +102,9 @@ def test_masks_of_pieces_make_the_mask_of_the_whole(case, tiny):
         assert int(cut.mask(values).sum()) == cut.count
 
 
-def million(kind):
+def large(kind):
     generator = torch.Generator().manual_seed(3)
-    normal = torch.randn(1_000_003, generator=generator)
+    normal = torch.randn(400_003, generator=generator)
     return {
         "normal": normal,
         "bf16": normal.bfloat16(),
@@ -112,7 +117,7 @@ def million(kind):
         "half zero": normal * (normal > 0),
         "sorted": normal.sort().values,
         "heavy": normal / torch.rand(normal.shape, generator=generator).clamp(min=1e-12) ** 3,
-        "one large": torch.nn.functional.one_hot(torch.tensor(777_777), 1_000_003).float(),
+        "one large": torch.nn.functional.one_hot(torch.tensor(377_777), 400_003).float(),
     }[kind]
 
 
@@ -122,14 +127,14 @@ KINDS += ["zeros", "equal", "signs", "three", "half zero", "one large"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_elements_than_the_sample(kind):
-    values = million(kind)
+    values = large(kind)
     n = len(values)
     check(values, [1, 2, kept(0.01, n), kept(0.1, n), n // 2, n - 2, n - 1], [5, 300_000, 0, 1, n - 300_006])
 
 
 @pytest.mark.parametrize("kind", ["normal", "zeros", "signs"])
 def test_memory_is_a_few_mb_and_few_candidates(kind):
-    parts = [Part.of(million(kind).repeat(8))]
+    parts = [Part.of(large(kind).repeat(20))]
     n = parts[0].numel
     tracemalloc.start()
     locate(parts, [kept(density, n) for density in (0.01, 0.05, 0.1, 0.2)])
