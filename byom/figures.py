@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from byom.drawing import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
+from byom.figure_style import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
 from byom.table import KINDS, kind, percent, task_names
 
 TYPICAL_DENSITY = 0.1
 # the height of a line of labels, of the axes
-LABEL_GAP = 0.055
+LABEL_GAP = 0.06
 
 
 def _kinds(frame: pd.DataFrame) -> pd.Series:
@@ -73,7 +73,7 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
         The figure; the open marker at "0" is the model nothing was put back into.
     """
     found = families(frame)
-    figure, axes = blank(2.75, len(found))
+    figure, axes = blank(2.75, found)
     look = _looks(frame)
     densities = sorted({m for rows in found.values() for m in rows["density"]})
     zero = _zero_place(densities)
@@ -141,14 +141,14 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
         The figure; open markers are merged models alone, the light line is the Pareto front.
     """
     found = families(frame)
-    figure, axes = blank(2.75, len(found) + 1)
+    figure, axes = blank(2.75, [*found, "Pareto front"])
     look = _looks(frame)
     for name, rows in found.items():
         _errorbar(axes, rows["bytes"] / 1e6, rows, look[_base(name)], name)
     _draw_front(axes, frame)
     shared = _where(frame, _kinds(frame).isin(["pretrained", "merged"]))
-    _label_shared(axes, shared, look)
     _label_single(axes, frame)
+    _label_shared(axes, shared, look)
     _label_densities(axes, found)
     size_axis(axes, frame["bytes"] / 1e6, longest=max(map(len, shared["method"]), default=0))
     axes.set_ylabel("Mean test accuracy (%)")
@@ -171,12 +171,13 @@ def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
 
 def _label_shared(axes: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
     """Mark the models without anything put back, their names to the left, moved apart where they meet."""
-    ordered = rows.sort_values("mean")
+    ordered = rows.sort_values(by="mean")
+    for row in ordered.to_dict("records"):
+        axes.plot(row["bytes"] / 1e6, 100 * row["mean"], **look[row["method"]].hollow.line, zorder=3)
     low, high = axes.get_ylim()
     heights = spread_out(100 * ordered["mean"].to_numpy(), LABEL_GAP * (high - low))
     for height, row in zip(heights, ordered.to_dict("records"), strict=True):
         here = (row["bytes"] / 1e6, 100 * row["mean"])
-        axes.plot(*here, **look[row["method"]].hollow.line, zorder=3)
         axes.annotate(row["method"], here, (here[0] * 0.93, height), ha="right", va="center", fontsize=7)
 
 
@@ -209,7 +210,7 @@ def accuracy_by_task(frame: pd.DataFrame) -> Figure:
     """
     tasks = task_names(frame)
     rows = selected(frame)
-    figure, axes = blank(0.7 + 0.24 * (len(tasks) + 1), len(rows))
+    figure, axes = blank(0.7 + 0.24 * (len(tasks) + 1), rows)
     places = [*range(len(tasks)), len(tasks) + 0.4]
     axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color="#e4e4e4", linewidth=0.7, zorder=0)
     look = _looks(frame)
@@ -246,7 +247,7 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
     """
     kinds = _kinds(frame)
     parts = {what: _where(frame, kinds == what) for what in KINDS}
-    merged = parts["merged"].nlargest(1, "validation")
+    merged = _best(parts["merged"])
     same = _where(parts["fft"], parts["fft"]["method"].map(_base).isin(merged["method"]))
     fft = same if len(same) else parts["fft"]
     picks = [
@@ -262,7 +263,13 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
 
 def _typical(rows: pd.DataFrame) -> pd.DataFrame:
     nearest = (rows["density"] - TYPICAL_DENSITY).abs()
-    return _where(rows, nearest == nearest.min()).nlargest(1, "validation")
+    return _best(_where(rows, nearest == nearest.min()))
+
+
+def _best(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the best row on validation data, or the first one where validation was not evaluated."""
+    best = rows.nlargest(1, "validation")
+    return best if len(best) else rows.head(1)
 
 
 def _row_label(row: dict) -> str:

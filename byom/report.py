@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from byom import render
+from byom.comparable import check_comparable
 from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError, OptionError, suggest
 from byom.table import Record, best, display, kind, name_method, numbers, percent, table, task_names
@@ -152,41 +152,6 @@ def _read(path: Path) -> Record:
     if missing:
         raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and run that cell again")
     return record
-
-
-def check_comparable(records: Sequence[Record]) -> None:
-    """Refuse records that must not stand in one table.
-
-    Args:
-        records: Finished runs.
-
-    Raises:
-        ByomError: If suites, backbones, data, tasks or fine-tuning recipes differ.
-    """
-    for what, of, remedy in COMPARED:
-        different = Counter(json.dumps(of(record), sort_keys=True) for record in records)
-        if len(different) > 1:
-            usual = different.most_common(1)[0][0]
-            odd = [r["signature"] for r in records if json.dumps(of(r), sort_keys=True) != usual]
-            raise ByomError(
-                f"these {len(records)} records differ in their {what} and cannot share a table; {remedy}. "
-                f"Fewer have it otherwise: {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}"
-            )
-
-
-def _recipe(record: Record) -> list:
-    config = (record.get("config") or {}).get("finetune")
-    recipe = {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else config
-    return [record["choices"].get("finetune"), recipe]
-
-
-COMPARED: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
-    ("suite", lambda r: r["choices"]["suite"], "report one suite at a time"),
-    ("backbone", lambda r: r["choices"]["backbone"], "report one backbone at a time"),
-    ("tasks", lambda r: sorted(r["scores"]["test"]), "run the skipped tasks, or move the odd records away"),
-    ("data", lambda r: (r.get("fingerprints") or {}).get("data"), "run the older ones again on today's data"),
-    ("fine-tuning recipe", _recipe, "name one, as in finetune=full, or move the odd records away"),
-)
 
 
 def _report(results: Path, runs: Runs, suffix: str) -> Report:

@@ -83,12 +83,14 @@ class Row:
         return float(self.settings.get("byom.density", np.nan)) if self.variant != "none" else np.nan
 
     @property
-    def order(self) -> tuple[int, int, str, float]:
+    def order(self) -> tuple[int, int, str, str, float]:
         """Where the row stands in the table."""
         known, what = [*MERGES], kind(self.merge, self.variant)
         place = known.index(self.merge) if self.merge in known else len(known)
         rank = KINDS.index(what) if what in KINDS else len(KINDS)
-        return rank, place, f"{self.variant} {self.merge}", float(np.nan_to_num(self.density))
+        rest = {name: value for name, value in self.settings.items() if name != "byom.density"}
+        name = f"{self.variant} {self.merge}"
+        return rank, place, name, json.dumps(rest, sort_keys=True), float(np.nan_to_num(self.density))
 
 
 def settings(record: Record) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     for group in found.values():
         _refuse_twins(group)
     made = [Row(settings(group[0]), tuple(group)) for group in found.values()]
-    return sorted(made, key=lambda row: (row.order, json.dumps(row.settings, sort_keys=True)))
+    return sorted(made, key=lambda row: row.order)
 
 
 def _refuse_twins(group: Sequence[Record]) -> None:
@@ -170,7 +172,7 @@ def _numbers(row: Row, label: str) -> dict[str, Any]:
         out |= _spread(f"accuracy_{task}", [scores[task]["accuracy"] for scores in test])
     out |= _spread("mean", _summary(row, "test", "absolute"))
     out |= _spread("normalised", _summary(row, "test", "normalised"))
-    out["validation"] = float(np.mean(_summary(row, "validation", "absolute")))
+    out["validation"] = _validation(row)
     for name in ("parameters", "bytes"):
         out[name] = float(np.mean([record["storage"][name] for record in row.records]))
     return out | {"chosen": _chosen(row), "searched": _searched(row), "seeds": len(row.records)}
@@ -183,6 +185,11 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def _summary(row: Row, split: str, what: str) -> list[float]:
     return [record["summary"][split][what] for record in row.records]
+
+
+def _validation(row: Row) -> float:
+    measured = all("validation" in record["summary"] for record in row.records)
+    return float(np.mean(_summary(row, "validation", "absolute"))) if measured else np.nan
 
 
 def _searched(row: Row) -> int:

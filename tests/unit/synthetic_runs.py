@@ -91,7 +91,7 @@ def record(merge: str, variant: str, seed: int, density: float = 0.0, **changes)
         "stages": {},
         "skipped_tasks": [],
         "provenance": {"commit": "abc", "dirty": False},
-        "fingerprints": {"data": "d1"},
+        "fingerprints": {"data": {task: {"train": f"r{seed}", "test": "t"} for task in TASKS}},
     }
 
 

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from byom import render
-from byom.comparison import against_post_pruning, display_comparison, interval, unpack_hits
+from byom.comparable import check_comparable
+from byom.comparison import against_post_pruning
 from byom.errors import ByomError, OptionError
-from byom.report import Runs, as_markdown, as_text, check_comparable, generate, read_runs, table
+from byom.report import Runs, as_markdown, as_text, generate, read_runs, table
 from byom.table import best, display, labels, numbers, rows, task_names
 from tests.unit import synthetic_runs as synthetic
 
@@ -42,6 +43,13 @@ def test_rows_stand_in_the_documented_order(frame):
     expected += [("Post-Pruning", m) for m in synthetic.DENSITIES]
     expected += [(f"BYOM-FFT on {merge}", m) for merge in merges for m in synthetic.DENSITIES]
     assert [(name, None if np.isnan(m) else m) for name, m in names] == expected
+
+
+def test_curves_of_one_method_stay_together():
+    made = [synthetic.record("ties", "fft", 0, m) for m in (0.01, 0.1) for _ in range(2)]
+    for one in made[::2]:
+        one["hyperparameters"]["merge"]["density"] = 0.1
+    assert numbers(made)["density"].tolist() == [0.01, 0.1, 0.01, 0.1]
 
 
 def test_order_of_records_does_not_matter(records, frame):
@@ -130,75 +138,12 @@ def test_values_that_print_the_same_are_bold_together():
     assert best(numbers([one, two]))["Mean"].tolist() == [True, True]
 
 
-def test_hits_unpack_most_significant_bit_first():
-    bits = np.array([1, 0, 1, 1, 0, 0, 0, 1, 1, 0])
-    score = {"hits": np.packbits(bits).tobytes().hex(), "examples": 10}
-    assert unpack_hits(score, "mnist").tolist() == bits.tolist()
-    with pytest.raises(ByomError, match="hits of mnist hold 2 bytes"):
-        unpack_hits(score | {"examples": 17}, "mnist")
-
-
-def test_hits_agree_with_accuracy(records):
-    score = records[0]["scores"]["test"]["svhn"]
-    assert unpack_hits(score, "svhn").mean() == pytest.approx(score["accuracy"])
-
-
-def test_interval_agrees_with_drawing_examples_one_by_one():
-    rng = np.random.default_rng(3)
-    tasks = [rng.integers(-1, 2, n) / 1.0 for n in (300, 120)]
-    drawn = [task[rng.integers(0, len(task), (20_000, len(task)))].mean(1) for task in tasks]
-    expected = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    assert interval(tasks) == pytest.approx(expected, abs=0.005)
-    assert interval(tasks) == interval(tasks)
-
-
-def test_interval_of_equal_models_is_a_point():
-    assert interval([np.zeros(50)]) == (0, 0)
-
-
-def test_comparison_is_paired(records):
-    found = against_post_pruning(records).set_index(["method", "density"])
-    row = found.loc[("BYOM-FFT on TIES", 0.05)]
-
-    def means(merge, variant):
-        kept = [r for r in records if r["choices"]["merge"] == merge and r["choices"]["byom"] == variant]
-        kept = [r for r in kept if r["hyperparameters"]["byom"]["density"] == 0.05]
-        return np.array([r["summary"]["test"]["absolute"] for r in kept])
-
-    differences = means("ties", "fft") - means("pretrained", "post_pruning")
-    assert row["difference"] == pytest.approx(differences.mean())
-    assert row["difference_std"] == pytest.approx(differences.std(ddof=1))
-    assert row["lower"] < row["difference"] < row["upper"]
-    assert row["distance"] == pytest.approx(1.15 - 0.4 * synthetic.REACHED["ties"])
-    assert row["seeds"] == 3
-
-
-def test_comparison_uses_the_seeds_both_have(records):
-    fewer = [r for r in records if r["choices"]["byom"] != "post_pruning" or r["choices"]["seed"] == 1]
-    found = against_post_pruning(fewer)
-    assert set(found["seeds"]) == {1}
-    assert found["difference_std"].isna().all()
-
-
-def test_comparison_without_a_partner_is_blank(records):
-    alone = against_post_pruning([r for r in records if r["choices"]["byom"] == "fft"])
-    assert alone["difference"].isna().all()
-    assert set(display_comparison(alone)["95 % interval"]) == {"—"}
-    assert len(against_post_pruning([records[0]])) == 0
-
-
-def test_no_norms_no_ratio(records):
-    bare = [{name: value for name, value in r.items() if name != "norms"} for r in records]
-    found = against_post_pruning(bare)
-    assert found[["distance", "residual"]].isna().all(axis=None)
-    assert found["difference"].notna().all()
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda r: r["choices"].update(backbone="other"), "backbone"),
-        (lambda r: r["fingerprints"].update(data="d2"), "data"),
+        (lambda r: r["fingerprints"]["data"]["svhn"].update(test="t2"), "test data"),
+        (lambda r: r["fingerprints"]["data"]["svhn"].update(train="r2"), "data"),
         (lambda r: r["choices"].update(finetune="lora"), "fine-tuning recipe"),
         (lambda r: r["config"]["finetune"].update(steps=501), "fine-tuning recipe"),
         (lambda r: r["scores"]["test"].pop("dtd"), "tasks"),

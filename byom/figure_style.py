@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import cycle
@@ -19,6 +19,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 COLUMN = 3.5
 # the width of a letter, of the axes
 LETTER = 0.0185
+# letters that fit in half a column beside a legend's handle
+HALF_LINE = 27
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 7.5, "axes.labelsize": 7.5, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.labelsize": 7, "ytick.labelsize": 7,
@@ -91,32 +93,43 @@ def looks(wanted: Mapping[str, str]) -> dict[str, Look]:
     return out
 
 
-def blank(height: float, entries: int) -> tuple[Figure, Axes]:
+def blank(height: float, entries: Iterable[str]) -> tuple[Figure, Axes]:
     """Return an empty figure one print column wide.
 
     Args:
         height: Of everything but the legend, in inches.
-        entries: Lines of the legend, which stands below in two columns.
+        entries: Names in the legend, which stands below.
 
     Returns:
         The figure and its axes.
     """
-    height += 0.16 * ((entries + 1) // 2)
+    names = list(entries)
+    height += 0.16 * -(-len(names) // _columns(names))
     figure = Figure(figsize=(COLUMN, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _columns(names: Sequence[str]) -> int:
+    return 2 if max(map(len, names), default=0) <= HALF_LINE else 1
 
 
 def legend(figure: Figure, axes: Axes) -> None:
     """Draw the legend below the axes, outside the data."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, columnspacing=1.2, borderpad=0.1)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=_columns(names), columnspacing=1.2, borderpad=0.1
+    )
 
 
 def spread_out(values: np.ndarray, gap: float) -> np.ndarray:
-    """Move ascending values apart until neighbours are `gap` away, and keep their mean."""
+    """Move ascending values apart until neighbours are `gap` away, by the least squared distance."""
     steps = np.arange(len(values)) * gap
-    moved = np.maximum.accumulate(values - steps) + steps
-    return moved - (moved - values).mean()
+    blocks: list[list[float]] = []
+    for value in values - steps:
+        blocks.append([value])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return np.concatenate([np.full(len(b), np.mean(b)) for b in blocks] or [steps]) + steps
 
 
 def size_axis(axes: Axes, sizes: Any, longest: int) -> None:

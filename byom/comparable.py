@@ -1,0 +1,67 @@
+"""Which records may stand in one table: same suite, backbone, tasks, data and fine-tuning recipe."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from byom.errors import ByomError
+from byom.table import Record
+
+
+def check_comparable(records: Sequence[Record]) -> None:
+    """Refuse records that must not stand in one table.
+
+    Args:
+        records: Finished runs.
+
+    Raises:
+        ByomError: If suites, backbones, data, tasks or fine-tuning recipes differ.
+    """
+    for what, of, remedy in COMPARED:
+        _refuse_different(records, what, of, remedy)
+    for seed in {record["choices"]["seed"] for record in records}:
+        same = [record for record in records if record["choices"]["seed"] == seed]
+        _refuse_different(same, "data", _data, "run the older ones again on today's data")
+
+
+def _refuse_different(records: Sequence[Record], what: str, of: Callable[[Record], Any], remedy: str) -> None:
+    values = [json.dumps(of(record), sort_keys=True) for record in records]
+    usual = Counter(values).most_common(1)[0][0]
+    odd = [r["signature"] for r, value in zip(records, values, strict=True) if value != usual]
+    if odd:
+        raise ByomError(
+            f"these {len(records)} records differ in their {what} and cannot share a table; {remedy}. "
+            f"Unlike most: {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}"
+        )
+
+
+def _data(record: Record) -> Any:
+    return (record.get("fingerprints") or {}).get("data")
+
+
+def _test_data(record: Record) -> Any:
+    """Return the part no seed changes: training and validation examples are drawn by seed."""
+    data = _data(record)
+    if not isinstance(data, Mapping):
+        return data
+    return {
+        task: prints.get("test") if isinstance(prints, Mapping) else prints for task, prints in data.items()
+    }
+
+
+def _recipe(record: Record) -> list:
+    config = (record.get("config") or {}).get("finetune")
+    recipe = {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else config
+    return [record["choices"].get("finetune"), recipe]
+
+
+COMPARED: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
+    ("suite", lambda r: r["choices"]["suite"], "report one suite at a time"),
+    ("backbone", lambda r: r["choices"]["backbone"], "report one backbone at a time"),
+    ("tasks", lambda r: sorted(r["scores"]["test"]), "run the skipped tasks, or move the odd records away"),
+    ("test data", _test_data, "run the older ones again on today's data"),
+    ("fine-tuning recipe", _recipe, "name one, as in finetune=full, or move the odd records away"),
+)
