@@ -35,7 +35,7 @@ def table(arguments: Sequence[str]) -> int:
     if not arguments or "=" in arguments[0]:
         raise OptionError(f"which table? byom table NAME, one of: {', '.join(config.options('experiment'))}")
     name, extra = arguments[0], list(arguments[1:])
-    plan = config.plain(config.compose([f"experiment={name}"], primary="table"))
+    plan = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
     every = config.cells(plan["rows"], [*plan["common"], *extra])
     failures = _cells(every)
     composed = config.build(config.compose(every[0]))

