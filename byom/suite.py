@@ -1,0 +1,147 @@
+"""What is evaluated: a task is labelled data with named classes, a suite is tasks that are merged together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from byom.errors import DataError, OptionError, suggest
+from byom.source.base import Source
+from byom.source.package import PackageMissing
+
+MODALITIES = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled data with named classes.
+
+    Args:
+        name: A short name; records and caches use it, and draws are keyed by it.
+        source: Where the examples come from.
+        modality: "image" or "text".
+        classes: Readable names, in the order of the labels 0 ... C-1. A mapping from the data's own labels to
+            readable names is accepted too; labels that share a name are one class.
+        labels: The data's own label to readable name; filled from `classes` and identical to it otherwise.
+        templates: Sentences with ``{}`` for the class name, for heads made from words.
+        metric: What the score is.
+        train: How many examples are drawn to train on.
+        validation: How many to select hyperparameters on.
+        test: How many to report; the same ones for every seed.
+        shots: How many per class make a head of prototypes.
+        licence: Of the data, for people.
+        homepage: Where the data is described.
+    """
+
+    name: str
+    source: Source
+    modality: str
+    classes: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+    metric: str = "accuracy"
+    train: int = 600
+    validation: int = 100
+    test: int = 300
+    shots: int = 5
+    licence: str = field(default="", metadata={"signature": False})
+    homepage: str = field(default="", metadata={"signature": False})
+
+    def __post_init__(self) -> None:
+        classes, labels = _named(self.classes, self.labels)
+        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "templates", tuple(self.templates))
+        self._check()
+
+    def index(self, label: str) -> int:
+        """Return the class number of one of the data's own labels.
+
+        Raises:
+            DataError: If the task does not know the label.
+        """
+        if label not in self.labels:
+            raise DataError(
+                f"the data of task {self.name} has the label {label!r}, which is none of its classes: "
+                f"{suggest(label, self.labels)}. Add it to `classes` or filter it out in `source`"
+            )
+        return self.classes.index(self.labels[label])
+
+    def _check(self) -> None:
+        if self.modality not in MODALITIES:
+            raise OptionError(
+                f"task {self.name} has modality {self.modality!r}; {suggest(self.modality, MODALITIES)}"
+            )
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise OptionError(
+                f"task {self.name} needs two or more classes with different names, not {self.classes}"
+            )
+        unnamed = sorted(set(self.labels.values()) - set(self.classes))
+        if unnamed:
+            raise OptionError(
+                f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}"
+            )
+        for size in ("train", "validation", "test", "shots"):
+            if getattr(self, size) < 1:
+                raise OptionError(
+                    f"task {self.name} has {size}={getattr(self, size)}; give at least 1 example"
+                )
+
+
+def _named(
+    classes: tuple[str, ...] | Mapping[str, str], labels: Mapping[str, str]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    if isinstance(classes, Mapping):
+        labels = {str(label): str(name) for label, name in classes.items()} | dict(labels)
+        return tuple(dict.fromkeys(labels.values())), labels
+    names = tuple(str(name) for name in classes)
+    return names, {str(k): str(v) for k, v in labels.items()} or {name: name for name in names}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are learned apart and merged together.
+
+    Args:
+        name: A short name; records use it.
+        tasks: The tasks in order; a mapping from name to task is accepted too.
+        skip_missing: Whether `available` drops tasks whose data is not installed.
+        missing: Names of the tasks that `available` dropped.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    skip_missing: bool = field(default=False, metadata={"signature": False})
+    missing: tuple[str, ...] = field(default=(), metadata={"signature": False})
+
+    def __post_init__(self) -> None:
+        tasks = tuple(self.tasks.values()) if isinstance(self.tasks, Mapping) else tuple(self.tasks)
+        names = [task.name for task in tasks]
+        if isinstance(self.tasks, Mapping) and names != list(self.tasks):
+            raise OptionError(
+                f"suite {self.name} files its tasks under {list(self.tasks)}, but they are named {names}"
+            )
+        if not tasks or len(set(names)) < len(names):
+            raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
+        object.__setattr__(self, "tasks", tasks)
+
+    def available(self) -> Suite:
+        """Return the suite of the tasks whose data is there.
+
+        Raises:
+            DataError: If data is missing and not skipped, if none is left, or a package has another version.
+        """
+        gone = [task for task in self.tasks if self._absent(task)]
+        if len(gone) == len(self.tasks):
+            gone[0].source.check()
+        left = tuple(task for task in self.tasks if task not in gone)
+        return replace(self, tasks=left, missing=(*self.missing, *(task.name for task in gone)))
+
+    def _absent(self, task: Task) -> bool:
+        try:
+            task.source.check()
+        except PackageMissing:
+            if self.skip_missing:
+                return True
+            raise
+        return False
