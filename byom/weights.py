@@ -179,7 +179,7 @@ class Weights:
         return self._combine(other, torch.add, "+", difference=False)
 
     def __radd__(self, other: object) -> Weights:
-        return self if other == 0 else NotImplemented     # sum() starts from 0
+        return self if other == 0 else NotImplemented  # sum() starts from 0
 
     def __sub__(self, other: Weights) -> Weights:
         return self._combine(other, torch.sub, "-", difference=True)
@@ -192,6 +192,8 @@ class Weights:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Weights:
+        if not isinstance(divisor, int | float):
+            return NotImplemented
         return self._derive(lambda name: self._wide(name) / divisor, f"{self.origin} / {divisor}")
 
     def __neg__(self) -> Weights:
@@ -259,7 +261,9 @@ class Weights:
         require_match(self, other)
         specs = {name: _widened(spec) for name, spec in self._specs.items()} if difference else None
         return self._derive(
-            lambda name: op(self._wide(name), other._wide(name)), f"({self.origin} {sign} {other.origin})", specs
+            lambda name: op(self._wide(name), other._wide(name)),
+            f"({self.origin} {sign} {other.origin})",
+            specs,
         )
 
 
@@ -269,10 +273,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def require_match(a: Weights, b: Weights) -> None:
-    """Check that two sets of weights have the same names and shapes.
+    """Check that two sets of weights have the same names, shapes and ties.
 
     Raises:
-        WeightsMismatch: With the names that only one has, or the first shapes that differ.
+        WeightsMismatch: With the names that only one has, or the first shapes or ties that differ.
     """
     missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
     if missing or extra:
@@ -285,6 +289,12 @@ def require_match(a: Weights, b: Weights) -> None:
         raise WeightsMismatch(
             f"{a.origin} and {b.origin} have tensors of different shape: {_listed(shapes)}. "
             "Exclude task heads and resized vocabularies before merging"
+        )
+    ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
+    if ties:     # one of two values would be lost without a word
+        raise WeightsMismatch(
+            f"{a.origin} and {b.origin} tie different tensors: {_listed(ties)} are one tensor in one of them only. "
+            "Tie them in both, or clone one of them before Weights.of"
         )
 
 
@@ -312,5 +322,5 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)     # propagates NaN, and needs no mask as large as the tensor
+    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
     return bool(low.isfinite() & high.isfinite())

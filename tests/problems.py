@@ -1,0 +1,108 @@
+"""Small models and merging problems that hold everything a real checkpoint does, and helpers to watch them."""
+
+from dataclasses import replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from byom.config import folder
+from byom.merge.base import Problem
+from byom.weights import Spec, Weights
+
+FLOATS = {
+    "embed": (7, 5),
+    "empty": (0, 3),
+    "layer.bias": (6,),
+    "layer.weight": (6, 4),
+    "one": (1,),
+    "scale": (),
+}
+TIED = {"head": "embed"}
+BUFFERS = ["counter", "flags"]
+
+
+def grid(shape, generator, span):
+    """Multiples of 1/64: sums and differences are exact in fp32, and magnitudes often tie."""
+    return torch.randint(-span, span + 1, shape, generator=generator) / 64
+
+
+def normal(shape, generator, span):
+    return torch.randn(shape, generator=generator) * span / 64
+
+
+def model(seed, dtype=torch.float32, *, around=None, values=normal, span=32):
+    """Make a state dict with 0-dim, empty and one-element tensors, buffers, and one tied pair."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: values(shape, generator, span) for name, shape in FLOATS.items()}
+    if around is not None:
+        state = {name: around[name].float() + tensor for name, tensor in state.items()}
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    buffers = {"counter": torch.tensor(seed), "flags": torch.tensor([seed % 2 == 0, True])}
+    return state | {alias: state[name] for alias, name in TIED.items()} | buffers
+
+
+def models(tasks=3, dtype=torch.float32, *, values=normal, seed=0):
+    """Return the state dicts of theta_0 and of every theta_t near it."""
+    base = model(seed, dtype, values=values, span=64)
+    return base, {f"task{t}": model(seed + t, dtype, around=base, values=values) for t in range(1, tasks + 1)}
+
+
+def problem(base, finetuned):
+    return Problem(Weights.of(base, "pre-trained"), {t: Weights.of(s, t) for t, s in finetuned.items()})
+
+
+def scaled(base, finetuned, factor):
+    """Multiply every task vector by `factor`; what is not floating point stays."""
+
+    def stretch(name, tensor):
+        return base[name] + factor * (tensor - base[name]) if tensor.is_floating_point() else tensor
+
+    stretched = {t: {n: stretch(n, v) for n, v in s.items()} for t, s in finetuned.items()}
+    return {t: tied(s) for t, s in stretched.items()}
+
+
+def tied(state):
+    return state | {alias: state[name] for alias, name in TIED.items()}
+
+
+def counted(weights, checksums=False):
+    """Return the same weights and the list of names read from them, growing."""
+    reads = []
+
+    def read(name):
+        reads.append(name)
+        return weights[name]
+
+    specs = {name: Spec(weights.shape(name), weights.dtype(name)) for name in weights}
+    checksum = weights.checksum if checksums else None
+    return Weights(specs, read, ties=weights.ties, origin=weights.origin, checksum=checksum), reads
+
+
+def bits(tensor):
+    """Return a tensor's bytes: equality that tells -0 from 0 and NaN from NaN."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+
+
+def same(a, b):
+    """Say whether two sets of weights, or state dicts, have the same names and the same bits."""
+    return sorted(a.keys()) == sorted(b.keys()) and all(bits(a[name]) == bits(b[name]) for name in a.keys())  # noqa: SIM118
+
+
+def options(group):
+    """Build every option of a group: its yaml, and its yaml with each other value of each `Literal` field."""
+    built = {}
+    for file in sorted((folder() / group).glob("*.yaml")):
+        option = instantiate(OmegaConf.load(file), _convert_="all")
+        built[file.stem] = option
+        built |= {f"{file.stem}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
+    return built
+
+
+def _others(option):
+    hints = get_type_hints(type(option))
+    literals = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    fields = option.__dataclass_fields__
+    return [(n, v) for n, values in literals.items() if n in fields for v in values if v != getattr(option, n)]
