@@ -21,7 +21,7 @@ from byom.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-OWN_JSON = {INDEX, "bundle.json", "training.json"}     # what a folder written by byom may hold beside tensors
+OWN_JSON = {INDEX, "bundle.json", "training.json"}  # what a folder written by byom may hold beside tensors
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -33,7 +33,7 @@ _DTYPES = {
 def crc32(tensor: Tensor) -> str:
     """Return the CRC-32 of a tensor's bytes in row-major order, as 8 hexadecimal digits."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0:08x}"
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0:08x}"
 
 
 def digest(value: Any) -> str:
@@ -58,6 +58,8 @@ class TensorFiles:
         self._verified: set[str] = set()
         for file in _files(path):
             self._add(file)
+        if lost := sorted(set(_promised(path)) - set(self.specs)):
+            raise CheckpointError(f"{path / INDEX} names tensors that no shard holds: {lost[:5]}. Download it again")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; the first read of a tensor with a recorded checksum verifies it."""
@@ -91,7 +93,11 @@ class TensorFiles:
 
 
 def save(
-    folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], ties: Mapping[str, str], shard_bytes: int
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    ties: Mapping[str, str],
+    shard_bytes: int,
 ) -> Path:
     """Write tensors into a folder of safetensors files; an interrupted or failed write leaves the old folder alone.
 
@@ -125,7 +131,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
         tensors: Name to tensor.
         notes: JSON metadata stored beside the checksums.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = _apart(tensors)
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -157,10 +163,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: If the folder holds other files or its parent cannot be written.
     """
+    folder = folder.resolve()  # what a link points at is replaced, and the link stays
     _refuse_foreign(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
+        partial.mkdir(parents=True)
         yield partial
         _swap(partial, folder)
     except OSError as error:
@@ -185,11 +193,22 @@ def _files(path: Path) -> list[Path]:
 
 
 def _indexed(folder: Path) -> list[Path]:
-    names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    names = set(_promised(folder).values())
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
         raise CheckpointError(f"{folder / INDEX} names shards that are missing: {missing}. Download them again")
     return [folder / name for name in sorted(names)]
+
+
+def _promised(folder: Path) -> dict[str, str]:
+    """Return the index's tensor names and their shards; empty without an index."""
+    file = folder / INDEX
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, repr(error), "an index") from error
 
 
 @contextmanager
@@ -200,8 +219,20 @@ def _readable(file: Path) -> Iterator[None]:
         raise _damaged(file, str(error)) from error
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or not a safetensors file ({why}). Delete it and make or fetch it again")
+def _damaged(path: Path, why: str, what: str = "a safetensors file") -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or not {what} ({why}). Delete it and make or fetch it again")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what shares its memory with another tensor, which safetensors refuses to write."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, given in tensors.items():
+        tensor = given.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -233,7 +264,7 @@ def _write_index(folder: Path, shards: list[list[str]], total: int) -> None:
 def _settle(file: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
-    file.chmod(0o666 & ~umask)     # safetensors writes 0600, which a shared cache cannot use
+    file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a shared cache cannot use
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 
@@ -255,7 +286,13 @@ def _ours(file: Path) -> bool:
 
 def _swap(partial: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)
-    partial.replace(folder)
+    try:
+        partial.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
