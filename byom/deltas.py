@@ -6,6 +6,24 @@ import torch
 from torch import Tensor
 
 
+def total(stacked: Tensor) -> Tensor:
+    """Sum over tasks, one after the other.
+
+    ``Tensor.sum`` adds in an order that depends on the width of what it is given, so that from five tasks on a
+    piece of a tensor would not get the bits of the whole.
+
+    Args:
+        stacked: ``[T, *shape]``.
+
+    Returns:
+        ``[*shape]``.
+    """
+    result = stacked[0].clone()
+    for row in stacked[1:]:
+        result += row
+    return result
+
+
 def elect_sign(deltas: Tensor, majority: float = 0.0) -> Tensor:
     """Elect one sign per coordinate by total mass: ``sgn(sum_t tau_t)``.
 
@@ -20,7 +38,7 @@ def elect_sign(deltas: Tensor, majority: float = 0.0) -> Tensor:
     References:
         TIES-Merging, section 3, step 2. https://arxiv.org/abs/2306.01708
     """
-    sign = deltas.sum(0).sign()
+    sign = total(deltas).sign()
     return sign if majority == 0 else torch.where(sign == 0, torch.full_like(sign, majority), sign)
 
 
@@ -46,4 +64,4 @@ def disjoint_mean(deltas: Tensor) -> Tensor:
     Returns:
         ``[*shape]``, the mean over the tasks that still have a value.
     """
-    return deltas.sum(0) / (deltas != 0).sum(0).clamp_(min=1)
+    return total(deltas) / (deltas != 0).sum(0).clamp_(min=1)

@@ -1,6 +1,6 @@
 """Small models and merging problems that hold everything a real checkpoint does, and helpers to watch them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -104,5 +104,4 @@ def options(group):
 def _others(option):
     hints = get_type_hints(type(option))
     literals = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-    fields = option.__dataclass_fields__
-    return [(n, v) for n, values in literals.items() if n in fields for v in values if v != getattr(option, n)]
+    return [(f.name, v) for f in fields(option) for v in literals.get(f.name, ()) if v != getattr(option, f.name)]

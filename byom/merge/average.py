@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from byom.deltas import total
 from byom.merge.base import Group, TensorwiseMethod
 
 
@@ -25,4 +26,4 @@ class Average(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return the mean over tasks, accumulated in fp32."""
-        return group.finetuned.mean(0)
+        return total(group.finetuned) / len(group.experts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from byom.errors import CheckpointError, OptionError
 from byom.weights import Weights, require_match, wide
 
-BLOCK = 1 << 20     # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
+BLOCK = 1 << 20  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Group:
         stacked = self.finetuned
         return stacked.sub_(wide(self.pretrained))
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[int, Group]]:
-        """Yield ``(offset, group)`` for flat pieces of at most `size` elements; a view, nothing is copied."""
+    def blocks(self) -> Iterator[tuple[int, Group]]:
+        """Yield ``(offset, group)`` for flat pieces of at most `BLOCK` elements; a view, nothing is copied."""
         flat = [tensor.reshape(-1) for tensor in (self.pretrained, *self.experts)]
-        for start in range(0, flat[0].numel(), size):
-            piece = [tensor[start : start + size] for tensor in flat]
+        for start in range(0, flat[0].numel(), BLOCK):
+            piece = [tensor[start : start + BLOCK] for tensor in flat]
             yield start, Group(self.name, piece[0], tuple(piece[1:]))
 
 
@@ -92,6 +92,7 @@ class Problem:
         }
 
 
+@dataclass(frozen=True)
 class MergeMethod(ABC):
     """A merge method: a frozen dataclass of hyperparameters, called on a `Problem`."""
 
@@ -114,9 +115,12 @@ class MergeMethod(ABC):
         """
         missing = sorted(self.requires - set(problem.statistics))
         if missing:
-            raise OptionError(f"{type(self).__name__} needs the statistics {missing}; compute them with statistic={missing[0]}")
+            raise OptionError(
+                f"{type(self).__name__} needs the statistics {missing}; compute them with statistic={missing[0]}"
+            )
 
 
+@dataclass(frozen=True)
 class TensorwiseMethod(MergeMethod):
     """A method that merges each parameter on its own, in flat blocks when it acts on each element alone."""
 
@@ -136,7 +140,7 @@ class TensorwiseMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
-        return _lazily(problem, lambda group: self._whole(group))
+        return _lazily(problem, self._whole)
 
     def _whole(self, group: Group) -> Tensor:
         if not self.elementwise:
@@ -144,6 +148,7 @@ class TensorwiseMethod(MergeMethod):
         return blockwise(group, lambda _, piece: self.merge(piece))
 
 
+@dataclass(frozen=True)
 class PlannedMethod(MergeMethod):
     """A method that streams over all parameters once or twice before it can merge any of them."""
 

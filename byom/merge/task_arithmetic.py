@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from byom.deltas import total
 from byom.merge.base import Group, TensorwiseMethod
 
 
@@ -32,4 +33,4 @@ class TaskArithmetic(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + scale * sum_t tau_t``."""
-        return group.pretrained + self.scale * group.deltas.sum(0)
+        return group.pretrained + self.scale * total(group.deltas)

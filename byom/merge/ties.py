@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import agreeing, disjoint_mean, elect_sign
+from byom.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.errors import OptionError, fraction
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.selection import Cut
@@ -81,12 +81,14 @@ class Ties(PlannedMethod):
     def _merge(self, piece: Group, start: int, plan: Plan, name: str) -> Tensor:
         trimmed = _trim(piece, start, [cut[name] for cut in plan.cuts])
         kept = agreeing(trimmed, elect_sign(trimmed, plan.majority))
-        merged = disjoint_mean(kept) if self.combine == "mean" else kept.sum(0)
+        merged = disjoint_mean(kept) if self.combine == "mean" else total(kept)
         return piece.pretrained + self.scale * merged
 
     def _votes(self, group: Group, plan: Plan) -> int:
         cut = [cut[group.name] for cut in plan.cuts]
-        return sum(int(elect_sign(_trim(piece, start, cut)).sum(dtype=torch.float64)) for start, piece in group.blocks())
+        return sum(
+            int(elect_sign(_trim(piece, start, cut)).sum(dtype=torch.float64)) for start, piece in group.blocks()
+        )
 
 
 def _trim(piece: Group, start: int, cut: Sequence[tuple[Cut, int]]) -> Tensor:

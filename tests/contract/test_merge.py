@@ -1,0 +1,249 @@
+"""Every option of ``conf/merge`` against the laws of merging; a new method joins by having its yaml."""
+
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from byom.errors import CheckpointError, OptionError, WeightsMismatch
+from byom.merge import base as merging
+from byom.merge.base import PlannedMethod, Problem, TensorwiseMethod
+from byom.weights import Weights
+from tests.problems import BUFFERS, FLOATS, TIED, bits, counted, grid, model, models, options, problem, same, scaled
+
+METHODS = options("merge")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+EXEMPT = {
+    "test_the_experts_matter": {"pretrained": "it is the row without experts"},
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    law = request.function.__name__
+    if reason := EXEMPT.get(law, {}).get(request.param.split("-")[0]):
+        pytest.skip(reason)
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def difference(merged, base):
+    return {name: merged[name].double() - base[name].double() for name in FLOATS}
+
+
+def equal(a, b):
+    for name in FLOATS:
+        assert_close(a[name], b[name], rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def snapshot(*states):
+    return [{name: bits(tensor) for name, tensor in state.items()} for state in states]
+
+
+# reading
+
+
+def test_merging_is_lazy(method):
+    base, finetuned = models()
+    watched = {"base": counted(Weights.of(base))} | {t: counted(Weights.of(s)) for t, s in finetuned.items()}
+    reads = [read for _, read in watched.values()]
+    merged = method(Problem(watched["base"][0], {t: watched[t][0] for t in finetuned}))
+    assert merged.keys() == Weights.of(base).keys() and merged.shape("embed") == (7, 5)
+    assert not any(reads) or isinstance(method, PlannedMethod)
+    for read in reads:
+        read.clear()
+    merged["layer.weight"]
+    assert {name for read in reads for name in read} <= {"layer.weight"}
+
+
+def test_reading_is_pure(method, dtype):
+    merged = method(problem(*models(dtype=dtype)))
+    forth = {name: bits(merged[name]) for name in merged}
+    back = {name: bits(merged[name]) for name in reversed(merged.keys())}
+    again = method(problem(*models(dtype=dtype)))
+    assert forth == back == {name: bits(again[name]) for name in reversed(again.keys())}
+
+
+def test_disk_and_memory_give_the_same_bits(method, dtype, tmp_path):
+    base, finetuned = models(dtype=dtype)
+    held = problem(base, finetuned)
+    opened = Problem(
+        Weights.open(held.pretrained.save(tmp_path / "base", shard_bytes=90)),
+        {t: Weights.open(w.save(tmp_path / t, shard_bytes=150)) for t, w in held.finetuned.items()},
+    )
+    expected = method(held)
+    merged = method(opened)
+    assert same(merged, expected)
+    assert same(Weights.open(merged.save(tmp_path / "merged", shard_bytes=60)), expected)
+
+
+def test_inputs_are_not_modified(method, dtype):
+    base, finetuned = models(dtype=dtype)
+    before = snapshot(base, *finetuned.values())
+    method(problem(base, finetuned)).materialise()
+    assert snapshot(base, *finetuned.values()) == before
+
+
+def test_names_shapes_dtypes_and_ties_are_those_of_the_pretrained(method, dtype):
+    merged = method(problem(*models(dtype=dtype)))
+    expected = Weights.of(model(0, dtype))
+    assert merged.keys() == expected.keys() and merged.ties == TIED
+    assert merged.shape("scale") == ()
+    for name, tensor in merged.state().items():
+        assert (tuple(tensor.shape), tensor.dtype) == (expected.shape(name), expected.dtype(name))
+
+
+def test_buffers_are_those_of_the_pretrained(method):
+    base, finetuned = models()
+    merged = method(problem(base, finetuned))
+    assert all(bits(merged[name]) == bits(base[name]) for name in BUFFERS)
+
+
+def test_experts_of_another_precision_are_merged_in_the_wider_one(method):
+    base, finetuned = models(dtype=torch.bfloat16, values=grid)
+    widened = {t: {n: v.float() if v.is_floating_point() else v for n, v in s.items()} for t, s in finetuned.items()}
+    widened = {t: s | {alias: s[name] for alias, name in TIED.items()} for t, s in widened.items()}
+    assert same(method(problem(base, widened)), method(problem(base, finetuned)))
+
+
+def test_tied_tensors_are_merged_once(method):
+    merged = method(problem(*models()))
+    state = merged.state()
+    assert all(state[alias] is state[name] for alias, name in TIED.items())
+    base, finetuned = models()
+    for alias in TIED:
+        for weights in (base, *finetuned.values()):
+            del weights[alias]
+    alone = method(problem(base, finetuned))
+    assert all(bits(alone[name]) == bits(merged[name]) for name in alone)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_merging_by_blocks_gives_the_bits_of_the_whole(method, dtype, size, monkeypatch):
+    models_ = models(tasks=9, dtype=dtype)
+    whole = method(problem(*models_)).state()
+    monkeypatch.setattr(merging, "BLOCK", size)
+    assert same(method(problem(*models_)).state(), whole)
+
+
+def test_key_order_does_not_matter(method):
+    base, finetuned = models()
+    turned = {t: dict(reversed(s.items())) for t, s in finetuned.items()}
+    expected = method(problem(base, finetuned))
+    assert same(method(problem(dict(reversed(base.items())), turned)), expected)
+
+
+# what is merged
+
+
+def test_the_experts_matter(method):
+    base, finetuned = models(values=grid)
+    merged = method(problem(base, finetuned))
+    assert any(bits(merged[name]) != bits(base[name]) for name in FLOATS)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+def test_experts_equal_to_the_pretrained_change_nothing(method, tasks, dtype):
+    base = model(0, dtype, values=grid)
+    merged = method(problem(base, dict.fromkeys(map(str, range(tasks)), base)))
+    for name in FLOATS:
+        assert_close(merged[name], base[name])
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_any_number_of_tasks_merges_to_finite_values(method, tasks, dtype):
+    merged = method(problem(*models(tasks, dtype)))
+    assert all(merged[name].isfinite().all() for name in merged)
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_zero_task_vector_gives_no_nan(method, others, dtype):
+    base, finetuned = models(others, dtype)
+    merged = method(problem(base, finetuned | {"idle": base}))
+    assert all(merged[name].isfinite().all() for name in merged)
+
+
+def test_the_order_of_tasks_does_not_matter(method):
+    base, finetuned = models(4, torch.float64, values=grid)
+    expected = method(problem(base, finetuned))
+    equal(method(problem(base, dict(reversed(finetuned.items())))), expected)
+    equal(method(problem(base, {f"renamed {t}": s for t, s in finetuned.items()})), expected)
+
+
+@pytest.mark.parametrize("factor", [0.25, 2.0, -1.0, -4.0])
+def test_the_difference_scales_with_the_task_vectors(method, factor):
+    base, finetuned = models(4, torch.float64, values=grid)
+    once = difference(method(problem(base, finetuned)), base)
+    stretched = difference(method(problem(base, scaled(base, finetuned, factor))), base)
+    equal(stretched, {name: factor * tensor for name, tensor in once.items()})
+
+
+def test_moving_every_model_moves_the_merged_one(method):
+    base, finetuned = models(4, torch.float64, values=grid)
+    moved = [{n: v + 2 if v.is_floating_point() else v for n, v in s.items()} for s in (base, *finetuned.values())]
+    moved = [state | {alias: state[name] for alias, name in TIED.items()} for state in moved]
+    merged = method(problem(moved[0], dict(zip(finetuned, moved[1:], strict=True))))
+    equal(difference(merged, moved[0]), difference(method(problem(base, finetuned)), base))
+
+
+def test_what_has_no_parameter_merges_to_the_pretrained(method):
+    base = {"count": torch.tensor(3), "nothing": torch.zeros(0, 2)}
+    assert same(method(problem(base, {"a": {"count": torch.tensor(4), "nothing": torch.zeros(0, 2)}})), base)
+
+
+# refusals
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("culprit", ["pre-trained", "task1", "task3"])
+def test_what_is_not_finite_is_refused_by_name(method, culprit, bad):
+    base, finetuned = models()
+    state = base if culprit == "pre-trained" else finetuned[culprit]
+    state["layer.bias"][4] = bad
+    with pytest.raises(CheckpointError, match=rf"{culprit}: tensor 'layer\.bias' has 1 of 6"):
+        method(problem(base, finetuned))["layer.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("one"), "one only in the first"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra only in the second"),
+        (lambda s: s.update(one=torch.zeros(2)), r"'one' \(1,\) and \(2,\)"),
+        (lambda s: s.update(head=s["head"] + 1), "'head' and 'embed'"),
+    ],
+    ids=["missing", "extra", "shape", "untied"],
+)
+def test_models_of_another_architecture_are_refused(method, change, message):
+    base, finetuned = models()
+    change(finetuned["task2"])
+    with pytest.raises(WeightsMismatch, match=f"pre-trained and task2.*{message}"):
+        method(problem(base, finetuned))
+
+
+def test_no_expert_at_all_is_refused():
+    with pytest.raises(CheckpointError, match="at least one task"):
+        problem(model(0), {})
+
+
+def test_a_missing_statistic_is_refused():
+    @dataclass(frozen=True)
+    class Needy(TensorwiseMethod):
+        requires = frozenset({"fisher"})
+
+        def merge(self, group):
+            raise AssertionError
+
+    with pytest.raises(OptionError, match=r"Needy needs the statistics \['fisher'\].*statistic=fisher"):
+        Needy()(problem(*models()))
+
+
+def test_every_option_is_titled_frozen_and_hashable(method):
+    assert method.title
+    assert hash(method) == hash(replace(method))
+    assert set(method.grid) <= {field.name for field in fields(method)}
