@@ -67,7 +67,10 @@ class Bundle:
 
         Raises:
             CheckpointError: If it cannot be written or holds other files.
+            OptionError: If a task's name cannot name a file.
         """
+        if nested := [task for task in self.deltas if Path(task).name != task]:
+            raise OptionError(f"the task '{nested[0]}' cannot name a file of the bundle; rename it without '/'")
         with storage.replacing(Path(folder)) as partial:
             self.reference.save(partial / "reference")
             for task, delta in self.deltas.items():
@@ -92,8 +95,14 @@ class Bundle:
         file = Path(folder) / "bundle.json"
         if not file.is_file():
             raise CheckpointError(f"{folder} is not a bundle: it has no bundle.json")
-        notes = json.loads(file.read_text())
+        try:
+            notes = json.loads(file.read_text())
+            fingerprint, tasks = notes["reference"], list(notes["tasks"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error!r}); make or fetch the bundle again") from error
         reference = Weights.open(Path(folder) / "reference")
-        if reference.fingerprint() != notes["reference"]:
-            raise CheckpointError(f"{folder}/reference is not the model its task files were packed against; save it again")
-        return cls(reference, {task: Delta.open(Path(folder) / f"{task}.safetensors") for task in notes["tasks"]})
+        if reference.fingerprint() != fingerprint:
+            raise CheckpointError(
+                f"{folder}/reference is not the model its task files were packed against; save it again"
+            )
+        return cls(reference, {task: Delta.open(Path(folder) / f"{task}.safetensors") for task in tasks})
