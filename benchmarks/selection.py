@@ -102,9 +102,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 def table(result: dict) -> str:
     """A Markdown table."""
-    head = "n={elements:,} {dtype}, density {density}, threads={threads}, median of {repeats}".format(
-        **result
-    )
+    head = "n={elements:,} {dtype}, density {density}, threads={threads}, median of {repeats}".format(**result)
     lines = [head, "", "| routine | n | ns/element | times locate |", "|---|---:|---:|---:|"]
     for name, row in result["rows"].items():
         figures = f"{row['elements']:,} | {row['ns_per_element']:.2f} | {row['ratio']:.1f}"
@@ -126,9 +124,7 @@ def missed(result: dict) -> str:
 
 def main() -> None:
     """Measure, print, and write or check on request."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=100_000_000)
     parser.add_argument("--sorted-elements", type=int, default=10_000_000, help="elements for argsort")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -31,7 +31,17 @@ _WHERE = {
     "Weights": "byom.weights",
 }
 
-__all__ = ["Average", "Bundle", "ByomFft", "Delta", "PostPruning", "Problem", "TaskArithmetic", "Ties", "Weights"]
+__all__ = [
+    "Average",
+    "Bundle",
+    "ByomFft",
+    "Delta",
+    "PostPruning",
+    "Problem",
+    "TaskArithmetic",
+    "Ties",
+    "Weights",
+]
 __version__ = "0.1.0"
 
 

@@ -99,7 +99,12 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": _run, "table": _table, "report": _report, "list": _list}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "table": _table,
+    "report": _report,
+    "list": _list,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

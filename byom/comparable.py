@@ -47,9 +47,7 @@ def _test_data(record: Record) -> Any:
     data = _data(record)
     if not isinstance(data, Mapping):
         return data
-    return {
-        task: prints.get("test") if isinstance(prints, Mapping) else prints for task, prints in data.items()
-    }
+    return {task: prints.get("test") if isinstance(prints, Mapping) else prints for task, prints in data.items()}
 
 
 def _recipe(record: Record) -> list:

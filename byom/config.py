@@ -55,9 +55,9 @@ def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolve a configuration to plain containers, without Hydra's own part."""
     with explained():
-        bare = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
-    return dict(resolved)     # pyright: ignore
+    return dict(resolved)  # pyright: ignore
 
 
 def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
@@ -76,12 +76,12 @@ def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
     from byom.run import Settings
 
     with explained():
-        names = names or config.hydra.runtime.choices
+        names = names or dict(config.hydra.runtime.choices)
         resolved = plain(config)
-        groups = {group: instantiate(config[group], _convert_="all") for group in GROUPS}
+        groups: dict[str, Any] = {group: instantiate(config[group], _convert_="all") for group in GROUPS}
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
-    places = {key: Path(resolved[key]).expanduser() for key in PLACES}
+    places: dict[str, Any] = {key: Path(resolved[key]).expanduser() for key in PLACES}
     return Settings(
         **groups, **places, seed=resolved["seed"], device=resolved["device"], names=chosen, resolved=resolved
     )
@@ -101,7 +101,7 @@ def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:
     def task(config: DictConfig) -> float:
         return job(build(config, HydraConfig.get().runtime.choices))
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"     # let errors reach us, to be said in one sentence
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us, to be said in one sentence
     sys.argv = [sys.argv[0], "-m", *overrides]
     with explained():
         hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
@@ -117,7 +117,7 @@ def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
     Returns:
         One list of overrides a cell, in order, without repetitions.
     """
-    outer = _expand(common)     # outermost, so that neighbouring cells share their seed and its experts
+    outer = _expand(common)  # outermost, so that neighbouring cells share their seed and its experts
     expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
     return [list(cell) for cell in dict.fromkeys(map(tuple, expanded))]
 

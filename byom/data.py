@@ -61,9 +61,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(
-        self, size: int, order: Tensor | None = None
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """Yield every example once, in batches; padding that no example of a batch needs is cut off.
 
         Args:
@@ -154,14 +152,10 @@ def _split(task: Task, pool: Pool, index: Sequence[int], backbone: Encoder) -> S
 
 
 def _save(path: Path, splits: dict[str, Split]) -> None:
-    tensors = {
-        f"{name}/inputs/{key}": value for name, split in splits.items() for key, value in split.inputs.items()
-    }
+    tensors = {f"{name}/inputs/{key}": value for name, split in splits.items() for key, value in split.inputs.items()}
     tensors |= {f"{name}/labels": split.labels for name, split in splits.items()}
     prints = {name: split.fingerprint for name, split in splits.items()}
-    content = save(
-        {k: v.contiguous() for k, v in tensors.items()}, metadata={"fingerprints": json.dumps(prints)}
-    )
+    content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"fingerprints": json.dumps(prints)})
     write_atomically(path, content)
 
 

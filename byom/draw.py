@@ -52,9 +52,7 @@ def draw(task: Task, pools: dict[str, Pool], seed: int) -> dict[str, Draw]:
     seen |= _contents(pools[valid_pool], validation)
 
     rest = pools["train"]
-    train = _first(
-        task, "train", _fresh(rest, _order(len(rest), "train", task.name, seed), seen, kept), task.train
-    )
+    train = _first(task, "train", _fresh(rest, _order(len(rest), "train", task.name, seed), seen, kept), task.train)
     shots = _shots(task, rest, classes["train"], _order(len(rest), "shots", task.name, seed), seen, kept)
     return {
         "train": ("train", train),
@@ -100,9 +98,7 @@ def _first(task: Task, split: str, candidates: Iterable[int], count: int) -> lis
     return chosen
 
 
-def _shots(
-    task: Task, pool: Pool, classes: list[int], order: list[int], seen: set[bytes], kept: set[int]
-) -> list[int]:
+def _shots(task: Task, pool: Pool, classes: list[int], order: list[int], seen: set[bytes], kept: set[int]) -> list[int]:
     found: Counter[int] = Counter()
     chosen = []
     for i in _fresh(pool, (i for i in order if found[classes[i]] < task.shots), seen, kept):

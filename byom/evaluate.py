@@ -67,5 +67,7 @@ def evaluate(encoder: nn.Module, head: Head, split: Split, batch_size: int = 50)
     encoder.eval()
     device = next(encoder.parameters()).device
     return score(
-        lambda inputs: head(encoder(**{k: v.to(device) for k, v in inputs.items()})), split.batches(batch_size), len(split)
+        lambda inputs: head(encoder(**{k: v.to(device) for k, v in inputs.items()})),
+        split.batches(batch_size),
+        len(split),
     )

@@ -116,9 +116,7 @@ def _columns(names: Sequence[str]) -> int:
 def legend(figure: Figure, axes: Axes) -> None:
     """Draw the legend below the axes, outside the data."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=_columns(names), columnspacing=1.2, borderpad=0.1
-    )
+    figure.legend(handles, names, loc="outside lower center", ncols=_columns(names), columnspacing=1.2, borderpad=0.1)
 
 
 def spread_out(values: np.ndarray, gap: float) -> np.ndarray:

@@ -21,9 +21,7 @@ LABEL_GAP = 0.06
 
 
 def _kinds(frame: pd.DataFrame) -> pd.Series:
-    return pd.Series(
-        [kind(*pair) for pair in zip(frame["merge"], frame["variant"], strict=True)], index=frame.index
-    )
+    return pd.Series([kind(*pair) for pair in zip(frame["merge"], frame["variant"], strict=True)], index=frame.index)
 
 
 def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:

@@ -45,13 +45,25 @@ class Full:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        positive = (self.epochs, self.batch_size, self.clip, 1 if self.learning_rate is None else self.learning_rate)
+        positive = (
+            self.epochs,
+            self.batch_size,
+            self.clip,
+            1 if self.learning_rate is None else self.learning_rate,
+        )
         if min(positive) <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
             raise OptionError(f"finetune options out of range: {self}; sizes must be positive, warmup in [0, 1)")
 
 
-def finetune(  # noqa: PLR0917 (one call site, each argument a different kind of thing)
-    encoder: nn.Module, head: Head, split: Split, recipe: Full, rate: float, seed: int, folder: Path, label: str
+def finetune(
+    encoder: nn.Module,
+    head: Head,
+    split: Split,
+    recipe: Full,
+    rate: float,
+    seed: int,
+    folder: Path,
+    label: str,
 ) -> Weights:
     """Fine-tune an encoder under a frozen head; interrupted training resumes at the last finished epoch.
 
@@ -73,9 +85,13 @@ def finetune(  # noqa: PLR0917 (one call site, each argument a different kind of
     """
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
     steps = math.ceil(len(split) / recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup)
+    )
     done = _resume(folder, encoder, optimizer, schedule)
-    with tqdm(total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False, mininterval=1) as bar:
+    with tqdm(
+        total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False, mininterval=1
+    ) as bar:
         for epoch in range(done, recipe.epochs):
             for loss in _epoch(encoder, head, split, recipe, optimizer, seed, epoch):
                 schedule.step()
@@ -87,7 +103,13 @@ def finetune(  # noqa: PLR0917 (one call site, each argument a different kind of
 
 
 def _epoch(
-    encoder: nn.Module, head: Head, split: Split, recipe: Full, optimizer: torch.optim.Optimizer, seed: int, epoch: int
+    encoder: nn.Module,
+    head: Head,
+    split: Split,
+    recipe: Full,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    epoch: int,
 ) -> Iterator[float]:
     encoder.train()
     torch.manual_seed(keyed(seed, "dropout", epoch))
@@ -122,16 +144,27 @@ def _keep(folder: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer, sc
     notes = {"epoch": epoch, "groups": state["param_groups"], "schedule": schedule.state_dict()["last_epoch"]}  # pyright: ignore
     tensors = {f"encoder//{name}": tensor for name, tensor in encoder.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    storage.write_file(folder / "state.safetensors", tensors | {f"adam//{k}": v for k, v in moments.items()}, {"training": json.dumps(notes)})
+    storage.write_file(
+        folder / "state.safetensors",
+        tensors | {f"adam//{k}": v for k, v in moments.items()},
+        {"training": json.dumps(notes)},
+    )
 
 
-def _resume(folder: Path, encoder: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> int:
+def _resume(
+    folder: Path,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> int:
     file = folder / "state.safetensors"
     if not file.is_file():
         return 0
     notes = json.loads(storage.read_notes(file)["training"])
     stored = storage.TensorFiles(file)
-    encoder.load_state_dict({n.removeprefix("encoder//"): stored.read(n) for n in stored.specs if n.startswith("encoder//")})
+    encoder.load_state_dict(
+        {n.removeprefix("encoder//"): stored.read(n) for n in stored.specs if n.startswith("encoder//")}
+    )
     moments: dict[int, dict[str, Tensor]] = {}
     for name in (n for n in stored.specs if n.startswith("adam//")):
         _, index, key = name.split("//")

@@ -36,7 +36,14 @@ class Lab:
     """
 
     def __init__(
-        self, suite: Suite, backbone: Backbone, recipe: Full, seed: int, cache: Path, device: str, batch_size: int
+        self,
+        suite: Suite,
+        backbone: Backbone,
+        recipe: Full,
+        seed: int,
+        cache: Path,
+        device: str,
+        batch_size: int,
     ) -> None:
         for task in suite.tasks:
             backbone.require(task)
@@ -110,7 +117,9 @@ class Lab:
             self.fill(self.pretrained.state())
             head = self.backbone.head(self.encoder, self.tasks[task], self.splits(task)["shots"])
             file.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_file(file, {"weight": head.weight, "temperature": torch.tensor(head.temperature)}, {"task": task})
+            storage.write_file(
+                file, {"weight": head.weight, "temperature": torch.tensor(head.temperature)}, {"task": task}
+            )
         stored = load_file(file)
         return Head(stored["weight"], float(stored["temperature"]))
 

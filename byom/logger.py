@@ -77,7 +77,9 @@ class Wandb(Logger):
 def metrics(record: Record) -> dict[str, float]:
     """Return a record's numbers under flat names such as ``test/mnist/accuracy``."""
     flat = {
-        f"{split}/{task}/accuracy": row["accuracy"] for split, rows in record["scores"].items() for task, row in rows.items()
+        f"{split}/{task}/accuracy": row["accuracy"]
+        for split, rows in record["scores"].items()
+        for task, row in rows.items()
     }
     flat |= {f"{split}/mean/{kind}": v for split, row in record["summary"].items() for kind, v in row.items()}
     flat |= {f"storage/{key}": record["storage"][key] for key in ("parameters", "bytes")}

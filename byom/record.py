@@ -20,7 +20,17 @@ from typing import Any
 from byom.errors import OptionError
 
 FORMAT = 1
-PACKAGES = ("byom", "torch", "torchvision", "timm", "transformers", "open_clip_torch", "hydra-core", "safetensors", "numpy")
+PACKAGES = (
+    "byom",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "hydra-core",
+    "safetensors",
+    "numpy",
+)
 
 
 @dataclass
@@ -98,7 +108,9 @@ class Place:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise OptionError(f"cannot write results to {self._folder} ({error}); set results= to a writable folder") from error
+            raise OptionError(
+                f"cannot write results to {self._folder} ({error}); set results= to a writable folder"
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> Path:
         """Write a finished record, or a failed one beside where it would be; atomic.
@@ -181,7 +193,10 @@ def _version(package: str) -> str | None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def _gpu() -> str | None:
@@ -194,7 +209,7 @@ def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return     # elsewhere the peak is that of the whole process so far
+        return  # elsewhere the peak is that of the whole process so far
 
 
 def _peak_mib() -> float:

@@ -92,9 +92,7 @@ def _backbones(results: Path, suite: str) -> list[str]:
     names = sorted(path.parent.name for path in folder.glob("*/*.json"))
     if not names:
         suites = {path.parents[1].name for path in (results / "runs").glob("*/*/*.json")}
-        raise OptionError(
-            f"{folder} holds no record: run `byom suite={suite}` first; {suggest(suite, suites)}"
-        )
+        raise OptionError(f"{folder} holds no record: run `byom suite={suite}` first; {suggest(suite, suites)}")
     return list(dict.fromkeys(names))
 
 
@@ -165,9 +163,7 @@ def _report(results: Path, runs: Runs, suffix: str) -> Report:
     return Report(as_text(runs, frame, comparison), files)
 
 
-def _write_tables(
-    folder: Path, stem: str, runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame
-) -> list[Path]:
+def _write_tables(folder: Path, stem: str, runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> list[Path]:
     texts = {
         f"{stem}.md": as_markdown(runs, frame, comparison),
         f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
@@ -241,9 +237,7 @@ def header(runs: Runs) -> list[str]:
 
 
 def _skipped(task: str | Mapping[str, Any]) -> str:
-    return (
-        task if isinstance(task, str) else f"{task.get('task')} ({task.get('reason', 'no reason recorded')})"
-    )
+    return task if isinstance(task, str) else f"{task.get('task')} ({task.get('reason', 'no reason recorded')})"
 
 
 def _failure(record: Record) -> str:

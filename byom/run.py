@@ -163,7 +163,10 @@ def execute(settings: Settings) -> dict[str, Any]:
     with stages.stage("evaluate"):
         scores, norms = _evaluated(settings, lab, problem, reference, deltas)
     return {
-        "hyperparameters": {"merge": describe(_all_fields(method)), "byom": describe(_all_fields(settings.byom))},
+        "hyperparameters": {
+            "merge": describe(_all_fields(method)),
+            "byom": describe(_all_fields(settings.byom)),
+        },
         "scores": scores,
         "single_task": single,
         "summary": {s: _summary(scores[s], single[s]) for s in scores},
@@ -212,7 +215,9 @@ def _tuned(settings: Settings, lab: Lab, problem: Problem) -> tuple[MergeMethod,
     method, tuner = settings.effective()
     file = lab.cache / "tuning" / f"{signature(_lab_signature(lab), method, tuner)}.json"
     if not file.is_file():
-        _, trail = tuner.select(method, _objective(lab, problem, settings.names["merge"], len(tuner.candidates(method))))
+        _, trail = tuner.select(
+            method, _objective(lab, problem, settings.names["merge"], len(tuner.candidates(method)))
+        )
         write_json(file, trail)
     trail = json.loads(file.read_text())
     return _with(method, trail["chosen"]), trail
@@ -269,7 +274,7 @@ def _norms(problem: Problem, task: str, reference: Weights, model: Weights) -> d
     }
 
 
-@lru_cache(maxsize=64)     # the cells of a sweep share their experts and references
+@lru_cache(maxsize=64)  # the cells of a sweep share their experts and references
 def _distance(a: Weights, b: Weights) -> float:
     return (a - b).norm()
 
@@ -318,7 +323,7 @@ def _ratio(accuracy: float, single: float) -> float:
 
 
 def _with(method: MergeMethod, chosen: Mapping[str, Any]) -> MergeMethod:
-    return replace(method, **chosen)    # pyright: ignore[reportArgumentType]
+    return replace(method, **chosen)
 
 
 def _all_fields(option: Any) -> dict[str, Any]:

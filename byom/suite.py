@@ -69,23 +69,15 @@ class Task:
 
     def _check(self) -> None:
         if self.modality not in MODALITIES:
-            raise OptionError(
-                f"task {self.name} has modality {self.modality!r}; {suggest(self.modality, MODALITIES)}"
-            )
+            raise OptionError(f"task {self.name} has modality {self.modality!r}; {suggest(self.modality, MODALITIES)}")
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise OptionError(
-                f"task {self.name} needs two or more classes with different names, not {self.classes}"
-            )
+            raise OptionError(f"task {self.name} needs two or more classes with different names, not {self.classes}")
         unnamed = sorted(set(self.labels.values()) - set(self.classes))
         if unnamed:
-            raise OptionError(
-                f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}"
-            )
+            raise OptionError(f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}")
         for size in ("train", "validation", "test", "shots"):
             if getattr(self, size) < 1:
-                raise OptionError(
-                    f"task {self.name} has {size}={getattr(self, size)}; give at least 1 example"
-                )
+                raise OptionError(f"task {self.name} has {size}={getattr(self, size)}; give at least 1 example")
 
 
 def _named(
@@ -118,9 +110,7 @@ class Suite:
         tasks = tuple(self.tasks.values()) if isinstance(self.tasks, Mapping) else tuple(self.tasks)
         names = [task.name for task in tasks]
         if isinstance(self.tasks, Mapping) and names != list(self.tasks):
-            raise OptionError(
-                f"suite {self.name} files its tasks under {list(self.tasks)}, but they are named {names}"
-            )
+            raise OptionError(f"suite {self.name} files its tasks under {list(self.tasks)}, but they are named {names}")
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
         object.__setattr__(self, "tasks", tasks)

@@ -11,8 +11,8 @@ from torch import Tensor
 from byom.selection import Cut, Part, kept, locate
 from byom.weights import Weights, wide
 
-SWEEP = (0.01, 0.05, 0.1, 0.2)     # densities of the benchmark tables: one pass finds them all
-Cuts = dict[str, tuple[Cut, int]]     # parameter name -> (cut, flat offset of the parameter in the cut's stream)
+SWEEP = (0.01, 0.05, 0.1, 0.2)  # densities of the benchmark tables: one pass finds them all
+Cuts = dict[str, tuple[Cut, int]]  # parameter name -> (cut, flat offset of the parameter in the cut's stream)
 
 
 def cuts(target: Weights, reference: Weights, density: float, scope: str = "global") -> Cuts:
@@ -33,7 +33,7 @@ def cuts(target: Weights, reference: Weights, density: float, scope: str = "glob
     return known[density]
 
 
-@lru_cache(maxsize=256)     # small, and keyed by content: one entry a (task, reference)
+@lru_cache(maxsize=256)  # small, and keyed by content: one entry a (task, reference)
 def _known(target: str, reference: str, scope: str) -> dict[float, Cuts]:
     return {}
 
@@ -55,7 +55,7 @@ def difference(target: Weights, reference: Weights, name: str) -> Part:
     return Part(numel, lambda at: wide(left()[at]) - wide(right()[at]))
 
 
-@lru_cache(maxsize=2)     # the stream asks for block after block of one parameter of two models
+@lru_cache(maxsize=2)  # the stream asks for block after block of one parameter of two models
 def _read(weights: Weights, name: str) -> Tensor:
     return weights.read_finite(name).reshape(-1)
 

@@ -31,12 +31,14 @@ class Tuner(ABC):
         Returns:
             The chosen method, and ``{"searched", "chosen", "trail"}`` for the record.
         """
-        trail = [{**setting, "validation": objective(replace(method, **setting))} for setting in self.candidates(method)]  # pyright: ignore
+        trail = [
+            {**setting, "validation": objective(replace(method, **setting))} for setting in self.candidates(method)
+        ]
         if not trail:
             return method, {"searched": 0, "chosen": {}, "trail": []}
         best = dict(max(trail, key=lambda row: row["validation"]))
         best.pop("validation")
-        return replace(method, **best), {"searched": len(trail), "chosen": best, "trail": trail}  # pyright: ignore
+        return replace(method, **best), {"searched": len(trail), "chosen": best, "trail": trail}
 
 
 @dataclass(frozen=True)

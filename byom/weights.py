@@ -291,7 +291,7 @@ def require_match(a: Weights, b: Weights) -> None:
             "Exclude task heads and resized vocabularies before merging"
         )
     ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
-    if ties:     # one of two values would be lost without a word
+    if ties:  # one of two values would be lost without a word
         raise WeightsMismatch(
             f"{a.origin} and {b.origin} tie different tensors: {_listed(ties)} are one tensor in one of them only. "
             "Tie them in both, or clone one of them before Weights.of"

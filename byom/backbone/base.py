@@ -48,7 +48,7 @@ class Backbone(ABC):
         """What determines `encode`, as JSON: part of the signature of cached inputs."""
 
     @abstractmethod
-    def encode(self, raw: Sequence[Any]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """Turn raw inputs (PIL images or strings) into tensors with a leading axis of examples."""
 
     @abstractmethod

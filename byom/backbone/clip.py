@@ -39,18 +39,18 @@ class Clip(Backbone):
         """The model's own resize and crop."""
         return {"kind": "clip", "model": self.model}
 
-    def encode(self, raw: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``: shorter side resized, centre cropped."""
-        from open_clip import get_model_config
-        from torchvision.transforms.v2 import functional as f
+        from open_clip import get_model_config, image_transform
 
         config = get_model_config(self.model)
         if config is None:
             raise CheckpointError(f"open_clip has no model '{self.model}'; see open_clip.list_models()")
-        size = config["vision_cfg"].get("image_size", 224)
-        cubic = f.InterpolationMode.BICUBIC
-        crop = [f.center_crop(f.resize(image.convert("RGB"), [size], cubic), [size, size]) for image in raw]
-        return {"pixels": torch.stack([f.pil_to_tensor(image) for image in crop])}
+        transform: Any = image_transform(
+            config["vision_cfg"].get("image_size", 224), is_train=False, mean=(0, 0, 0), std=(1, 1, 1)
+        )
+        rows = [transform(image.convert("RGB")) for image in inputs]
+        return {"pixels": (255 * torch.stack(rows)).round().to(torch.uint8)}
 
     def load(self) -> nn.Module:
         """Return the image tower with normalisation; see `Backbone.load`."""
@@ -77,7 +77,9 @@ class Clip(Backbone):
         import open_clip
 
         if not task.templates:
-            raise DataError(f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml")
+            raise DataError(
+                f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
+            )
         model, tokenizer = self._full(), open_clip.get_tokenizer(self.model)
         rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
         return Head(torch.stack(rows), float(model.logit_scale.exp()))

@@ -63,13 +63,13 @@ class Encoder(Backbone):
         """Tokenizer and length."""
         return {"kind": "tokens", "tokenizer": self._where(), "max_length": self.max_length}
 
-    def encode(self, raw: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[str]) -> dict[str, Tensor]:
         """Return ``input_ids`` and ``attention_mask``, int64 ``[N, max_length]``."""
         from transformers import AutoTokenizer
 
         tokenizer = self._from(AutoTokenizer)
         rows = tokenizer(
-            list(raw), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(inputs), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
 

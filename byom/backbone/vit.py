@@ -26,6 +26,9 @@ class PixelEncoder(nn.Module):
         std: Channel standard deviations in [0, 1].
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.visual = visual
@@ -65,10 +68,10 @@ class Vit(Backbone):
         """Square size and resampling."""
         return {"kind": "pixels", "image_size": self.image_size, "resample": "bicubic"}
 
-    def encode(self, raw: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``."""
         side = (self.image_size, self.image_size)
-        rows = [np.asarray(image.convert("RGB").resize(side, Image.Resampling.BICUBIC)) for image in raw]
+        rows = [np.asarray(image.convert("RGB").resize(side, Image.Resampling.BICUBIC)) for image in inputs]
         return {"pixels": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()}
 
     def load(self) -> nn.Module:
@@ -79,14 +82,14 @@ class Vit(Backbone):
         visual = _create(timm, self.model, self.image_size, pretrained=self.checkpoint == "hub")
         if self.checkpoint not in ("hub", "random"):
             self._read_into(visual)
-        config = visual.pretrained_cfg
+        config: Any = visual.pretrained_cfg
         return PixelEncoder(visual, config["mean"], config["std"]).eval()
 
     def _read_into(self, visual: nn.Module) -> None:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
         path = _located(self.checkpoint, self.file)
-        state = checkpoint_filter_fn(read_state(path), visual)    # pyright: ignore[reportArgumentType]
+        state = checkpoint_filter_fn(read_state(path), visual)  # pyright: ignore[reportArgumentType]
         wanted = visual.state_dict()
         fill(visual, {name: state[name] for name in wanted if name in state}, str(path))
 

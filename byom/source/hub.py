@@ -80,9 +80,7 @@ class Hub(Source):
     def _pool(self, dataset: Any) -> Pool:
         for column in (self.input, self.label):
             if column not in dataset.column_names:
-                raise DataError(
-                    f"{self.path} has no column {column!r}; {suggest(column, dataset.column_names)}"
-                )
+                raise DataError(f"{self.path} has no column {column!r}; {suggest(column, dataset.column_names)}")
         names = getattr(dataset.features[self.label], "names", None)
         labels = Column(dataset, self.label)[:]
         return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in labels])

@@ -32,9 +32,7 @@ class Images(Sequence[Image.Image]):
                 image.load()
                 return image
         except (OSError, SyntaxError) as error:
-            raise DataError(
-                f"the image {self._paths[index]} cannot be decoded; restore or remove it"
-            ) from error
+            raise DataError(f"the image {self._paths[index]} cannot be decoded; restore or remove it") from error
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,7 @@ class ImageFolder(FileSource):
         folder, pattern = self.root.folder(), self.splits[split]
         found = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
         if not found:
-            raise DataError(
-                f"no image in {folder} matches {pattern!r} (split {split}); correct `splits` or `root`"
-            )
+            raise DataError(f"no image in {folder} matches {pattern!r} (split {split}); correct `splits` or `root`")
         return found
 
     def _pool(self, paths: list[Path]) -> Pool:

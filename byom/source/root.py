@@ -54,9 +54,7 @@ class Folder(Root):
         """Return the folder, or raise DataError if there is none."""
         found = Path(self.path).expanduser()
         if not found.is_dir():
-            raise DataError(
-                f"the data folder {found} does not exist; set `root` to the folder that holds the data"
-            )
+            raise DataError(f"the data folder {found} does not exist; set `root` to the folder that holds the data")
         return found
 
     def digest(self, files: Iterable[str], cache: Path | None = None) -> str:
@@ -127,9 +125,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"the data file {path} cannot be read ({error.strerror}); restore it or correct the path"
-    )
+    return DataError(f"the data file {path} cannot be read ({error.strerror}); restore it or correct the path")
 
 
 def _lines(values: Iterable) -> str:

@@ -90,9 +90,7 @@ class ImageTable(TableSource):
     def files(self) -> Sequence[str]:
         """Return the tables and every image they list."""
         folder = self.root.folder()
-        listed = [
-            path.relative_to(folder).as_posix() for split in self.splits for path in self._listed(split)[0]
-        ]
+        listed = [path.relative_to(folder).as_posix() for split in self.splits for path in self._listed(split)[0]]
         return [*self.splits.values(), *listed]
 
     def read(self) -> dict[str, Pool]:
@@ -127,9 +125,7 @@ def read_table(path: Path, delimiter: str | None = None, header: bool = True, sk
     try:
         return _parse(path, kind, delimiter, header, skip)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"the table {path} cannot be read ({error}); restore it or correct the options"
-        ) from error
+        raise DataError(f"the table {path} cannot be read ({error}); restore it or correct the options") from error
 
 
 def _parse(path: Path, kind: str, delimiter: str | None, header: bool, skip: int) -> DataFrame:
@@ -153,16 +149,12 @@ def _parse(path: Path, kind: str, delimiter: str | None, header: bool, skip: int
 
 def _column(path: Path, table: Any, name: str | int) -> Any:
     if name not in table.columns:
-        raise DataError(
-            f"the table {path} has no column {name!r}; {suggest(str(name), map(str, table.columns))}"
-        )
+        raise DataError(f"the table {path} has no column {name!r}; {suggest(str(name), map(str, table.columns))}")
     return table[name]
 
 
 def _strings(path: Path, table: Any, name: str | int) -> list[str]:
     column = _column(path, table, name)
     if column.isna().any():
-        raise DataError(
-            f"{column.isna().sum()} cells of column {name!r} of {path} are empty; fill or remove them"
-        )
+        raise DataError(f"{column.isna().sum()} cells of column {name!r} of {path} are empty; fill or remove them")
     return [str(value) for value in column]

@@ -16,9 +16,10 @@ from byom import storage
 from byom.errors import CheckpointError
 from byom.weights import Weights, require_match
 
-Parts = dict[str, Tensor]     # what is stored for one parameter: part name -> dense tensor
+Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
 
 
+@dataclass(frozen=True)
 class Variant(ABC):
     """A frozen dataclass of hyperparameters that packs ``theta_t`` against a reference it does not choose."""
 
@@ -165,7 +166,7 @@ class Delta:
 
 def _named(variant: Variant) -> dict[str, Any]:
     module = type(variant).__module__.rsplit(".", 1)[-1]
-    return {"module": module, "class": type(variant).__name__, "fields": dataclasses.asdict(variant)}  # pyright: ignore
+    return {"module": module, "class": type(variant).__name__, "fields": dataclasses.asdict(variant)}
 
 
 def _built(named: Mapping[str, Any]) -> Variant:

@@ -59,10 +59,7 @@ def curves(figure: Figure) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     handles, names = figure.axes[0].get_legend_handles_labels()
     lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
     pairs = zip(names, lines, strict=True)
-    return {
-        name: (np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float))
-        for name, line in pairs
-    }
+    return {name: (np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for name, line in pairs}
 
 
 @pytest.mark.parametrize("draw", DRAWN)
