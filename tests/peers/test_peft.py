@@ -1,0 +1,82 @@
+"""Merging beside PEFT's `merge_utils`.
+
+They agree where the definitions do: PEFT trims each tensor on its own (``scope="tensor"``), keeps exactly k,
+elects the sign of the *unweighted* sum, and divides by the number of agreeing tasks. They differ
+
+- in coordinates whose sum is exactly 0: PEFT elects +, byom the majority of the model, so a zero sum of opposite
+  values is never drawn here but in the test that states it;
+- in k: ``int(density * n)`` against ``floor(density * n + 1e-9)``, so 0.29 of 100 is 28 there and 29 here;
+- in weights: PEFT multiplies after the election, byom has one scale for all tasks.
+"""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from byom.merge.base import Problem
+from byom.merge.task_arithmetic import TaskArithmetic
+from byom.merge.ties import Ties
+from byom.weights import Weights
+from tests.problems import FLOATS
+
+merge_utils = pytest.importorskip("peft.utils.merge_utils")
+pytestmark = pytest.mark.peer
+
+SHAPES = {name: shape for name, shape in FLOATS.items() if torch.Size(shape).numel() > 1} | {"wide": (40, 25)}
+
+
+def vectors(tasks):
+    generator = torch.Generator().manual_seed(tasks)
+    return [{n: torch.randn(s, generator=generator) for n, s in SHAPES.items()} for _ in range(tasks)]
+
+
+def merged(method, taus):
+    zero = Weights.of({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+    return method(Problem(zero, {str(t): Weights.of(tau) for t, tau in enumerate(taus)}))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_ties_of_each_tensor(tasks, density, scale):
+    taus = vectors(tasks)
+    ours = merged(Ties(density, scale, scope="tensor"), taus)
+    for name in SHAPES:
+        theirs = merge_utils.ties([tau[name] for tau in taus], torch.full((tasks,), scale), density)
+        assert_close(ours[name], theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8])
+@pytest.mark.parametrize("scale", [1.0, 0.3, -0.5])
+def test_task_arithmetic(tasks, scale):
+    taus = vectors(tasks)
+    ours = merged(TaskArithmetic(scale), taus)
+    for name in SHAPES:
+        theirs = merge_utils.task_arithmetic([tau[name] for tau in taus], torch.full((tasks,), scale))
+        assert_close(ours[name], theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_pruning_before_adding(density):
+    taus = vectors(1)
+    ours = merged(Ties(density, scope="tensor", combine="sum"), taus)
+    for name in SHAPES:
+        theirs = merge_utils.magnitude_prune([taus[0][name]], torch.ones(1), density)
+        assert torch.equal(ours[name], theirs)
+
+
+def test_algebra_of_unequal_weights():
+    taus, weights = vectors(3), [0.7, -0.2, 1.5]
+    ours = sum(weight * Weights.of(tau) for weight, tau in zip(weights, taus, strict=True))
+    for name in SHAPES:
+        theirs = merge_utils.task_arithmetic([tau[name] for tau in taus], torch.tensor(weights))
+        assert_close(ours[name], theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_zero_sum_goes_to_plus_there_and_to_the_majority_here():
+    taus = [{"w": torch.tensor([1.0, -2.0, -3.0])}, {"w": torch.tensor([-1.0, -2.0, -3.0])}]
+    zero = Weights.of({"w": torch.zeros(3)})
+    ours = Ties(1.0)(Problem(zero, {str(t): Weights.of(tau) for t, tau in enumerate(taus)}))
+    with pytest.warns(UserWarning, match="no pruning"):
+        theirs = merge_utils.ties([tau["w"] for tau in taus], torch.ones(2), 1.0)
+    assert ours["w"].tolist() == [-1, -2, -3] and theirs.tolist() == [1, -2, -3]
