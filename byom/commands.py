@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from byom import config
-from byom.errors import ByomError, OptionError
+from byom.errors import ByomError, OptionError, suggest
 
 GROUPS_LISTED = ("merge", "byom", "suite", "backbone", "finetune", "tune", "logger", "experiment")
+REPORTED = ("suite", "backbone", "results")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,9 +47,12 @@ def table(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Write tables and figures from records alone."""
-    chosen = config.plain(config.compose(list(arguments), primary="report"))
-    _report(Path(chosen["results"]), chosen["suite"], chosen["backbone"])
+    """Write tables and figures from records alone; only suite, backbone and results say which."""
+    for argument in arguments:
+        if argument.split("=")[0] not in REPORTED:
+            raise OptionError(f"byom report knows no '{argument}'; {suggest(argument.split('=')[0], REPORTED)}")
+    chosen = config.compose(arguments)
+    _report(Path(chosen.results), chosen.suite.name, chosen.hydra.runtime.choices["backbone"])
     return 0
 
 
@@ -68,7 +72,7 @@ def _experts(cache: Path) -> list[str]:
 
     found = sorted((cache / "experts").glob("*/training.json"))
     rows = [(json.loads(file.read_text()), file.parent.name) for file in found]
-    lines = [f"{row['task']:<18} seed {row['seed']}  {row['backbone']:<20} {name}" for row, name in rows]
+    lines = [f"{row['task']:<18} seed {row['seed']}  {row.get('backbone', ''):<10} {name}" for row, name in rows]
     return [f"experts in {cache}: {len(lines)}", *sorted(lines)]
 
 

@@ -101,10 +101,21 @@ def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:
     def task(config: DictConfig) -> float:
         return job(build(config, HydraConfig.get().runtime.choices))
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us, to be said in one sentence
-    sys.argv = [sys.argv[0], "-m", *overrides]
-    with explained():
+    with explained(), _arguments(["-m", *overrides]):
         hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
+
+
+@contextmanager
+def _arguments(arguments: Sequence[str]) -> Iterator[None]:
+    """Give Hydra the command line it insists on reading itself, and let its errors reach us."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
 
 
 def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:

@@ -15,7 +15,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from byom.draw import draw
-from byom.errors import DataError
 from byom.signature import describe, signature
 from byom.source.base import Pool
 from byom.source.root import write_atomically
@@ -168,6 +167,8 @@ def _open(path: Path) -> dict[str, Split] | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
+    if any(f"{name}/labels" not in tensors for name in prints):
+        return None
     splits = {name: _unpack(name, tensors) for name in prints}
     return splits if all(split.fingerprint == prints[name] for name, split in splits.items()) else None
 
@@ -175,6 +176,4 @@ def _open(path: Path) -> dict[str, Split] | None:
 def _unpack(name: str, tensors: dict[str, Tensor]) -> Split:
     prefix = f"{name}/inputs/"
     inputs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    if f"{name}/labels" not in tensors:
-        raise DataError(f"the cached split {name} has no labels; remove the cache folder's data")
     return Split(inputs, tensors[f"{name}/labels"])

@@ -58,3 +58,10 @@ def fraction(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise OptionError(f"{name}={value} is not a fraction in [0, 1]; write 10 % as {name}=0.1")
     return value
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Join names for a message, the first `limit` of them, and say how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + more) or "none"

@@ -130,7 +130,9 @@ class Lab:
         training = folder.with_name(f"{folder.name}.training")
         tuned = finetune(self.encoder, head, split, self.recipe, rate, self.seed, training, f"fine-tune {task}")
         tuned.save(folder)
-        write_json(folder / "training.json", {"task": task, "seed": self.seed, "examples": len(split)})
+        backbone = type(self.backbone).__name__
+        notes = {"task": task, "backbone": backbone, "seed": self.seed, "examples": len(split)}
+        write_json(folder / "training.json", notes)
         shutil.rmtree(training, ignore_errors=True)
 
 

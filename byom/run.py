@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from byom import measure
 from byom.backbone.base import Backbone
 from byom.errors import OptionError
 from byom.finetune import Full
@@ -169,12 +170,12 @@ def execute(settings: Settings) -> dict[str, Any]:
         },
         "scores": scores,
         "single_task": single,
-        "summary": {s: _summary(scores[s], single[s]) for s in scores},
+        "summary": {s: measure.summary(scores[s], single[s]) for s in scores},
         "tuning": tuning,
-        "storage": _storage(settings.byom, problem, deltas),
+        "storage": measure.stored(settings.byom, problem, deltas),
         "norms": norms,
         "stages": stages.taken,
-        "fingerprints": _fingerprints(lab, experts),
+        "fingerprints": measure.fingerprints(lab, experts),
     }
 
 
@@ -213,12 +214,13 @@ def _lab_signature(lab: Lab) -> str:
 
 def _tuned(settings: Settings, lab: Lab, problem: Problem) -> tuple[MergeMethod, dict[str, Any]]:
     method, tuner = settings.effective()
+    candidates = tuner.candidates(method)
+    if not candidates:
+        return method, {"searched": 0, "chosen": {}, "trail": []}
     file = lab.cache / "tuning" / f"{signature(_lab_signature(lab), method, tuner)}.json"
     if not file.is_file():
-        _, trail = tuner.select(
-            method, _objective(lab, problem, settings.names["merge"], len(tuner.candidates(method)))
-        )
-        write_json(file, trail)
+        objective = _objective(lab, problem, settings.names["merge"], len(candidates))
+        write_json(file, tuner.select(method, objective)[1])
     trail = json.loads(file.read_text())
     return _with(method, trail["chosen"]), trail
 
@@ -230,7 +232,9 @@ def _objective(lab: Lab, problem: Problem, label: str, total: int) -> Any:
         merged = method(problem).materialise()
         ratios = []
         for task in lab.tasks:
-            ratios.append(_ratio(lab.score(task, merged, "validation").accuracy, lab.single_task(task, "validation")))
+            ratios.append(
+                measure.ratio(lab.score(task, merged, "validation").accuracy, lab.single_task(task, "validation"))
+            )
             bar.update()
         return sum(ratios) / len(ratios)
 
@@ -258,68 +262,10 @@ def _evaluated(
     norms = {}
     for task in tqdm(list(lab.tasks), desc="evaluate", unit="task", leave=False, mininterval=1):
         model = deltas[task].apply(reference).materialise()
-        norms[task] = _norms(problem, task, reference, model)
+        norms[task] = measure.norms(problem, task, reference, model)
         for split, by_task in scores.items():
             by_task[task] = lab.score(task, model, split).to_json()
     return scores, norms
-
-
-def _norms(problem: Problem, task: str, reference: Weights, model: Weights) -> dict[str, float]:
-    expert = problem.finetuned[task]
-    return {
-        "to_pretrained": _distance(expert, problem.pretrained),
-        "to_merged": _distance(expert, reference),
-        "kept": (model - reference).norm(),
-        "dropped": (expert - model).norm(),
-    }
-
-
-@lru_cache(maxsize=64)  # the cells of a sweep share their experts and references
-def _distance(a: Weights, b: Weights) -> float:
-    return (a - b).norm()
-
-
-def _storage(variant: Variant, problem: Problem, deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    base = problem.pretrained
-    shared = base.numel if variant.shares_reference else 0
-    shared_bytes = sum(base[name].nbytes for name in base.mergeable()) if variant.shares_reference else 0
-    kept = {task: delta.stored_parameters for task, delta in deltas.items()}
-    differing = {task: _count_differing(base, problem.finetuned[task]) for task in deltas}
-    return {
-        "model_parameters": base.numel,
-        "shared_parameters": shared,
-        "task_parameters": kept,
-        "parameters": shared + sum(kept.values()),
-        "bytes": shared_bytes + sum(delta.nbytes for delta in deltas.values()),
-        "differing_parameters": differing,
-        "density": {
-            "of_all": sum(kept.values()) / (len(kept) * base.numel),
-            "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
-        },
-    }
-
-
-@lru_cache(maxsize=64)
-def _count_differing(a: Weights, b: Weights) -> int:
-    return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
-
-
-def _fingerprints(lab: Lab, experts: Mapping[str, Weights]) -> dict[str, Any]:
-    return {
-        "pretrained": lab.pretrained.fingerprint(),
-        "experts": {task: weights.fingerprint() for task, weights in experts.items()},
-        "data": {task: {name: s.fingerprint for name, s in lab.splits(task).items()} for task in lab.tasks},
-    }
-
-
-def _summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str, float]:
-    accuracy = {task: row["accuracy"] for task, row in scores.items()}
-    ratios = [_ratio(accuracy[task], single[task]) for task in accuracy]
-    return {"absolute": sum(accuracy.values()) / len(accuracy), "normalised": sum(ratios) / len(ratios)}
-
-
-def _ratio(accuracy: float, single: float) -> float:
-    return accuracy / single if single else float(accuracy == single)
 
 
 def _with(method: MergeMethod, chosen: Mapping[str, Any]) -> MergeMethod:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from byom import encoding
 from byom.errors import CheckpointError, OptionError, fraction
+from byom.tensors import wide
 from byom.trim import Cuts, cuts
 from byom.variants.base import Parts, Variant
-from byom.weights import Weights, wide
+from byom.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from itertools import accumulate
 from torch import Tensor
 
 from byom.selection import Cut, Part, kept, locate
-from byom.weights import Weights, wide
+from byom.tensors import wide
+from byom.weights import Weights
 
 SWEEP = (0.01, 0.05, 0.1, 0.2)  # densities of the benchmark tables: one pass finds them all
 Cuts = dict[str, tuple[Cut, int]]  # parameter name -> (cut, flat offset of the parameter in the cut's stream)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from byom import storage
-from byom.errors import CheckpointError, WeightsMismatch
+from byom.errors import CheckpointError, WeightsMismatch, listed
+from byom.tensors import finite, shared, wide
 
 Reader = Callable[[str], Tensor]
 
@@ -65,7 +66,7 @@ class Weights:
         """
         tensors = {name: tensor.detach() for name, tensor in state.items()}
         specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        return cls(specs, tensors.__getitem__, ties=_shared(tensors), origin=origin)
+        return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin)
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
@@ -165,7 +166,7 @@ class Weights:
             CheckpointError: If it holds a value that is not finite.
         """
         tensor = self[name]
-        if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+        if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{self.origin}: tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or infinite; "
@@ -267,11 +268,6 @@ class Weights:
         )
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor in fp32, or as it is if it is fp64: the precision of all arithmetic here."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def require_match(a: Weights, b: Weights) -> None:
     """Check that two sets of weights have the same names, shapes and ties.
 
@@ -281,46 +277,23 @@ def require_match(a: Weights, b: Weights) -> None:
     missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
     if missing or extra:
         raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have different tensors: {_listed(missing)} only in the first, "
-            f"{_listed(extra)} only in the second. Merge checkpoints of one architecture, without heads"
+            f"{a.origin} and {b.origin} have different tensors: {listed(missing)} only in the first, "
+            f"{listed(extra)} only in the second. Merge checkpoints of one architecture, without heads"
         )
     shapes = [f"'{n}' {a.shape(n)} and {b.shape(n)}" for n in a if a.shape(n) != b.shape(n)]
     if shapes:
         raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have tensors of different shape: {_listed(shapes)}. "
+            f"{a.origin} and {b.origin} have tensors of different shape: {listed(shapes)}. "
             "Exclude task heads and resized vocabularies before merging"
         )
     ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
     if ties:  # one of two values would be lost without a word
         raise WeightsMismatch(
-            f"{a.origin} and {b.origin} tie different tensors: {_listed(ties)} are one tensor in one of them only. "
+            f"{a.origin} and {b.origin} tie different tensors: {listed(ties)} are one tensor in one of them only. "
             "Tie them in both, or clone one of them before Weights.of"
         )
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) or "none"
 
 
 def _widened(spec: Spec) -> Spec:
     wide = spec.dtype.is_floating_point and spec.dtype != torch.float64
     return Spec(spec.shape, torch.float32) if wide else spec
-
-
-def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Find names that view the same storage in the same way: tied parameters."""
-    first: dict[tuple, str] = {}
-    ties: dict[str, str] = {}
-    for name in sorted(tensors):
-        t = tensors[name]
-        key = (t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
-        if t.numel() and first.setdefault(key, name) != name:
-            ties[name] = first[key]
-    return ties
-
-
-def _finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
-    return bool(low.isfinite() & high.isfinite())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
-from byom.weights import Weights, require_match, wide
+from byom.tensors import wide
+from byom.weights import Weights, require_match
 
 BLOCK = 1 << 20  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,5 +69,5 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         if (zeros, kind, count) != (0, UNSIGNED_BYTES, axes):
             raise ValueError(f"it holds type {kind} with {count} axes, not bytes with {axes}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise DataError(f"the idx file {path} cannot be read ({error}); restore it") from error

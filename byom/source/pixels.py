@@ -66,7 +66,7 @@ class Pixels(FileSource):
 
     def _pool(self, name: str) -> Pool:
         path = self.root.folder() / name
-        table = read_table(path, header=self.header).to_numpy(dtype=str).astype(float)
+        table = read_table(path, header=self.header, cells=float).to_numpy()
         if table.shape[1] != self.height * self.width + 1:
             raise DataError(
                 f"{path} has {table.shape[1]} columns, but {self.height} x {self.width} pixels and a label "

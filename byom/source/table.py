@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import json
+import lzma
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,14 +109,17 @@ class ImageTable(TableSource):
         return [above / name for name in names], labels
 
 
-def read_table(path: Path, delimiter: str | None = None, header: bool = True, skip: int = 0) -> DataFrame:
-    """Read a table with every cell of a text file as a string; blank lines are passed over.
+def read_table(
+    path: Path, delimiter: str | None = None, header: bool = True, skip: int = 0, cells: type = str
+) -> DataFrame:
+    """Read a table; blank lines of a text file are passed over.
 
     Args:
         path: A file that ends in one of `KINDS`, or in that and .gz, .bz2 or .xz.
         delimiter: See `TableSource`.
         header: See `TableSource`.
         skip: See `TableSource`.
+        cells: What the cells of a csv, tsv or tab file are read as: str, so that nothing is lost, or float.
 
     Returns:
         A pandas DataFrame.
@@ -123,12 +131,12 @@ def read_table(path: Path, delimiter: str | None = None, header: bool = True, sk
     if not kind:
         raise DataError(f"the table {path} is of an unknown kind; it must end in {', '.join(KINDS)}")
     try:
-        return _parse(path, kind, delimiter, header, skip)
-    except (OSError, ValueError, EOFError) as error:
+        return _parse(path, kind, delimiter, header, skip, cells)
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"the table {path} cannot be read ({error}); restore it or correct the options") from error
 
 
-def _parse(path: Path, kind: str, delimiter: str | None, header: bool, skip: int) -> DataFrame:
+def _parse(path: Path, kind: str, delimiter: str | None, header: bool, skip: int, cells: type) -> DataFrame:
     import pandas
 
     pd: Any = pandas
@@ -136,15 +144,21 @@ def _parse(path: Path, kind: str, delimiter: str | None, header: bool, skip: int
     if kind == ".parquet":
         return pd.read_parquet(path)
     if kind == ".jsonl":
-        return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+        return pd.DataFrame(_json_lines(path), dtype=object)
     return pd.read_csv(
         path,
         sep=delimiter or DELIMITERS[kind],
         header=0 if header else None,
         skiprows=range(int(header), int(header) + skip),
-        dtype=str,
+        dtype=cells,
         keep_default_na=False,
     )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    with openers.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def _column(path: Path, table: Any, name: str | int) -> Any:

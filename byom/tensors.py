@@ -1,0 +1,31 @@
+"""Plain tensor helpers: the precision of arithmetic, finiteness, shared storage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor in fp32, or as it is if it is fp64: the precision of all arithmetic here."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find names that view the same storage in the same way: tied parameters."""
+    first: dict[tuple, str] = {}
+    ties: dict[str, str] = {}
+    for name in sorted(tensors):
+        t = tensors[name]
+        key = (t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
+        if t.numel() and first.setdefault(key, name) != name:
+            ties[name] = first[key]
+    return ties
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether a non-empty tensor holds neither NaN nor infinity."""
+    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
+    return bool(low.isfinite() & high.isfinite())
