@@ -136,6 +136,10 @@ def test_ties_gives_zero_sums_the_sign_of_the_majority(others, expected):
     assert values(merge(Ties(1.0), [1, *others], [-1, *others])) == [expected, *others]
 
 
+def test_ties_lets_zero_sums_not_vote():
+    assert values(merge(Ties(1.0), [1, 2, -2], [-1, -2, -2])) == [-1, -2, -2]
+
+
 def test_ties_counts_the_majority_over_the_whole_model():
     base = Weights.of({"a": torch.zeros(1), "b": torch.zeros(3)})
     tasks = {
@@ -272,7 +276,7 @@ METHODS = st.builds(
 
 
 @given(METHODS, st.integers(1, 5).flatmap(lambda tasks: states(tasks + 1)), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_streamed_ties_is_the_formula(method, models, streamed):
     base, *experts = models
     with pytest.MonkeyPatch.context() as patch:
@@ -285,7 +289,7 @@ def test_streamed_ties_is_the_formula(method, models, streamed):
 
 
 @given(DENSITIES, st.sampled_from(["global", "tensor"]), states(2), st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_streamed_byom_is_the_formula(density, scope, models, streamed):
     reference, target = models
     with pytest.MonkeyPatch.context() as patch:
@@ -299,7 +303,7 @@ def test_streamed_byom_is_the_formula(density, scope, models, streamed):
 
 
 @given(st.sampled_from([0.3, 1.0, -0.5]), st.integers(1, 9).flatmap(lambda tasks: states(tasks + 1)), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_streamed_task_arithmetic_and_average_are_the_formulas(scale, models, streamed):
     base, *experts = models
     zero, dtype = flatten(base), next(iter(base.values())).dtype
