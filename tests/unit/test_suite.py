@@ -166,7 +166,9 @@ def test_suites_compose_eight_tasks_of_one_modality(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_package_is_pinned_for_pip(name):
+def test_every_package_of_a_suite_is_pinned_for_pip(name):
+    if name == "solar_cells":  # in no suite: its data may not be used commercially, so nothing fetches it unasked
+        return
     root = build(name).source.root
     pinned = (REPOSITORY / "data-requirements.txt").read_text() + (REPOSITORY / "data-archives.txt").read_text()
     if root.version is not None:  # an ordinary dependency has a file that is the same in every version

@@ -1,0 +1,87 @@
+"""Write the README's results from the committed records and benchmark: python -m experiments.readme."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import selection
+from byom import table
+from byom.comparison import against_post_pruning
+from byom.report import read_runs
+
+ROOT = Path(__file__).parents[1]
+SUITES = {"vision8_offline": "vit_small_dinov2", "text8_offline": "minilm"}
+TITLES = {"vision8_offline": "images, ViT-S/14", "text8_offline": "texts, MiniLM-L6"}
+
+
+def results(root: Path = ROOT / "results") -> str:
+    """Return the Markdown table of mean accuracy by method and density, both suites side by side.
+
+    Args:
+        root: The results folder.
+
+    Returns:
+        Markdown, the same for the same records.
+    """
+    frames = {s: table.numbers(read_runs(root, s, b).done) for s, b in SUITES.items()}
+    header = [f"{TITLES[s]}: accuracy | relative | stored" for s in SUITES]
+    lines = [f"| | m | {' | '.join(header)} |", "|---|--:|" + "--:|--:|--:|" * len(SUITES)]
+    first = frames["vision8_offline"]
+    for _, row in first.iterrows():
+        cells = [_cells(frame, row["method"], row["density"]) for frame in frames.values()]
+        lines.append(f"| {row['method']} | {_percent(row['density'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def comparison(root: Path = ROOT / "results") -> str:
+    """Return the Markdown table of BYOM-FFT minus post-pruning, with bootstrap intervals and distance ratios."""
+    frames = {s: against_post_pruning(read_runs(root, s, b).done) for s, b in SUITES.items()}
+    header = [f"{TITLES[s]}: difference | 95 % interval | distance ratio" for s in SUITES]
+    lines = [f"| | m | {' | '.join(header)} |", "|---|--:|" + "--:|--:|--:|" * len(SUITES)]
+    for _, row in frames["vision8_offline"].iterrows():
+        cells = [_difference(_row(frame, row["method"], row["density"])) for frame in frames.values()]
+        lines.append(f"| {row['method']} | {_percent(row['density'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
+    """Return the Markdown table of the committed selection benchmark."""
+    return selection.table(json.loads(file.read_text()))
+
+
+def fill(text: str) -> str:
+    """Replace what stands between the README's markers."""
+    for name, make in {"results": results, "comparison": comparison, "benchmark": benchmark}.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)
+    return text
+
+
+def _row(frame: pd.DataFrame, method: str, density: float) -> pd.Series:
+    same = frame["density"].isna() if pd.isna(density) else frame["density"] == density
+    return frame[(frame["method"] == method) & same].iloc[0]
+
+
+def _cells(frame: pd.DataFrame, method: str, density: float) -> str:
+    row = _row(frame, method, density)
+    spread = "" if pd.isna(row["mean_std"]) else f" ± {100 * row['mean_std']:.1f}"
+    accuracy = f"{100 * row['mean']:.1f}{spread}"
+    return f"{accuracy} | {100 * row['normalised']:.1f} % | {row['bytes'] / 1e6:.0f} MB"
+
+
+def _difference(row: pd.Series) -> str:
+    interval = f"{100 * row['lower']:+.1f} to {100 * row['upper']:+.1f}"
+    return f"{100 * row['difference']:+.1f} | {interval} | {row['distance']:.2f}"
+
+
+def _percent(density: float) -> str:
+    return "" if pd.isna(density) else f"{100 * density:g} %"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text()))

@@ -1,0 +1,165 @@
+"""Every option builds, states every field with the class's default, and has exactly one Python file."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.utils import get_class, instantiate
+
+from byom import config
+from byom.errors import OptionError
+
+ROOT = Path(__file__).parents[2]
+PAIRED = {"merge": "merge", "byom": "variants"}
+DEFAULTS_ONLY = ("merge", "byom", "finetune", "tune", "evaluate", "logger")
+EXEMPT = {
+    "evaluate/validation": "its purpose is to differ from the default splits",
+    "evaluate/test": "its purpose is to differ from the default splits",
+    "logger/wandb": "group and folder follow the sweep and the results folder",
+}
+
+
+def files(*groups):
+    return [
+        pytest.param(p, id=f"{p.parent.name}/{p.stem}")
+        for g in groups
+        for p in sorted((ROOT / "conf" / g).glob("*.yaml"))
+    ]
+
+
+@pytest.mark.parametrize("path", files("backbone", "merge", "byom", "finetune", "tune", "evaluate", "logger"))
+def test_builds(path):
+    composed = config.compose([f"{path.parent.name}={path.stem}"])
+    built = instantiate(composed[path.parent.name], _convert_="all")
+    assert type(built) is get_class(composed[path.parent.name]["_target_"])
+
+
+@pytest.mark.parametrize("path", files(*DEFAULTS_ONLY))
+def test_states_every_field_with_the_default_of_the_class(path):
+    stated = yaml.safe_load(path.read_text())
+    cls = get_class(stated.pop("_target_"))
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    assert set(stated) == set(fields)
+    if f"{path.parent.name}/{path.stem}" in EXEMPT:
+        return
+    built = cls()
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == {
+        name: getattr(built, name) for name in fields
+    }
+
+
+@pytest.mark.parametrize("path", files("backbone"))
+def test_a_backbone_states_every_field(path):
+    stated = yaml.safe_load(path.read_text())
+    cls = get_class(stated.pop("_target_"))
+    assert set(stated) <= {f.name for f in dataclasses.fields(cls)}
+    assert {f.name for f in dataclasses.fields(cls)} - set(stated) <= {"file"}
+
+
+@pytest.mark.parametrize("group", PAIRED)
+def test_one_file_one_yaml(group):
+    modules = {p.stem for p in (ROOT / "byom" / PAIRED[group]).glob("*.py")} - {"__init__", "base"}
+    assert modules == set(config.options(group))
+    for name in modules:
+        target = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())["_target_"]
+        assert target.rsplit(".", 1)[0] == f"byom.{PAIRED[group]}.{name}"
+
+
+@pytest.mark.parametrize("name", config.options("suite"))
+def test_a_suite_builds_and_brings_its_backbone(name):
+    composed = config.compose([f"suite={name}"])
+    suite = instantiate(composed.suite, _convert_="all")
+    assert suite.name == name
+    assert len(suite.tasks) == 8
+    backbone = instantiate(composed.backbone, _convert_="all")
+    for task in suite.tasks:
+        backbone.require(task)
+
+
+@pytest.mark.parametrize("name", config.options("task"))
+def test_a_task_builds(name):
+    task = instantiate(yaml.safe_load((ROOT / "conf" / "task" / f"{name}.yaml").read_text()), _convert_="all")
+    assert task.name == name
+    assert task.licence
+
+
+@pytest.mark.parametrize("name", config.options("experiment"))
+def test_an_experiment_expands_to_cells_that_compose(name):
+    plan = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
+    cells = config.cells(plan["rows"], [*plan["common"], "seed=0,1"])
+    assert len(cells) == len({tuple(cell) for cell in cells})
+    assert sum("seed=0" in cell for cell in cells) == sum("seed=1" in cell for cell in cells) == len(cells) // 2
+    for cell in cells[:: max(1, len(cells) // 4)]:
+        config.compose(cell)
+
+
+def test_the_headline_rows_are_rows_of_the_full_table():
+    for suite in ("vision8_offline", "text8_offline"):
+        plans = [
+            config.plain(config.compose([f"experiment={suite}{part}"], primary="table"))["experiment"]
+            for part in ("", "_headline")
+        ]
+        full, headline = ({tuple(c) for c in config.cells(p["rows"], p["common"])} for p in plans)
+        assert headline < full
+
+
+def test_only_config_imports_hydra():
+    allowed = {"config.py"}
+    for path in (ROOT / "byom").rglob("*.py"):
+        text = path.read_text()
+        if path.name not in allowed:
+            assert "import hydra" not in text and "omegaconf" not in text.replace("hydra-core", ""), path
+
+
+@pytest.mark.parametrize("folder", ["merge", "variants"])
+def test_the_mathematics_knows_no_backbone_data_or_logger(folder):
+    for path in (ROOT / "byom" / folder).glob("*.py"):
+        for word in ("byom.backbone", "byom.data", "byom.logger", "wandb", "transformers", "open_clip", "byom.run"):
+            assert f"import {word}" not in path.read_text() and f"from {word}" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["merge=tie"], "did you mean 'ties'"),
+        (["suite=vision8_offlin"], "did you mean 'vision8_offline'"),
+        (["byom=ftt"], "did you mean 'fft'"),
+        (["merge.scal=1"], "did you mean 'scale'"),
+        (["seeed=1"], "did you mean 'seed'"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(overrides, said):
+    with pytest.raises(OptionError, match=said):
+        config.compose(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["byom.density=1.5"], "byom.density=1.5 is not a fraction"),
+        (["byom.density=-0.1"], "is not a fraction"),
+        (["byom.density=.nan"], "is not a fraction"),
+        (["merge=ties", "merge.density=20"], "merge.density=20 is not a fraction"),
+        (["merge=ties", "merge.combine=median"], "use mean or sum"),
+        (["byom.scope=layer"], "use global or tensor"),
+        (["finetune.epochs=0"], "out of range"),
+        (["evaluate.splits=[train]"], "must name some of"),
+        (["logger=wandb", "logger.mode=off"], "use online or offline"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_in_a_sentence(overrides, said):
+    with pytest.raises(OptionError, match=said):
+        config.build(config.compose(overrides))
+
+
+def test_public_names_are_importable():
+    import byom
+
+    for name in byom.__all__:
+        assert getattr(byom, name) is getattr(import_module(byom._WHERE[name]), name)
+    with pytest.raises(AttributeError):
+        _ = byom.Nothing

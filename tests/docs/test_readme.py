@@ -1,0 +1,117 @@
+"""Every command and every Python block of the README runs, and its generated parts are current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from byom.__main__ import main
+from byom.weights import Weights
+from tests.e2e.tiny import overrides
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.S)
+
+
+def commands():
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+BYOM = [line for line in commands() if line.startswith("byom ")]
+MAKE = [line for line in commands() if line.startswith("make ")]
+
+
+def test_every_command_is_covered():
+    assert sorted(BYOM + MAKE) == sorted(commands())
+    assert {"make demo", "make test"} <= set(MAKE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("line", BYOM)
+def test_a_byom_command_runs(line, folder, capsys):
+    arguments = shlex.split(line)[1:]
+    if arguments[0] in ("run", "-m"):
+        arguments += overrides(folder)
+    if arguments[0] == "report":
+        arguments += [f"results={folder}/results/scratch"]
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", MAKE)
+def test_a_make_target_exists(line):
+    done = subprocess.run(["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_calls_the_test_command_of_the_readme():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_make_help_lists_the_two_commands():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "make demo" in shown and "make test" in shown
+
+
+def test_the_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("pretrained", "cars", "svhn"):
+        Weights.of({"w": torch.randn(8, 6, generator=generator), "b": torch.randn(6, generator=generator)}).save(name)
+    names: dict = {}
+    exec(compile(blocks("python")[0], "README.md", "exec"), names)
+    theta_0, cars = Weights.open("pretrained"), Weights.open("cars")
+    kept = sum(int((names["cars"][n] == cars[n]).sum()) for n in cars)
+    assert kept >= int(0.1 * cars.numel)
+    expected = theta_0 + 0.3 * sum(Weights.open(t) - theta_0 for t in ("cars", "svhn"))
+    assert all(torch.equal(Weights.open("task_arithmetic")[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
+def test_committed_tables_are_those_of_the_committed_records(suite, tmp_path):
+    shutil.copytree(ROOT / "results" / "runs" / suite, tmp_path / "runs" / suite)
+    assert main(["report", f"suite={suite}", f"results={tmp_path}"]) == 0
+    made = sorted((tmp_path / "tables").iterdir())
+    assert made
+    for file in made:
+        assert file.read_bytes() == (ROOT / "results" / "tables" / file.name).read_bytes(), file.name
+
+
+def test_committed_records_come_from_committed_code():
+    import json
+
+    for path in (ROOT / "results" / "runs").rglob("*.json"):
+        provenance = json.loads(path.read_text())["provenance"]
+        assert provenance["commit"] and not provenance["dirty"], path
+
+
+def test_the_tables_list_every_method_and_variant():
+    for group in ("merge", "byom"):
+        for option in sorted((ROOT / "conf" / group).glob("*.yaml")):
+            assert f"| `{option.stem}` |" in README, option.stem
+
+
+def test_the_generated_parts_are_current():
+    from experiments.readme import fill
+
+    assert fill(README) == README
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README

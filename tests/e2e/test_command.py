@@ -1,0 +1,180 @@
+"""The command line as a user meets it: start-up, sweeps, Weights & Biases, a new method, killed tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from byom import config
+from byom.__main__ import main
+from tests.e2e.tiny import overrides
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "byom", *arguments],
+        capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(cwd), **environment}, check=False,
+    )  # fmt: skip
+
+
+def test_help_is_fast_and_needs_no_torch():
+    best = min(_seconds_of_help() for _ in range(3))
+    assert best < 1
+    code = (
+        "import sys, byom.__main__ as m; m.main(['--help']); sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def _seconds_of_help():
+    start = time.perf_counter()
+    assert "byom run" in shell("--help").stdout
+    return time.perf_counter() - start
+
+
+def test_importing_byom_imports_no_torch():
+    code = "import sys, byom; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_mistake_is_one_sentence_and_status_one(capsys):
+    assert main(["run", "merge=tie"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("byom: there is no merge=tie; did you mean 'ties'")
+    assert main(["rnu"]) == 1
+    assert "did you mean 'run'" in capsys.readouterr().err
+
+
+def test_report_accepts_only_what_it_uses(capsys):
+    assert main(["report", "merge=ties"]) == 1
+    assert "knows no 'merge=ties'" in capsys.readouterr().err
+
+
+def test_list_names_every_option_and_the_cached_experts(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYOM_CACHE", str(tmp_path))
+    expert = tmp_path / "experts" / "abc"
+    expert.mkdir(parents=True)
+    (expert / "training.json").write_text(json.dumps({"task": "mnist", "backbone": "Vit", "seed": 3}))
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for group in ("merge", "byom", "suite", "backbone"):
+        assert all(option in shown for option in config.options(group))
+    assert re.search(r"mnist\s+seed 3\s+Vit", shown)
+
+
+@pytest.mark.data
+def test_a_multirun_writes_one_record_and_one_offline_wandb_run_a_job(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    options = [*overrides(tmp_path), "merge=average,task_arithmetic,ties", "byom=none"]
+    live = ["logger=wandb", "logger.mode=offline", f"logger.folder={tmp_path}/wb"]
+    assert main(["-m", *options, *live]) == 0
+    records = [json.loads(p.read_text()) for p in (tmp_path / "results").rglob("runs/**/*.json")]
+    assert sorted(r["choices"]["merge"] for r in records) == ["average", "task_arithmetic", "ties"]
+    runs = sorted((tmp_path / "wb" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 3
+    contents = [next(run.glob("run-*.wandb")).read_bytes() for run in runs]
+    groups = {re.search(rb"sweep-\d{8}-\d{6}", content)[0] for content in contents}
+    assert len(groups) == 1
+    for content in contents:
+        assert b"test/mnist/accuracy" in content
+        assert b"scores-" in content
+    capsys.readouterr()
+    assert main(["-m", *options]) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+
+
+@pytest.mark.data
+def test_a_new_merge_method_is_one_python_file_and_one_yaml(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("byom", "conf"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    python, option = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "yaml"))
+    (tree / "byom" / "merge" / "median.py").write_text(python)
+    (tree / "conf" / "merge" / "median.yaml").write_text(option)
+    done = shell("run", *overrides(tmp_path), "merge=median", "byom=fft", cwd=tree)
+    assert done.returncode == 0, done.stderr
+    assert "median + fft" in done.stdout
+    assert "median" in shell("list", "merge", cwd=tree).stdout
+    contract = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "median",
+        "-p",
+        "no:cacheprovider",
+        "tests/contract/test_merge.py",
+    ]
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    checked = subprocess.run(
+        contract, cwd=tree, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tree)}
+    )
+    assert " passed" in checked.stdout and " failed" not in checked.stdout, checked.stdout[-3000:]
+
+
+@pytest.mark.data
+def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    experiment = "vision8_offline_headline"
+    options = [experiment, *overrides(tmp_path), "tune=none"]
+    monkeypatch.setattr("byom.commands._job", _stop_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        from byom import commands
+
+        commands.table(options)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("runs/**/*.json")}
+    assert len(kept) == 3
+    monkeypatch.undo()
+    assert main(["table", *options]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("finished before") == 3
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert "BYOM-FFT on TIES" in shown
+
+
+def _stop_after(cells):
+    from byom import commands
+
+    original, seen = commands._job, []
+
+    def job(settings):
+        if len(seen) == cells:
+            raise KeyboardInterrupt
+        seen.append(settings)
+        return original(settings)
+
+    return job
+
+
+@pytest.mark.data
+def test_a_missing_data_package_is_named_and_can_be_skipped(tmp_path, capsys):
+    lost = "suite.tasks.digits.source.root.name=no-such-package"
+    options = [*overrides(tmp_path), "merge=average", "byom=none", lost]
+    assert main(["run", *options]) == 1
+    assert "no-such-package is not installed" in capsys.readouterr().err
+    assert main(["run", *options, "suite.skip_missing=true"]) == 0
+    record = json.loads(next((tmp_path / "results").rglob("average+none*.json")).read_text())
+    assert list(record["scores"]["test"]) == ["mnist"]
+    assert record["skipped_tasks"] == ["digits"]
+
+
+@pytest.mark.data
+def test_an_altered_data_package_is_refused(tmp_path, capsys):
+    altered = f"suite.tasks.digits.source.root.sha256={'0' * 64}"
+    assert main(["run", *overrides(tmp_path), "merge=average", "byom=none", altered]) == 1
+    assert "not the ones that were published" in capsys.readouterr().err
