@@ -34,7 +34,7 @@ demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline fo
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
 test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint types test ## lint, types and tests: what must be clean before a commit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byom import config
-from byom.errors import ByomError, OptionError, suggest
+from byom.errors import OptionError, suggest
 
 GROUPS_LISTED = ("merge", "byom", "suite", "backbone", "finetune", "tune", "logger", "experiment")
 REPORTED = ("suite", "backbone", "results")
@@ -27,6 +28,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def sweep(arguments: Sequence[str]) -> int:
     """Run a Hydra multirun; every job returns its metric to the sweeper."""
+    _name_sweep()
     config.multirun(arguments, _job)
     return 0
 
@@ -38,6 +40,7 @@ def table(arguments: Sequence[str]) -> int:
     name, extra = arguments[0], list(arguments[1:])
     plan = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
     every = config.cells(plan["rows"], [*plan["common"], *extra])
+    _name_sweep()
     failures = _cells(every)
     composed = config.build(config.compose(every[0]))
     _report(composed.place().root, composed.suite.name, composed.names["backbone"])
@@ -67,6 +70,11 @@ def list_options(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _name_sweep() -> None:
+    """Give all jobs of this sweep one group name; the environment reaches the launchers' processes."""
+    os.environ.setdefault("BYOM_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
+
+
 def _experts(cache: Path) -> list[str]:
     import json
 
@@ -91,7 +99,7 @@ def _cells(every: Sequence[list[str]]) -> list[tuple[list[str], Exception]]:
         sys.stdout.flush()
         try:
             _job(config.build(config.compose(cell)))
-        except ByomError as error:
+        except Exception as error:  # marked in its own record; the other cells still run
             failures.append((cell, error))
     return failures
 

@@ -55,7 +55,7 @@ def fraction(name: str, value: float) -> float:
     Raises:
         OptionError: If it lies outside [0, 1] or is not a number.
     """
-    if not 0 <= value <= 1:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise OptionError(f"{name}={value} is not a fraction in [0, 1]; write 10 % as {name}=0.1")
     return value
 

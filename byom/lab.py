@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from byom import data, storage
 from byom.backbone.base import Backbone, Head
@@ -75,6 +76,11 @@ class Lab:
         if task not in self._splits:
             self._splits[task] = data.load(self.tasks[task], self.backbone, self.seed, self.cache)
         return self._splits[task]
+
+    def read_all(self) -> None:
+        """Read every task's data, so that missing or altered data is found before any training."""
+        for task in tqdm(list(self.tasks), desc="read data", unit="task", leave=False, mininterval=1):
+            self.splits(task)
 
     def head(self, task: str) -> Head:
         """Return a task's frozen head."""

@@ -151,6 +151,8 @@ def metric(record: Mapping[str, Any]) -> float:
 def execute(settings: Settings) -> dict[str, Any]:
     """Do the work of one run and return the measured part of its record."""
     stages, lab = Stages(), _lab(settings)
+    with stages.stage("data"):
+        lab.read_all()
     with stages.stage("experts"):
         experts = {task: lab.expert(task) for task in lab.tasks}
         single = {s: {task: lab.single_task(task, s) for task in lab.tasks} for s in settings.evaluate.splits}

@@ -142,7 +142,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(overrides, said):
     [
         (["byom.density=1.5"], "byom.density=1.5 is not a fraction"),
         (["byom.density=-0.1"], "is not a fraction"),
-        (["byom.density=.nan"], "is not a fraction"),
+        (["byom.density=nan"], "is not a fraction"),
+        (["byom.density=ten"], "is not a fraction"),
         (["merge=ties", "merge.density=20"], "merge.density=20 is not a fraction"),
         (["merge=ties", "merge.combine=median"], "use mean or sum"),
         (["byom.scope=layer"], "use global or tensor"),
