@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from byom.errors import DataError
 from byom.source.package import PackageMissing
-from byom.source.root import Root, content_digest
+from byom.source.root import Root, promised_digest
 
 
 def unpacked() -> Path:
@@ -53,10 +52,4 @@ class Archive(Root):
         Raises:
             DataError: If it is not `sha256`, so that a file was altered, lost or added.
         """
-        found = content_digest(self.folder(), files, cache)
-        if self.sha256 and found != self.sha256:
-            raise DataError(
-                f"the files in {self.folder()} are not the ones that were published "
-                f"(sha256 {found[:16]}, expected {self.sha256[:16]}); delete the folder and run: make setup"
-            )
-        return found
+        return promised_digest(self.folder(), files, cache, self.sha256, "delete the folder and run: make setup")

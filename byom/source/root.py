@@ -62,6 +62,21 @@ class Folder(Root):
         return content_digest(self.folder(), files, cache)
 
 
+def promised_digest(folder: Path, files: Iterable[str], cache: Path | None, sha256: str, remedy: str) -> str:
+    """Return the content digest of `files`, which must be `sha256` unless that is empty.
+
+    Raises:
+        DataError: If it is another one, so that a file was altered, lost or added; the message ends with `remedy`.
+    """
+    found = content_digest(folder, files, cache)
+    if sha256 and found != sha256:
+        raise DataError(
+            f"the data files in {folder} are not the published ones "
+            f"(sha256 {found[:16]}, expected {sha256[:16]}); {remedy}"
+        )
+    return found
+
+
 def content_digest(folder: Path, files: Iterable[str], cache: Path | None = None) -> str:
     """Return the SHA-256 over the sorted pairs (relative path, SHA-256 of the bytes).
 

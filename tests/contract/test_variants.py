@@ -221,12 +221,15 @@ def test_every_density_of_a_sweep_comes_from_one_pass(sparse):
     assert 0 < first == len(reads)
 
 
-def test_a_plan_is_not_reused_for_other_values(sparse):
-    (target, reference), other = pair(), Weights.of(model(9))
+def test_a_plan_is_not_reused_for_other_values_or_another_scope(sparse):
+    (target, reference), other = pair(), Weights.of(model(9), "task1")
     sparse.delta(target, reference)
-    cached = sparse.delta(other, reference).apply(reference)
-    trim._known.cache_clear()
-    assert same(cached, sparse.delta(other, reference).apply(reference))
+    for scope in ("global", "tensor"):
+        variant = replace(sparse, scope=scope)
+        cached = variant.delta(other, reference).apply(reference)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trim, "_known", lambda *_: {})
+            assert same(cached, variant.delta(other, reference).apply(reference))
 
 
 # what is stored

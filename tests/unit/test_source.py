@@ -286,7 +286,7 @@ def test_archive_is_found_beside_the_environment(tmp_path, monkeypatch):
     inner.mkdir(parents=True)
     (inner / "a.csv").write_text("text,label\nx,y\n")
     assert Table(root, {"train": "a.csv"}).pools()["train"].labels == ["y"]
-    with pytest.raises(DataError, match="not the ones that were published"):
+    with pytest.raises(DataError, match="not the published ones"):
         Table(Archive("toy_data", "1.0", "inner", "0" * 64), {"train": "a.csv"}).pools()
 
 
