@@ -47,8 +47,9 @@ types: $(READY) ## pyright on byom/
 bench: $(READY) ## speed of the exact selection beside torch's own
 	@$(BIN)/python -m benchmarks.selection --check
 
-tables: $(READY) ## regenerate the committed tables and figures from the committed records
+tables: $(READY) ## regenerate the committed tables, figures and README parts from the committed records
 	@$(BIN)/byom report suite=vision8_offline && $(BIN)/byom report suite=text8_offline
+	@$(BIN)/python -m experiments.readme
 
 clean: ## remove the environment and scratch results (not the cache)
 	rm -rf .venv results/scratch

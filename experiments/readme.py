@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from benchmarks import selection
 from byom import table
@@ -53,9 +56,30 @@ def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
     return selection.table(json.loads(file.read_text()))
 
 
+def options(group: str) -> str:
+    """Return the Markdown table of a group's options: name, the class's first sentence, and its paper."""
+    lines = [f"| `{group}=` | what it does | paper |", "|---|---|---|"]
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        module, name = yaml.safe_load(path.read_text())["_target_"].rsplit(".", 1)
+        text = inspect.getdoc(getattr(import_module(module), name)) or ""
+        papers = re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)
+        links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
+        lines.append(f"| `{path.stem}` | {text.splitlines()[0].replace('``', '`')} | {links} |")
+    return "\n".join(lines)
+
+
+PARTS = {
+    "results": results,
+    "comparison": comparison,
+    "benchmark": benchmark,
+    "merge": lambda: options("merge"),
+    "byom": lambda: options("byom"),
+}
+
+
 def fill(text: str) -> str:
     """Replace what stands between the README's markers."""
-    for name, make in {"results": results, "comparison": comparison, "benchmark": benchmark}.items():
+    for name, make in PARTS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)
     return text
