@@ -101,8 +101,44 @@ def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:
     def task(config: DictConfig) -> float:
         return job(build(config, HydraConfig.get().runtime.choices))
 
-    with explained(), _arguments(["-m", *overrides]):
-        hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
+    for sweep in fitting(overrides):
+        with explained(), _arguments(["-m", *sweep]):
+            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
+
+
+def fitting(overrides: Sequence[str]) -> list[list[str]]:
+    """Split a sweep so that a field reaches only the options that have it.
+
+    ``byom=none,fft byom.density=0.01,0.1`` means both densities of `fft`, and `none` once: it has no density.
+
+    Args:
+        overrides: Overrides of one sweep.
+
+    Returns:
+        Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
+    """
+    sweeps = [list(overrides)]
+    for group in GROUPS:
+        sweeps = [part for sweep in sweeps for part in _split(sweep, group)]
+    return sweeps
+
+
+def _split(overrides: list[str], group: str) -> list[list[str]]:
+    fields = {o: o.partition("=")[0].removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")}
+    swept = next((o for o in overrides if o.startswith(f"{group}=") and "," in o), None)
+    if swept is None or not fields:
+        return [overrides]
+    by_fields: dict[tuple[str, ...], list[str]] = {}
+    for option in swept.partition("=")[2].split(","):
+        by_fields.setdefault(tuple(o for o, name in fields.items() if _has(group, option, name)), []).append(option)
+    nobody = [o for o in fields if not any(o in had for had in by_fields)]
+    rest = [o for o in overrides if o not in fields and o != swept]
+    return [[*rest, f"{group}={','.join(names)}", *had, *nobody] for had, names in by_fields.items()]
+
+
+def _has(group: str, option: str, name: str) -> bool:
+    file = folder() / group / f"{option}.yaml"
+    return not file.is_file() or name.split(".", maxsplit=1)[0] in OmegaConf.load(file)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     Returns:
         For each name such as ``BYOM-FFT on TIES`` its rows by density.
     """
-    put_back = _where(frame, frame["variant"].isin(["post_pruning", "fft"]) & frame["density"].notna())
+    put_back = _where(frame, frame["variant"].isin(["post_pruning", "fft"]) & (frame["density"] > 0))
     parts = put_back.groupby("method", sort=False)
     return {str(name): part.sort_values(by="density") for name, part in parts}
 
@@ -161,8 +161,10 @@ def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
     Sizes within 2 % count as the same: encoded positions differ a little in length.
     """
     sizes, means = frame["bytes"].to_numpy(float), frame["mean"].to_numpy(float)
-    smaller = sizes[None, :] <= (1 + SAME_SIZE) * sizes[:, None]
-    beaten = (smaller & (means[None, :] > means[:, None])).any(axis=1)
+    margin = (1 + SAME_SIZE) * sizes[:, None]
+    better = (sizes[None, :] <= margin) & (means[None, :] > means[:, None])
+    cheaper = (sizes[None, :] * (1 + SAME_SIZE) < sizes[:, None]) & (means[None, :] >= means[:, None])
+    beaten = (better | cheaper).any(axis=1)
     return _where(frame, pd.Series(~beaten, index=frame.index)).sort_values(by="bytes")
 
 

@@ -164,3 +164,11 @@ def test_public_names_are_importable():
         assert getattr(byom, name) is getattr(import_module(byom._WHERE[name]), name)
     with pytest.raises(AttributeError):
         _ = byom.Nothing
+
+
+def test_a_swept_field_reaches_only_the_options_that_have_it():
+    found = config.fitting(["seed=0", "byom=none,post_pruning,fft", "byom.density=0.01,0.1", "byom.scope=tensor"])
+    fields = ["byom.density=0.01,0.1", "byom.scope=tensor"]
+    assert found == [["seed=0", "byom=none"], ["seed=0", "byom=post_pruning,fft", *fields]]
+    assert config.fitting(["byom=fft", "byom.density=0.1"]) == [["byom=fft", "byom.density=0.1"]]
+    assert config.fitting(["byom=none,fft", "byom.densty=1"]) == [["byom=none,fft", "byom.densty=1"]]

@@ -127,7 +127,7 @@ def test_a_new_merge_method_is_one_python_file_and_one_yaml(tmp_path):
     checked = subprocess.run(
         contract, cwd=tree, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tree)}
     )
-    assert " passed" in checked.stdout and " failed" not in checked.stdout, checked.stdout[-3000:]
+    assert checked.returncode == 0, checked.stdout[-3000:]
 
 
 @pytest.mark.data

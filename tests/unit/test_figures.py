@@ -134,6 +134,8 @@ def test_size_figure_plots_the_frame(frame):
 def test_pareto_front():
     points = pd.DataFrame({"bytes": [1, 1, 2, 3, 4], "mean": [0.5, 0.6, 0.55, 0.8, 0.8]}, index=list("abcde"))
     assert list(figures.pareto_front(points).index) == ["b", "d"]
+    near = pd.DataFrame({"bytes": [1.0, 1.01, 1.1], "mean": [0.5, 0.6, 0.7]}, index=list("abc"))
+    assert list(figures.pareto_front(near).index) == ["b", "c"]
 
 
 def test_task_figure_plots_the_frame(frame):
@@ -151,8 +153,8 @@ def test_best_merge_is_chosen_on_validation(frame):
     assert "BYOM-FFT on Averaging, 10 %" in figures.selected(other)
 
 
-def test_without_validation_the_first_merge_stands_in(frame):
-    assert "Averaging" in figures.selected(frame.assign(validation=np.nan))
+def test_without_validation_the_last_merge_stands_in(frame):
+    assert "TIES" in figures.selected(frame.assign(validation=np.nan))
 
 
 def test_two_settings_of_one_merge_are_two_curves():
