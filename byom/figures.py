@@ -268,8 +268,8 @@ def _typical(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the best row on validation data, or the last in table order where validation was not evaluated."""
-    best = rows[rows["validation"].notna()].nlargest(1, "validation")
-    return best if len(best) else rows.tail(1)
+    measured = _where(rows, rows["validation"].notna())
+    return measured.nlargest(1, columns="validation") if len(measured) else rows.tail(1)
 
 
 def _row_label(row: dict) -> str:

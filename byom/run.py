@@ -187,7 +187,7 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         "signature": place.signature,
         "created": now(),
         "choices": settings.choices(),
-        "config": dict(settings.resolved),
+        "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
         "skipped_tasks": list(settings.suite.missing),
         "provenance": provenance(),
     }
