@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from byom.merge.base import Problem
     from byom.merge.task_arithmetic import TaskArithmetic
     from byom.merge.ties import Ties
-    from byom.variants.base import Delta
+    from byom.packed import Delta
     from byom.variants.fft import ByomFft
     from byom.variants.post_pruning import PostPruning
     from byom.weights import Weights
@@ -23,7 +23,7 @@ _WHERE = {
     "Average": "byom.merge.average",
     "Bundle": "byom.bundle",
     "ByomFft": "byom.variants.fft",
-    "Delta": "byom.variants.base",
+    "Delta": "byom.packed",
     "PostPruning": "byom.variants.post_pruning",
     "Problem": "byom.merge.base",
     "TaskArithmetic": "byom.merge.task_arithmetic",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from byom.backbone.base import Head
 from byom.data import Split
 from byom.errors import OptionError
 from byom.seeding import keyed
+from byom.tensors import copied
 from byom.weights import Weights
 
 
@@ -55,25 +56,39 @@ class Full:
             raise OptionError(f"finetune options out of range: {self}; sizes must be positive, warmup in [0, 1)")
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """One task of a training run.
+
+    Args:
+        head: The task's frozen head.
+        split: Training examples.
+        share: Factor on the task's loss.
+    """
+
+    head: Head
+    split: Split
+    share: float = 1.0
+
+
 def finetune(
     encoder: nn.Module,
-    head: Head,
-    split: Split,
+    lessons: Sequence[Lesson],
     recipe: Full,
     rate: float,
     seed: int,
     folder: Path,
     label: str,
 ) -> Weights:
-    """Fine-tune an encoder under a frozen head; interrupted training resumes at the last finished epoch.
+    """Fine-tune an encoder under frozen heads; interrupted training resumes at the last finished epoch.
 
-    The order of examples and the dropout of an epoch depend on (seed, epoch) alone, so a resumed run ends in the
-    same bits as an uninterrupted one.
+    With several lessons the batches of all of them are mixed in one order, each batch from one task. The order of
+    examples and the dropout of an epoch depend on (seed, epoch) alone, so a resumed run ends in the same bits as an
+    uninterrupted one.
 
     Args:
         encoder: The encoder with pre-trained weights; modified.
-        head: The task's frozen head.
-        split: Training examples.
+        lessons: One task, or several that are learned together.
         recipe: Hyperparameters.
         rate: Peak learning rate.
         seed: Seed.
@@ -84,7 +99,7 @@ def finetune(
         The fine-tuned weights, in memory.
     """
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
-    steps = math.ceil(len(split) / recipe.batch_size)
+    steps = sum(math.ceil(len(lesson.split) / recipe.batch_size) for lesson in lessons)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup)
     )
@@ -93,19 +108,18 @@ def finetune(
         total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False, mininterval=1
     ) as bar:
         for epoch in range(done, recipe.epochs):
-            for loss in _epoch(encoder, head, split, recipe, optimizer, seed, epoch):
+            for loss in _epoch(encoder, lessons, recipe, optimizer, seed, epoch):
                 schedule.step()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
             if epoch + 1 < recipe.epochs:
                 _keep(folder, encoder, optimizer, schedule, epoch + 1)
-    return Weights.of({name: tensor.cpu().clone() for name, tensor in encoder.state_dict().items()}, origin=label)
+    return Weights.of(copied(encoder.state_dict()), origin=label)
 
 
 def _epoch(
     encoder: nn.Module,
-    head: Head,
-    split: Split,
+    lessons: Sequence[Lesson],
     recipe: Full,
     optimizer: torch.optim.Optimizer,
     seed: int,
@@ -113,15 +127,31 @@ def _epoch(
 ) -> Iterator[float]:
     encoder.train()
     torch.manual_seed(keyed(seed, "dropout", epoch))
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(keyed(seed, "order", epoch)))
     device = next(encoder.parameters()).device
-    for inputs, labels, *_ in split.batches(recipe.batch_size, order):
-        loss = cross_entropy(head(encoder(**{k: v.to(device) for k, v in inputs.items()})), labels.to(device))
+    for lesson, inputs, labels in _batches(lessons, recipe.batch_size, seed, epoch):
+        logits = lesson.head(encoder(**{k: v.to(device) for k, v in inputs.items()}))
+        loss = lesson.share * cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), recipe.clip)
         optimizer.step()
         yield float(loss.detach())
+
+
+def _batches(
+    lessons: Sequence[Lesson], size: int, seed: int, epoch: int
+) -> Iterator[tuple[Lesson, dict[str, Tensor], Tensor]]:
+    """Yield every batch of every lesson once; one lesson alone keeps the order of its own examples."""
+    key = keyed(seed, "order", epoch)
+    orders = [torch.randperm(len(lesson.split), generator=torch.Generator().manual_seed(key)) for lesson in lessons]
+    streams = [lesson.split.batches(size, order) for lesson, order in zip(lessons, orders, strict=True)]
+    turns = [place for place, order in enumerate(orders) for _ in order.split(size)]
+    if len(lessons) > 1:
+        mixed = torch.Generator().manual_seed(keyed(seed, "lessons", epoch))
+        turns = [turns[i] for i in torch.randperm(len(turns), generator=mixed)]
+    for turn in turns:
+        inputs, labels, _ = next(streams[turn])
+        yield lessons[turn], inputs, labels
 
 
 def _groups(encoder: nn.Module, decay: float) -> list[dict]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from byom import encoding
 from byom.errors import CheckpointError, OptionError, fraction
 from byom.tensors import wide
 from byom.trim import Cuts, cuts
-from byom.variants.base import Parts, Variant
+from byom.variants.base import PackingVariant, Parts, Shared
 from byom.weights import Weights
 
 
 @dataclass(frozen=True)
-class TopMagnitude(Variant):
+class TopMagnitude(PackingVariant):
     """Keep the target's own values where the difference to the reference is largest in magnitude.
 
     Values are the target's, not differences, and are assigned, not added: at density 1 the result is theta_t bit
@@ -35,32 +36,75 @@ class TopMagnitude(Variant):
     density: float = 0.1
     scope: Literal["global", "tensor"] = "global"
 
+    stores = "m d values and their positions"
+
     def __post_init__(self) -> None:
         fraction("byom.density", self.density)
         if self.scope not in ("global", "tensor"):
             raise OptionError(f"byom.scope={self.scope} is not known; use global or tensor")
 
-    def plan(self, target: Weights, reference: Weights) -> Cuts:
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Cuts:
         """Find the cut of this density; every density of a sweep comes from one shared pass."""
         return cuts(target, reference, self.density, self.scope)
 
-    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Cuts) -> Parts:
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Cuts) -> Parts:
         """Store the target's values at the kept positions, and the positions."""
         cut, offset = plan[name]
-        mask = cut.mask(wide(target) - wide(reference), offset)
-        positions = mask.reshape(-1).nonzero().reshape(-1)
-        if not len(positions):
-            return {}
-        kind, data = encoding.encode(positions, target.numel())
-        return {kind: data, "values": target.reshape(-1)[positions]}
+        return gather(target, cut.mask(wide(target) - wide(shared.reference), offset))
 
-    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Assign the stored values at their positions in a copy of the reference."""
-        values = parts["values"]
-        if len(values) > reference.numel():
-            raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {reference.numel()}")
-        kind = next(part for part in parts if part != "values")
-        positions = encoding.decode(kind, parts[kind], reference.numel(), len(values))
-        patched = reference.clone().reshape(-1)
-        patched[positions] = values.to(patched.dtype)
-        return patched.reshape(reference.shape)
+        return assign(parts, shared.reference)
+
+
+def gather(values: Tensor, mask: Tensor) -> Parts:
+    """Keep some values of a tensor.
+
+    Args:
+        values: ``[*shape]``.
+        mask: Bool ``[*shape]``, what is kept.
+
+    Returns:
+        The kept values and their positions (`encoding`), nothing if none is kept.
+    """
+    positions = mask.reshape(-1).nonzero().reshape(-1)
+    if not len(positions):
+        return {}
+    kind, data = encoding.encode(positions, values.numel())
+    return {kind: data, "values": values.reshape(-1)[positions]}
+
+
+def whole(values: Tensor, reference: Tensor) -> Parts:
+    """Keep all values of a tensor, or nothing if the reference already has them.
+
+    Args:
+        values: ``[*shape]``.
+        reference: ``[*shape]``.
+
+    Returns:
+        What `assign` puts back.
+    """
+    return {} if torch.equal(values, reference) else gather(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def assign(parts: Parts, reference: Tensor) -> Tensor:
+    """Put kept values at their positions in a copy of the reference.
+
+    Args:
+        parts: What `gather` or `whole` returned.
+        reference: ``[*shape]``; not modified.
+
+    Returns:
+        ``[*shape]``, in the reference's dtype.
+
+    Raises:
+        CheckpointError: If values and positions do not fit the reference.
+    """
+    values = parts["values"]
+    if len(values) > reference.numel():
+        raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {reference.numel()}")
+    kind = next(part for part in parts if part != "values")
+    positions = encoding.decode(kind, parts[kind], reference.numel(), len(values))
+    patched = reference.clone().reshape(-1)
+    patched[positions] = values.to(patched.dtype)
+    return patched.reshape(reference.shape)

@@ -29,3 +29,10 @@ def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
     low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
     return bool(low.isfinite() & high.isfinite())
+
+
+def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict's values on the CPU, in storage of their own; tied names stay one tensor."""
+    ties = shared({name: tensor.detach() for name, tensor in state.items()})
+    own = {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name not in ties}
+    return {name: own[ties.get(name, name)] for name in state}

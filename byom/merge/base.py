@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
+from byom.needs import Needs
+from byom.probe import Probe
 from byom.tensors import wide
 from byom.weights import Weights, require_match
 
@@ -44,12 +46,35 @@ class Group:
         stacked = self.finetuned
         return stacked.sub_(wide(self.pretrained))
 
-    def blocks(self) -> Iterator[tuple[int, Group]]:
-        """Yield ``(offset, group)`` for flat pieces of at most `BLOCK` elements; a view, nothing is copied."""
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, Group]]:
+        """Yield ``(offset, group)`` for flat pieces of at most `size` elements; views, nothing is copied.
+
+        Statistics of the parameter's shape are cut with it, others are left out.
+
+        Args:
+            size: Elements of a piece; None takes `BLOCK`.
+        """
+        size, shape = size or BLOCK, self.pretrained.shape
         flat = [tensor.reshape(-1) for tensor in (self.pretrained, *self.experts)]
-        for start in range(0, flat[0].numel(), BLOCK):
-            piece = [tensor[start : start + BLOCK] for tensor in flat]
-            yield start, Group(self.name, piece[0], tuple(piece[1:]))
+        fitting = {kind: rows for kind, rows in self.statistics.items() if rows.shape[1:] == shape}
+        rows = {kind: rows.reshape(len(rows), flat[0].numel()) for kind, rows in fitting.items()}
+        for start in range(0, flat[0].numel(), size):
+            piece = [tensor[start : start + size] for tensor in flat]
+            cut = {kind: tensor[:, start : start + size] for kind, tensor in rows.items()}
+            yield start, Group(self.name, piece[0], tuple(piece[1:]), cut)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several solutions of a task.
+
+    Args:
+        weights: The solution.
+        statistics: Statistic name to weights-like values, computed for this solution.
+    """
+
+    weights: Weights
+    statistics: Mapping[str, Weights] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,8 @@ class Problem:
         pretrained: theta_0.
         finetuned: Task name to theta_t, all with the names and shapes of theta_0.
         statistics: Statistic name to task name to weights-like values.
+        members: Task name to further solutions of the task, the first being theta_t itself; for mixtures.
+        probe: The tasks' inputs, for methods that look at them.
 
     Raises:
         CheckpointError: If there is no expert, or names or shapes differ.
@@ -68,6 +95,8 @@ class Problem:
     pretrained: Weights
     finetuned: Mapping[str, Weights]
     statistics: Mapping[str, Mapping[str, Weights]] = field(default_factory=dict)
+    members: Mapping[str, Sequence[Member]] = field(default_factory=dict)
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         if not self.finetuned:
@@ -80,14 +109,33 @@ class Problem:
         """Task names, in the order of every ``[T, ...]`` axis."""
         return list(self.finetuned)
 
+    def inputs(self) -> Probe:
+        """Return the probe.
+
+        Raises:
+            OptionError: If the problem has none.
+        """
+        if self.probe is None:
+            raise OptionError(
+                "this method looks at inputs of the tasks, and the problem has none; run it through the pipeline "
+                "(byom run merge=... suite=...), or give Problem(..., probe=...)"
+            )
+        return self.probe
+
     def group(self, name: str) -> Group:
         """Read one parameter of every model, refusing NaN and infinity."""
+        pretrained = self.pretrained.read_finite(name)
         experts = tuple(expert.read_finite(name) for expert in self.finetuned.values())
-        return Group(name, self.pretrained.read_finite(name), experts, self._statistics(name))
+        return Group(name, pretrained, experts, self._statistics(name))
+
+    def uncovered(self, statistic: str) -> list[str]:
+        """Name the mergeable parameters for which some task lacks a statistic, such as floating-point buffers."""
+        by_task = self.statistics[statistic]
+        return [name for name in self.pretrained.mergeable() if any(name not in by_task[task] for task in self.tasks)]
 
     def _statistics(self, name: str) -> dict[str, Tensor]:
         return {
-            kind: torch.stack([by_task[task][name] for task in self.tasks])
+            kind: torch.stack([by_task[task].read_finite(name) for task in self.tasks])
             for kind, by_task in self.statistics.items()
             if all(name in by_task[task] for task in self.tasks)
         }
@@ -97,8 +145,6 @@ class Problem:
 class MergeMethod(ABC):
     """A merge method: a frozen dataclass of hyperparameters, called on a `Problem`."""
 
-    requires: ClassVar[frozenset[str]] = frozenset()
-    """Statistics it cannot work without."""
     grid: ClassVar[Mapping[str, tuple[float, ...]]] = {}
     """Values that ``tune=validation`` tries, by hyperparameter: the grid that its authors searched."""
     title: ClassVar[str]
@@ -108,16 +154,34 @@ class MergeMethod(ABC):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily: reading a tensor of the result merges that tensor."""
 
+    @property
+    def needs(self) -> Needs:
+        """What it cannot work without besides weights; a wrapper adds what the wrapped method needs."""
+        return Needs()
+
+    def fallbacks(self, problem: Problem) -> list[str]:
+        """Name the parameters that get a simpler rule than the method's own; the record lists them."""
+        return []
+
     def check(self, problem: Problem) -> None:
-        """Refuse a problem that lacks a required statistic.
+        """Refuse a problem that lacks what the method needs.
 
         Raises:
-            OptionError: Naming the statistic.
+            OptionError: Naming what is missing and the command that makes it.
         """
-        missing = sorted(self.requires - set(problem.statistics))
-        if missing:
+        name, needs = type(self).__name__, self.needs
+        if missing := sorted(needs.statistics - set(problem.statistics)):
             raise OptionError(
-                f"{type(self).__name__} needs the statistics {missing}; compute them with statistic={missing[0]}"
+                f"{name} needs the statistics {missing}, which the problem lacks; byom statistics {missing[0]} "
+                "suite=... computes and keeps them, and byom run does so by itself"
+            )
+        if needs.joint or (needs.inputs and not needs.statistics):  # statistics are what inputs were needed for
+            problem.inputs()
+        short = [t for t in problem.tasks if needs.members > 1 and len(problem.members.get(t, ())) < needs.members]
+        if short:
+            raise OptionError(
+                f"{name} merges {needs.members} models a task, and task '{short[0]}' has fewer; give "
+                "Problem(..., members=...), or byom run trains them"
             )
 
 

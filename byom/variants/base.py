@@ -2,176 +2,148 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from byom import storage
-from byom.errors import CheckpointError
+from byom.merge.base import Problem
+from byom.needs import Needs
+from byom.packed import READOUT, WHOLE, Delta, Parts, Readout, Served, Shared, require_base
 from byom.weights import Weights, require_match
 
-Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
+__all__ = [
+    "READOUT",
+    "WHOLE",
+    "Delta",
+    "PackingVariant",
+    "Parts",
+    "Preparation",
+    "Readout",
+    "Served",
+    "Shared",
+    "Variant",
+]
 
 
 @dataclass(frozen=True)
 class Variant(ABC):
-    """A frozen dataclass of hyperparameters that packs ``theta_t`` against a reference it does not choose."""
+    """A frozen dataclass of hyperparameters that turns N models into shared ones and a little of each task."""
 
     reference: ClassVar[Literal["merged", "pretrained"]]
-    """Which model the pipeline passes as the reference."""
+    """Whether the merge method matters (``merged``), or the pre-trained model takes its place."""
     shares_reference: ClassVar[bool] = True
     """Whether the reference has to be stored beside the packed differences."""
+    shares_base: ClassVar[bool] = False
+    """Whether a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
     title: ClassVar[str]
     """Name in tables."""
+    stores: ClassVar[str]
+    """What is stored a task, in words, for the README's table."""
 
-    def plan(self, target: Weights, reference: Weights) -> Any:
-        """Find what has to be known about the whole difference before one parameter can be packed."""
+    @property
+    def needs(self) -> Needs:
+        """What it cannot work without besides weights."""
+        return Needs()
+
+    @property
+    def before(self) -> Preparation | None:
+        """What is done to the fine-tuned models before they are merged; None leaves them alone."""
         return None
 
     @abstractmethod
-    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Any) -> Parts:
-        """Pack one parameter.
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Make what serves every task.
 
         Args:
-            name: The parameter's name.
-            target: ``[*shape]`` fine-tuned values.
-            reference: ``[*shape]`` reference values.
-            plan: What `plan` returned.
+            problem: The models, as they were fine-tuned (not as `before` prepared them).
+            reference: The merged model, or theta_0, as the class variable `reference` says.
 
         Returns:
-            Dense tensors to store, empty if nothing is put back. The part ``values`` holds what counts as
-            parameters; every other part counts as bytes only.
+            Shared models and one packed difference a task.
+
+        Raises:
+            OptionError: If the problem lacks what the variant needs.
+            CheckpointError: If a value is not finite.
         """
 
     @abstractmethod
-    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Put a packed difference back.
 
         Args:
-            parts: What `pack` returned.
-            reference: ``[*shape]`` reference values; not modified.
+            parts: What is stored for one parameter, and what is stored under `WHOLE`.
+            shared: The parameter in the shared models; not modified.
 
         Returns:
             ``[*shape]`` values for the task, in the reference's dtype.
         """
 
-    def delta(self, target: Weights, reference: Weights) -> Delta:
+    def readout(self, parts: Parts, head: Readout) -> Readout:
+        """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
+        raise NotImplementedError(f"{type(self).__name__} stores nothing for heads")
+
+
+class Preparation(ABC):
+    """A frozen dataclass that changes a problem before it is merged, such as by pruning its task vectors."""
+
+    @abstractmethod
+    def __call__(self, problem: Problem) -> Problem:
+        """Return the changed problem; lazy."""
+
+
+@dataclass(frozen=True)
+class PackingVariant(Variant):
+    """A variant that packs ``theta_t`` against a reference it does not choose, one task and parameter at a time."""
+
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Any:
+        """Find what has to be known about the whole difference before one parameter can be packed."""
+        return None
+
+    @abstractmethod
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
+        """Pack one parameter.
+
+        Args:
+            name: The parameter's name.
+            target: ``[*shape]`` fine-tuned values.
+            shared: The parameter in the shared models.
+            plan: What `plan` returned.
+
+        Returns:
+            Dense tensors to store, empty if nothing is put back. Floating-point parts count as parameters, others
+            (positions, masks) as bytes only.
+        """
+
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Pack every task; see `Variant.serve`."""
+        base = problem.pretrained if self.shares_base else None
+        deltas = {task: self.delta(expert, reference, base) for task, expert in problem.finetuned.items()}
+        return Served(reference, deltas, base)
+
+    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
         """Pack one task's difference.
 
         Args:
             target: theta_t.
             reference: theta_merged or theta_0.
+            base: theta_0, for variants that share it beside a merged reference.
 
         Returns:
             The packed difference.
 
         Raises:
             CheckpointError: If names or shapes differ or a value is not finite.
+            OptionError: If the variant needs theta_0 and has none.
         """
         require_match(target, reference)
-        plan = self.plan(target, reference)
-        packed = {
-            name: self.pack(name, target.read_finite(name), reference.read_finite(name), plan)
-            for name in target.mergeable()
-        }
-        return Delta(self, {name: parts for name, parts in packed.items() if parts})
+        require_base(self, base)
+        plan = self.plan(target, reference, base)
+        packed = {name: self._packed(name, target, reference, base, plan) for name in target.mergeable()}
+        kept = {name: parts for name, parts in packed.items() if parts}
+        return Delta(self, kept, {name: target.shape(name) for name in kept})
 
-
-@dataclass(frozen=True)
-class Delta:
-    """One task's packed difference.
-
-    Args:
-        variant: The variant that packed it.
-        parts: Parameter name to stored tensors; parameters that are not listed are the reference's.
-    """
-
-    variant: Variant
-    parts: Mapping[str, Parts]
-
-    def apply(self, reference: Weights) -> Weights:
-        """Return the task's weights, lazily.
-
-        Args:
-            reference: The weights the difference was taken to.
-
-        Returns:
-            The reference with this task's values put back.
-
-        Raises:
-            CheckpointError: If the difference names a parameter that the reference lacks.
-        """
-        unknown = sorted(set(self.parts) - set(reference))
-        if unknown:
-            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} has not")
-
-        def read(name: str) -> Tensor:
-            value = reference[name]
-            return self.variant.unpack(self.parts[name], value) if name in self.parts else value
-
-        return reference.derived(read, f"{reference.origin} + {self.variant.title}")
-
-    @property
-    def stored_parameters(self) -> int:
-        """Values stored, positions and masks not counted (the BYOM convention)."""
-        return sum(parts["values"].numel() for parts in self.parts.values() if "values" in parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored: values, positions and masks."""
-        return sum(tensor.nbytes for parts in self.parts.values() for tensor in parts.values())
-
-    def save(self, path: str | Path) -> Path:
-        """Write the difference as one safetensors file with checksums, atomically.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The path.
-        """
-        flat = {f"{name}//{part}": tensor for name, parts in self.parts.items() for part, tensor in parts.items()}
-        storage.write_file(Path(path), flat, {"format": 1, "variant": _named(self.variant)})
-        return Path(path)
-
-    @classmethod
-    def open(cls, path: str | Path) -> Delta:
-        """Read what `save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The packed difference.
-
-        Raises:
-            CheckpointError: If the file is damaged or is no packed difference.
-        """
-        notes = storage.read_notes(Path(path))
-        if "variant" not in notes:
-            raise CheckpointError(f"{path} is not a packed task difference; use Weights.open for a checkpoint")
-        file = storage.TensorFiles(Path(path))
-        parts: dict[str, Parts] = {}
-        for key in file.specs:
-            name, part = key.rsplit("//", 1)
-            parts.setdefault(name, {})[part] = file.read(key)
-        return cls(_built(notes["variant"]), parts)
-
-
-def _named(variant: Variant) -> dict[str, Any]:
-    module = type(variant).__module__.rsplit(".", 1)[-1]
-    return {"module": module, "class": type(variant).__name__, "fields": dataclasses.asdict(variant)}
-
-
-def _built(named: Mapping[str, Any]) -> Variant:
-    try:
-        module = importlib.import_module(f"byom.variants.{named['module']}")
-        return getattr(module, named["class"])(**named["fields"])
-    except (ImportError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"the packed difference was written by a variant this version lacks: {named}") from error
+    def _packed(self, name: str, target: Weights, reference: Weights, base: Weights | None, plan: Any) -> Parts:
+        shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
+        return self.pack(name, target.read_finite(name), shared, plan)

@@ -7,20 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from byom.variants.base import Parts, Variant
+from byom.variants.base import PackingVariant, Parts, Shared
 
 
 @dataclass(frozen=True)
-class Nothing(Variant):
+class Nothing(PackingVariant):
     """Put nothing back: the merged model alone serves every task."""
 
     title = "merged model alone"
+    stores = "nothing"
     reference = "merged"
 
-    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Any) -> Parts:
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store nothing."""
         return {}
 
-    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Return the reference."""
-        return reference
+        return shared.reference

@@ -7,21 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from byom.variants.base import Parts, Variant
+from byom.variants.base import PackingVariant, Parts, Shared
 
 
 @dataclass(frozen=True)
-class SingleTask(Variant):
+class SingleTask(PackingVariant):
     """Store every fine-tuned model whole: T models instead of one."""
 
     title = "Single-task"
+    stores = "the whole model"
     reference = "pretrained"
     shares_reference = False
 
-    def pack(self, name: str, target: Tensor, reference: Tensor, plan: Any) -> Parts:
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store all values."""
         return {"values": target}
 
-    def unpack(self, parts: Parts, reference: Tensor) -> Tensor:
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Return theta_t."""
-        return parts["values"].reshape(reference.shape)
+        return parts["values"].reshape(shared.reference.shape)

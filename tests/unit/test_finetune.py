@@ -10,7 +10,7 @@ from byom import finetune as module
 from byom.backbone.base import Head, prototypes
 from byom.data import Split
 from byom.evaluate import evaluate
-from byom.finetune import Full, finetune
+from byom.finetune import Full, finetune, Lesson
 
 
 class Net(nn.Module):
@@ -37,7 +37,7 @@ def head(split):
 
 def train(split, head, folder, seed=0, **options):
     recipe = Full(**{"epochs": 3, "batch_size": 16, **options})
-    return finetune(Net(), head, split, recipe, 1e-2, seed, folder, "test")
+    return finetune(Net(), [Lesson(head, split)], recipe, 1e-2, seed, folder, "test")
 
 
 def same(a, b):

@@ -1,0 +1,49 @@
+"""What a merge method or variant must be given besides the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there, so that tables can say it and a run can refuse before it starts.
+
+    Args:
+        statistics: Names of per-task statistics (`byom.statistics`).
+        inputs: Splits whose inputs are looked at, any of ``train``, ``validation`` and ``test``.
+        labels: Whether their labels are used as well.
+        members: Fine-tuned models a task, for methods that merge several.
+        joint: Whether a jointly fine-tuned model is asked for.
+    """
+
+    statistics: frozenset[str] = frozenset()
+    inputs: frozenset[str] = frozenset()
+    labels: bool = False
+    members: int = 1
+    joint: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        """Return what both need together, as a method that wraps another does."""
+        return Needs(
+            self.statistics | other.statistics,
+            self.inputs | other.inputs,
+            self.labels or other.labels,
+            max(self.members, other.members),
+            self.joint or other.joint,
+        )
+
+    @property
+    def sees_test(self) -> bool:
+        """Whether test inputs are looked at, which a table must flag."""
+        return "test" in self.inputs
+
+    @property
+    def words(self) -> str:
+        """The entry of a table's column: weights, unlabelled or labelled inputs, test inputs."""
+        kind = "labelled" if self.labels else "unlabelled"
+        said = [f"{'test inputs' if split == 'test' else f'{kind} {split} inputs'}" for split in sorted(self.inputs)]
+        models = f"{self.members} models a task" if self.members > 1 else "weights"
+        return ", ".join([models, *said])
