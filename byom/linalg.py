@@ -1,0 +1,169 @@
+"""Linear algebra of merging: pure functions on matrices, computed and returned in fp64 whatever they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from byom.errors import OptionError
+
+VANISHING = 1e-6  # singular values below this share of the largest are rounding of fp32 models, not directions
+SAFE = 1e-4  # squaring a matrix in fp64 keeps fp32 accuracy down to this share of its largest singular value
+
+
+def patterns(name: str, given: Iterable[str]) -> tuple[str, ...]:
+    """Check parameter-name patterns.
+
+    Args:
+        name: The option's name, for the message.
+        given: Shell-style patterns such as ``*text_projection*``.
+
+    Returns:
+        The patterns as a tuple, so that what holds them stays hashable.
+
+    Raises:
+        OptionError: If it is one string, or holds something that is no string.
+    """
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise OptionError(f"{name}={given} is not a list of patterns; write {name}=['*text_projection*']")
+    return tuple(given)
+
+
+def is_matrix(name: str, shape: Sequence[int], exclude: Sequence[str] = ()) -> bool:
+    """Say whether the methods for matrices treat a parameter as one.
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+        exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of names that are not.
+
+    Returns:
+        Whether it has two axes, both longer than 1, and its name matches no pattern.
+    """
+    return len(shape) == 2 and min(shape) > 1 and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor a matrix: ``A = U diag(s) Vt``.
+
+    Args:
+        matrix: ``[m, n]``.
+
+    Returns:
+        ``U [m, r]``, ``s [r]`` descending, ``Vt [r, n]`` with ``r = min(m, n)``, in fp64.
+    """
+    if matrix.shape[0] >= matrix.shape[1]:
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return left, values, right
+    left, values, right = thin_svd(matrix.T)  # LAPACK takes half the time for tall matrices
+    return right.T, values, left.T
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the largest singular values and their vectors.
+
+    They come from the eigenvectors of the smaller of ``AᵀA`` and ``AAᵀ`` in fp64, and from `thin_svd` where a wanted
+    value is below `SAFE` of the largest, since squaring loses it. A rank that cuts through equal values takes
+    the vectors that LAPACK lists first.
+
+    Args:
+        matrix: ``[m, n]``.
+        rank: How many to keep (k), at most ``min(m, n)``.
+
+    Returns:
+        ``U [m, k]``, ``s [k]`` descending, ``Vt [k, n]``, in fp64.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        left, values, right = truncated_svd(matrix.T, rank)
+        return right.T, values, left.T
+    tall = matrix.double()
+    values, vectors = _right_singular(tall)
+    values, vectors = values[:rank], vectors[:, :rank]
+    if (values <= SAFE * values[:1]).any():
+        left, values, right = thin_svd(tall)
+        return left[:, :rank], values[:rank], right[:rank]
+    return (tall @ vectors) / values, values, vectors.T
+
+
+def polar(matrix: Tensor, rtol: float = VANISHING) -> Tensor:
+    """Return the nearest matrix with orthonormal columns (rows, if wide): ``P Qᵀ`` of ``A = P diag(s) Qᵀ``.
+
+    Directions whose singular value is at most `rtol` of the largest are left out: the factor is not unique
+    there, and the result is 0 on them instead of what LAPACK happens to return.
+
+    Args:
+        matrix: ``[m, n]``.
+        rtol: Threshold relative to the largest singular value, below 1; a negative one leaves nothing out.
+
+    Returns:
+        ``[m, n]`` in fp64, the solution of the orthogonal Procrustes problem on the kept directions.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return polar(matrix.T, rtol).T
+    tall = matrix.double()
+    values, vectors = _right_singular(tall)
+    kept = values > rtol * values[:1]
+    if rtol < VANISHING or (values[kept] <= SAFE * values[:1]).any():
+        left, values, right = thin_svd(tall)
+        kept = values > rtol * values[:1]
+        return left[:, kept] @ right[kept]
+    return (tall @ vectors[:, kept]) / values[kept] @ vectors[:, kept].T
+
+
+def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """Solve ``X (G + ridge * mean(diag G) * I) = R`` for X.
+
+    By Cholesky in fp64; where that fails (rounding made G indefinite, or ``ridge=0`` and G is singular) by
+    eigenvectors, X being 0 in the directions that G does not have.
+
+    Args:
+        gram: ``[n, n]`` symmetric, positive semi-definite (G).
+        right: ``[m, n]``, its rows in the range of G (R).
+        ridge: Regularisation relative to the mean diagonal, at least 0.
+
+    Returns:
+        ``[m, n]`` in fp64.
+    """
+    gram, right = gram.double(), right.double()
+    shift = ridge * gram.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+    if shift > 0 and not failed:
+        return torch.cholesky_solve(right.T, factor).T
+    values, vectors = torch.linalg.eigh(gram)
+    exists = values > len(values) * torch.finfo(values.dtype).eps * values[-1:].abs()
+    kept = vectors[:, exists]
+    return right @ kept / (values[exists] + shift) @ kept.T
+
+
+def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> Tensor:
+    """Average matrices by matrix weights: the W that minimises ``sum_t tr((W - W_t) G_t (W - W_t)ᵀ)``.
+
+    ``W (sum_t G_t) = sum_t W_t G_t``, solved for the distance from the plain mean: what no G_t weighs, and
+    what the ridge pulls, goes to the mean of the W_t. Where an input direction matters to one task alone the
+    result is that task's, up to a share ``ridge``.
+
+    Args:
+        grams: One ``[n, n]`` symmetric positive semi-definite weight a task (G_t), singular ones included; read
+            once and summed, so a generator holds one at a time.
+        matrices: ``[T, m, n]`` (W_t).
+        ridge: Regularisation relative to the mean diagonal of the summed weights, at least 0.
+
+    Returns:
+        ``[m, n]`` in fp64.
+    """
+    mean = matrices.mean(0, dtype=torch.float64)
+    gram = torch.zeros(matrices.shape[-1], matrices.shape[-1], dtype=torch.float64)
+    right = torch.zeros_like(mean)
+    for weight, matrix in zip(grams, matrices, strict=True):
+        gram += weight
+        right += (matrix.double() - mean) @ weight.double()
+    return mean + ridge_solve(gram, right, ridge)
+
+
+def _right_singular(tall: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, and right singular vectors as columns, of an fp64 matrix by its square."""
+    squares, vectors = torch.linalg.eigh(tall.T @ tall)
+    return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
