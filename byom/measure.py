@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from byom import storage
 from byom.lab import Lab
 from byom.merge.base import Problem
-from byom.variants.base import Delta, Variant
+from byom.packed import Served
+from byom.router.base import Routing
 from byom.weights import Weights
 
 
@@ -38,35 +40,43 @@ def _distance(a: Weights, b: Weights) -> float:
     return (a - b).norm()
 
 
-def stored(variant: Variant, problem: Problem, deltas: Mapping[str, Delta]) -> dict[str, Any]:
+def stored(served: Served, problem: Problem) -> dict[str, Any]:
     """Account for what must be stored to serve all tasks.
 
     Args:
-        variant: The variant.
+        served: Shared models, and one packed difference a task.
         problem: The models.
-        deltas: Task name to packed difference.
 
     Returns:
-        Values only (shared model + all tasks: the BYOM convention), honest bytes (positions included), and the
-        density relative to all parameters and to those that differ from the pre-trained model.
+        Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
+        and the density: values stored a task relative to all parameters of one model, and to those that differ
+        from the pre-trained model. Masks and signs are bytes and no values, so that the density of a variant that
+        stores masks is near 0, and ``task_bytes`` says what they take.
     """
-    base = problem.pretrained
-    shared = base.numel if variant.shares_reference else 0
-    shared_bytes = sum(base[name].nbytes for name in base.mergeable()) if variant.shares_reference else 0
-    kept = {task: delta.stored_parameters for task, delta in deltas.items()}
-    differing = {task: _count_differing(base, problem.finetuned[task]) for task in deltas}
+    base, tasks = problem.pretrained, served.deltas
+    shared = sum(weights.numel for weights in served.shared)
+    kept = {task: delta.stored_parameters for task, delta in tasks.items()}
+    taken = {task: delta.nbytes for task, delta in tasks.items()}
+    differing = {task: _count_differing(base, problem.finetuned[task]) for task in tasks}
     return {
         "model_parameters": base.numel,
+        "shared_models": len(served.shared),
         "shared_parameters": shared,
         "task_parameters": kept,
         "parameters": shared + sum(kept.values()),
-        "bytes": shared_bytes + sum(delta.nbytes for delta in deltas.values()),
+        "task_bytes": taken,
+        "bytes": sum(map(_bytes, served.shared)) + sum(taken.values()),
         "differing_parameters": differing,
         "density": {
             "of_all": sum(kept.values()) / (len(kept) * base.numel),
             "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
         },
     }
+
+
+def _bytes(weights: Weights) -> int:
+    """Return the bytes of a model's parameters, without reading them; buffers do not count."""
+    return sum(storage.size(weights.shape(name), weights.dtype(name)) for name in weights.mergeable())
 
 
 @lru_cache(maxsize=64)
@@ -93,3 +103,9 @@ def summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str,
 def ratio(accuracy: float, single: float) -> float:
     """Return an accuracy relative to the single-task model's; 1 where both are 0."""
     return accuracy / single if single else float(accuracy == single)
+
+
+def routing(routing: Routing | None) -> dict[str, int]:
+    """Account for what a router stores; nothing where tasks are known."""
+    held = routing.stored if routing else ()
+    return {"router_parameters": sum(t.numel() for t in held), "router_bytes": sum(t.nbytes for t in held)}

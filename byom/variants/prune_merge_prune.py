@@ -1,0 +1,41 @@
+"""Prune, merge, prune: BYOM-FFT on a model that was merged from pruned task vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from byom.errors import fraction
+from byom.prune import Pruned
+from byom.sparse import TopMagnitude
+
+
+@dataclass(frozen=True)
+class PruneMergePrune(TopMagnitude):
+    """Merge pruned task vectors, then put back the top m % of what each whole task misses, as BYOM-FFT does.
+
+    Args:
+        density: Fraction of ``theta_t - theta_merged`` put back (m), in [0, 1].
+        scope: ``global`` or ``tensor``, for both prunings.
+        before_density: Fraction of ``theta_t - theta_0`` kept before merging, in [0, 1]; 1 is BYOM-FFT.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+
+    References:
+        BYOM: Building Your Own Multi-Task Model For Free, section 3 (the orders of pruning and merging).
+        https://arxiv.org/abs/2310.01886
+    """
+
+    before_density: float = 0.1
+
+    title = "Pre-Pruning and BYOM-FFT"
+    reference = "merged"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fraction("byom.before_density", self.before_density)
+
+    @property
+    def before(self) -> Pruned:
+        """Prune every task vector."""
+        return Pruned(self.before_density, self.scope)

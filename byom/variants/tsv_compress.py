@@ -1,0 +1,69 @@
+"""TSV-Compress: each task's largest singular vectors of every matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from byom import sparse, truncated
+from byom.errors import OptionError, fraction
+from byom.linalg import is_matrix
+from byom.merge.base import Problem
+from byom.selection import kept
+from byom.tensors import wide
+from byom.variants.base import PackingVariant, Parts, Served, Shared
+from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class TaskSingularVectorsCompress(PackingVariant):
+    """Store each matrix of a task vector as its ``1/T`` largest singular values and their vectors.
+
+    ``tau_t ~ U_k diag(s_k) Vt_k`` with ``k = floor(share * min(m, n))`` but at least 1, in fp32; inference uses
+    ``theta_0 + U_k diag(s_k) Vt_k``. What is no matrix is stored whole, and what the task did not change not at all.
+
+    Args:
+        share: Fraction of a matrix's singular values that a task keeps, in (0, 1]. None divides them evenly among
+            the tasks served together, so that all tasks take as many as one model has.
+
+    Raises:
+        OptionError: If `share` is out of range.
+
+    References:
+        Task Singular Vectors: Reducing Task Interference in Model Merging, section 4.1 (TSV-Compress).
+        https://arxiv.org/abs/2412.00081
+
+    Differences:
+        Where a matrix has a side below T, k is 0 in the authors' code and the matrix keeps its pre-trained values;
+        here one singular value stays. Matrices with a side of 1 are stored whole, which is smaller. Results depend
+        on how attention is stored: fused (open_clip) or as three matrices.
+    """
+
+    share: float | None = None
+
+    title = "TSV-Compress"
+    stores = "k (m + n + 1) values a matrix, other tensors whole"
+    reference = "pretrained"
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not fraction("byom.share", self.share):
+            raise OptionError("byom.share=0 would keep nothing; use a fraction above 0, or null for 1 / tasks")
+
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Pack every task with its share of the singular values; see `Variant.serve`."""
+        if self.share is None:
+            return replace(self, share=1 / len(problem.tasks)).serve(problem, reference)
+        return super().serve(problem, reference)
+
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
+        """Store a matrix's factors, or all values of what is no matrix."""
+        if not is_matrix(name, target.shape):
+            return sparse.whole(target, shared.reference)
+        share = 1.0 if self.share is None else self.share  # a task packed alone has no other to divide with
+        return truncated.factor(wide(target) - wide(shared.reference), max(1, kept(share, min(target.shape))))
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Add the product to theta_0, or put all values back."""
+        return (sparse.assign if "values" in parts else truncated.add)(parts, shared.reference)

@@ -1,0 +1,102 @@
+"""Twin-Merging: a merged model with shared knowledge, and compressed exclusive knowledge of each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from byom import sparse, truncated
+from byom.errors import OptionError, fraction
+from byom.linalg import is_matrix
+from byom.seeding import keyed
+from byom.selection import Part, kept, locate
+from byom.tensors import wide
+from byom.variants.base import PackingVariant, Parts, Shared
+from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class TwinMerging(PackingVariant):
+    """Put back each task's exclusive knowledge ``theta_t - theta_merged``, compressed tensor by tensor.
+
+    ``magnitude`` keeps the top m % of each tensor; ``bernoulli`` keeps each entry with probability m and multiplies
+    it by 1/m, so that its expectation is the whole; ``svd`` keeps ``floor(m * min(m, n))`` singular values of each
+    matrix, in fp32. What is left alone by a compression is stored whole: tensors with fewer than two axes, and for
+    ``svd`` all that is no matrix.
+
+    The router is another option (``router=``); with the task known, ``magnitude`` is BYOM-FFT of scope ``tensor``
+    except for the tensors stored whole.
+
+    Args:
+        density: Fraction kept of each tensor's entries, or of each matrix's singular values (m), in [0, 1].
+        compress: ``magnitude``, ``bernoulli`` or ``svd``.
+        seed: Seeds ``bernoulli``, together with the expert's own values and the parameter's name.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+
+    References:
+        Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging, section 3.
+        https://arxiv.org/abs/2406.15479
+
+    Differences:
+        The authors leave parameters named ``*bias*`` and ``*classifier*`` out of merging; here heads are never
+        part of a model, and biases, having one axis, are stored whole. Kept entries are values of the result and
+        not differences, so that ``magnitude`` at density 1 is theta_t bit for bit.
+    """
+
+    density: float = 0.2
+    compress: Literal["magnitude", "bernoulli", "svd"] = "magnitude"
+    seed: int = 0
+
+    title = "Twin-Merging"
+    stores = "m d values and their positions, or m of the singular values; tensors with one axis whole"
+    reference = "merged"
+
+    def __post_init__(self) -> None:
+        fraction("byom.density", self.density)
+        if self.compress not in ("magnitude", "bernoulli", "svd"):
+            raise OptionError(f"byom.compress={self.compress} is not known; use magnitude, bernoulli or svd")
+
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> str:
+        """Return what tells this expert's randomness from another's; the names of tasks do not matter."""
+        return target.fingerprint() if self.compress == "bernoulli" else ""
+
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: str) -> Parts:
+        """Store the compressed difference of one parameter."""
+        if target.ndim < 2 or (self.compress == "svd" and not is_matrix(name, target.shape)):
+            return sparse.whole(target, shared.reference)
+        delta = wide(target) - wide(shared.reference)
+        if self.compress == "svd":
+            return truncated.factor(delta, kept(self.density, min(target.shape)))
+        if self.compress == "magnitude" or self.density in (0, 1):
+            return sparse.gather(target, _largest(delta, self.density))
+        rescaled = (wide(shared.reference) + delta / self.density).to(target.dtype)
+        mask = chosen(target.shape, self.density, keyed(self.seed, plan, name)) & (delta != 0)
+        return sparse.gather(rescaled, mask)
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Put values back at their positions, or add the product of the factors."""
+        return (sparse.assign if "values" in parts else truncated.add)(parts, shared.reference)
+
+
+def chosen(shape: tuple[int, ...], density: float, seed: int) -> Tensor:
+    """Choose entries at random.
+
+    Args:
+        shape: Shape of the result.
+        density: Probability of each.
+        seed: Seeds the choice.
+
+    Returns:
+        Bool ``[*shape]``.
+    """
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    [cut] = locate([Part.of(delta)], [kept(density, delta.numel())])
+    return cut.mask(delta)
