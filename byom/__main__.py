@@ -17,6 +17,10 @@ Commands
                        byom table vision8_offline
   report   tables and figures from the records alone:
                        byom report suite=vision8_offline
+  preview  accuracy over task weights from merged models alone, beside a few jointly fine-tuned ones:
+                       byom preview suite=vision8_offline tasks=[cifar10,chess] joint=3
+  statistics  what some merge methods need of each expert, ahead of time:
+                       byom statistics fisher gram suite=vision8_offline
   list     methods, variants, suites, backbones, and the experts in the cache
 
 Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
@@ -87,6 +91,20 @@ def _report(arguments: list[str]) -> int:
     return commands.report(arguments)
 
 
+def _preview(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    return commands.preview(arguments)
+
+
+def _statistics(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    return commands.statistics(arguments)
+
+
 def _list(arguments: list[str]) -> int:
     from byom import commands
 
@@ -103,6 +121,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "table": _table,
     "report": _report,
+    "preview": _preview,
+    "statistics": _statistics,
     "list": _list,
 }
 

@@ -12,7 +12,9 @@ from typing import Any
 from byom import config
 from byom.errors import OptionError, suggest
 
-GROUPS_LISTED = ("merge", "byom", "suite", "backbone", "finetune", "tune", "logger", "experiment")
+GROUPS_LISTED = (
+    "merge", "byom", "router", "statistic", "suite", "backbone", "finetune", "tune", "logger", "experiment",
+)  # fmt: skip
 REPORTED = ("suite", "backbone", "results")
 
 
@@ -56,6 +58,61 @@ def report(arguments: Sequence[str]) -> int:
             raise OptionError(f"byom report knows no '{argument}'; {suggest(argument.split('=')[0], REPORTED)}")
     chosen = config.compose(arguments)
     _report(Path(chosen.results), chosen.suite.name, chosen.hydra.runtime.choices["backbone"])
+    return 0
+
+
+def preview(arguments: Sequence[str]) -> int:
+    """Preview multi-task fine-tuning over task weights, then print its tables and draw its figures."""
+    from byom import preview as previews
+
+    overrides = [a for a in arguments if a != "--cfg"]
+    previews.require_known(overrides)
+    common = [a for a in overrides if not a.startswith("merge.")]  # the methods' own, which not all of them have
+    resolved = config.plain(config.compose(common, primary="preview"))
+    if "--cfg" in arguments:
+        return _print_config(resolved)
+    asked = previews.Preview.of(resolved)
+    record, path = previews.run(asked, _weighed(asked, overrides))
+    _show_preview(record, path)
+    return 0
+
+
+def _weighed(asked: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of each previewed method; a field of ``merge`` reaches the methods that have it."""
+    sweep = [*overrides, f"merge={','.join(asked.methods)}"]
+    sweep += [f"merge.members={asked.components}"] if "mixture" in asked.methods else []
+    cells = [cell for part in config.fitting(sweep) for cell in config.cells([""], part)]
+    built = [config.build(config.compose(cell, primary="preview")) for cell in cells]
+    return {one.names["merge"]: one for one in built}
+
+
+def _show_preview(record: dict[str, Any], path: Path) -> None:
+    from byom import preview_figures, preview_table
+
+    files = [path, *preview_figures.save_all(record, path)]
+    sys.stdout.write(f"\n{preview_table.text(record)}\n" + "".join(f"{file}\n" for file in files))
+
+
+def statistics(arguments: Sequence[str]) -> int:
+    """Fit statistics of every task's expert ahead of time, and say where they are."""
+    names = [a for a in arguments if "=" not in a]
+    settings = config.build(config.compose([a for a in arguments if "=" in a]))
+    for name in names:
+        if name not in settings.statistics:
+            raise OptionError(f"there is no statistic '{name}'; {suggest(name, settings.statistics)}")
+    if not names:
+        raise OptionError(f"which statistics? byom statistics NAME ..., of: {', '.join(settings.statistics)}")
+    return _fit_statistics(settings, {name: settings.statistics[name] for name in names})
+
+
+def _fit_statistics(settings: Any, wanted: dict[str, Any]) -> int:
+    from byom.pipeline import laboratory
+
+    lab = laboratory(settings)
+    for task in lab.tasks:
+        for name, found in lab.statistics(task, wanted).items():
+            sys.stdout.write(f"{task:<18} {name:<8} {len(found)} tensors  {found.origin}\n")
+    sys.stdout.write(f"{lab.statistics_cost(wanted):.1f} s in all\n")
     return 0
 
 

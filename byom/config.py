@@ -78,7 +78,7 @@ def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
     with explained():
         names = names or dict(config.hydra.runtime.choices)
         resolved = plain(config)
-        groups: dict[str, Any] = {group: instantiate(config[group], _convert_="all") for group in GROUPS}
+        groups: dict[str, Any] = {group: instantiate(config[group], _convert_="all") for group in BUILT}
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
     places: dict[str, Any] = {key: Path(resolved[key]).expanduser() for key in PLACES}
@@ -87,7 +87,23 @@ def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
     )
 
 
-GROUPS = ("suite", "backbone", "finetune", "merge", "byom", "tune", "evaluate", "logger")
+def option(group: str, name: str) -> Any:
+    """Build one option with its defaults, nested options included.
+
+    Args:
+        group: A group, for example ``merge``.
+        name: One of its options.
+
+    Returns:
+        What the option configures.
+    """
+    config = compose([f"{group}={name}"])
+    with explained():
+        return instantiate(config[group], _convert_="all")
+
+
+GROUPS = ("suite", "backbone", "finetune", "merge", "byom", "router", "tune", "evaluate", "logger")
+BUILT = (*GROUPS, "statistics")
 
 
 def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PIECE = 1 << 20  # elements of each task widened to fp64 at a time
+
 
 def total(stacked: Tensor) -> Tensor:
     """Sum over tasks, one after the other.
@@ -65,3 +67,38 @@ def disjoint_mean(deltas: Tensor) -> Tensor:
         ``[*shape]``, the mean over the tasks that still have a value.
     """
     return total(deltas) / (deltas != 0).sum(0).clamp_(min=1)
+
+
+def tall_mask(delta: Tensor, unified: Tensor, scale: float) -> Tensor:
+    """Say where a task's own change outweighs what the other tasks add to it: ``|tau_t| > scale |tau_MTL - tau_t|``.
+
+    Args:
+        delta: ``[*shape]`` the task vector.
+        unified: ``[*shape]`` the multi-task vector (tau_MTL) that the mask is to be applied to.
+        scale: How much the change must outweigh the rest (lambda), at least 0; a larger one keeps less, and 0 keeps
+            what is not zero.
+
+    Returns:
+        Bool ``[*shape]``; false where the delta is zero.
+
+    References:
+        Localizing Task Information for Improved Model Merging and Compression, TALL-masks.
+        https://arxiv.org/abs/2405.07813
+    """
+    return delta.abs() > scale * (unified - delta).abs()
+
+
+def inner_products(deltas: Tensor) -> Tensor:
+    """Return the inner products between task vectors, ``<tau_i, tau_j>``, accumulated in fp64.
+
+    Args:
+        deltas: ``[T, *shape]``.
+
+    Returns:
+        ``[T, T]`` in fp64.
+    """
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for piece in deltas.reshape(len(deltas), -1).split(PIECE, dim=1):
+        wide = piece.double()
+        gram += wide @ wide.T
+    return gram

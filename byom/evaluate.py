@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from byom.backbone.base import Head
 from byom.data import Split
 
 
@@ -33,6 +33,12 @@ class Score:
         packed = np.packbits(self.hits.numpy()).tobytes().hex()
         return {"accuracy": self.accuracy, "examples": len(self.hits), "hits": packed}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Score:
+        """Return the score that `to_json` wrote."""
+        packed = np.frombuffer(bytes.fromhex(row["hits"]), np.uint8)
+        return cls(torch.from_numpy(np.unpackbits(packed, count=row["examples"]).astype(bool)))
+
 
 @torch.inference_mode()
 def score(logits: Callable[[dict[str, Tensor]], Tensor], batches: Iterable[tuple], examples: int) -> Score:
@@ -52,12 +58,12 @@ def score(logits: Callable[[dict[str, Tensor]], Tensor], batches: Iterable[tuple
     return Score(hits)
 
 
-def evaluate(encoder: nn.Module, head: Head, split: Split, batch_size: int = 50) -> Score:
+def evaluate(encoder: nn.Module, head: Callable[[Tensor], Tensor], split: Split, batch_size: int = 50) -> Score:
     """Score an encoder with a task's head.
 
     Args:
         encoder: The encoder, put in evaluation mode.
-        head: The task's head.
+        head: The task's head: features ``[B, D]`` to logits ``[B, C]``.
         split: Labelled examples.
         batch_size: Examples a forward pass.
 

@@ -292,7 +292,8 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
         stem: What their names begin with.
 
     Returns:
-        The paths written; the figures against density and size need a row with a density.
+        The paths written; the figures against density and size need a method with several densities.
     """
-    names = FIGURES if len(families(frame)) else ["accuracy-by-task"]
+    curves = any(part["density"].nunique() > 1 for part in families(frame).values())
+    names = FIGURES if curves else ["accuracy-by-task"]
     return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,14 @@ from tqdm import tqdm
 from byom import data, storage
 from byom.backbone.base import Backbone, Head
 from byom.evaluate import Score, evaluate
-from byom.finetune import Full, finetune
+from byom.finetune import Full, Lesson, finetune
+from byom.probe import Features, Readout
 from byom.record import write_json
-from byom.signature import signature
+from byom.seeding import keyed
+from byom.signature import describe, signature
+from byom.statistics.base import Statistic, fit
 from byom.suite import Suite, Task
+from byom.tensors import copied
 from byom.weights import Weights
 
 
@@ -54,6 +59,7 @@ class Lab:
         self._splits: dict[str, dict[str, data.Split]] = {}
         self._heads: dict[str, Head] = {}
         self._experts: dict[str, Weights] = {}
+        self._features: dict[tuple[str, str, str], Features] = {}
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -68,8 +74,7 @@ class Lab:
     @cached_property
     def pretrained(self) -> Weights:
         """theta_0."""
-        state = {name: tensor.cpu().clone() for name, tensor in self.encoder.state_dict().items()}
-        return Weights.of(state, origin="pre-trained")
+        return Weights.of(copied(self.encoder.state_dict()), origin="pre-trained")
 
     def splits(self, task: str) -> dict[str, data.Split]:
         """Return a task's train, validation, test and shots."""
@@ -88,23 +93,101 @@ class Lab:
             self._heads[task] = self._cached_head(task)
         return self._heads[task]
 
-    def expert(self, task: str) -> Weights:
-        """Return theta_t, fine-tuning it if it is not cached."""
-        if task not in self._experts:
-            folder = self.cache / "experts" / self.signature_of(task)
+    def expert(self, task: str, member: int = 0) -> Weights:
+        """Return theta_t, fine-tuning it if it is not cached.
+
+        Args:
+            task: The task.
+            member: 0 for theta_t itself; further members see the same examples in another order.
+        """
+        key = self.signature_of(task, member)
+        if key not in self._experts:
+            folder = self.cache / "experts" / key
             if not (folder / "training.json").is_file():
-                self._train(task, folder)
-            self._experts[task] = Weights.open(folder)
-        return self._experts[task]
+                label = f"fine-tune {task}" + (f" (member {member})" if member else "")
+                seed = keyed(self.seed, "member", member) if member else self.seed
+                self._train(folder, {task: 1.0}, label, seed)
+            self._experts[key] = Weights.open(folder)
+        return self._experts[key]
 
-    def signature_of(self, task: str) -> str:
+    def joint(self, shares: Mapping[str, float]) -> Weights:
+        """Return a model fine-tuned on several tasks together, the loss of each weighted by its share.
+
+        Args:
+            shares: Task to weight; tasks of weight 0 are left out. Only their ratios matter.
+        """
+        known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
+        mean = sum(known.values()) / len(known)
+        key = signature(*([self.signature_of(task), round(share / mean, 9)] for task, share in known.items()))
+        folder = self.cache / "joint" / key
+        if not (folder / "training.json").is_file():
+            self._train(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
+        return Weights.open(folder)
+
+    def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
-        return signature(self.backbone, self.tasks[task], self.recipe, self.seed)
+        return signature(self.backbone, self.tasks[task], self.recipe, self.seed, *([member] if member else []))
 
-    def score(self, task: str, weights: Weights, split: str) -> Score:
-        """Score weights on a task's split."""
+    def statistics(self, task: str, wanted: Mapping[str, Statistic], member: int = 0) -> dict[str, Weights]:
+        """Return statistics of a task's expert; those that are not cached are fitted together in one pass.
+
+        Args:
+            task: The task.
+            wanted: Name to what is fitted.
+            member: Which of the task's experts.
+        """
+        key = self.signature_of(task, member)
+        folders = {name: self.cache / "statistics" / signature(key, what) for name, what in wanted.items()}
+        missing = {name: wanted[name] for name, folder in folders.items() if not (folder / "cost.json").is_file()}
+        for split in sorted({what.split for what in missing.values()}):
+            self._fit(task, member, {n: w for n, w in missing.items() if w.split == split}, split, folders)
+        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
+
+    def statistics_cost(self, wanted: Mapping[str, Statistic], members: int = 1) -> float:
+        """Return the seconds that fitting took, for all tasks, whenever that was."""
+        keys = [self.signature_of(task, member) for task in self.tasks for member in range(members)]
+        files = [
+            self.cache / "statistics" / signature(key, what) / "cost.json" for key in keys for what in wanted.values()
+        ]
+        return sum(json.loads(file.read_text())["seconds"] for file in files)
+
+    @torch.no_grad()
+    def features(self, weights: Weights, task: str, split: str) -> Features:
+        """Return the features of a split under some weights, in the split's order."""
+        key = (weights.fingerprint(), task, split)
+        if key not in self._features:
+            self.fill(weights.state())
+            self._features[key] = self._encoded(self.splits(task)[split])
+        return self._features[key]
+
+    def _encoded(self, split: data.Split) -> Features:
+        self.encoder.eval()
+        rows: list[Tensor] = [torch.empty(0)] * len(split)
+        for inputs, _, places in split.batches(self.batch_size):
+            found = self.encoder(**{k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
+            for place, row in zip(places.tolist(), found, strict=True):
+                rows[place] = row
+        return Features(torch.stack(rows), split.labels)
+
+    def _fit(
+        self, task: str, member: int, wanted: Mapping[str, Statistic], split: str, folders: Mapping[str, Path]
+    ) -> None:
+        self.fill(self.expert(task, member).state())
+        start = time.perf_counter()
+        found = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.batch_size)
+        seconds = (time.perf_counter() - start) / len(wanted)  # of a shared pass, each bears its part
+        for name, values in found.items():
+            Weights.of({n: v.cpu() for n, v in values.items()}).save(folders[name] / "values")
+            write_json(folders[name] / "cost.json", {"seconds": round(seconds, 3), "statistic": describe(wanted[name])})
+
+    def score(self, task: str, weights: Weights, split: str, head: Readout | None = None) -> Score:
+        """Score weights on a task's split, with the task's own head or one that a variant changed."""
         self.fill(weights.state())
-        return evaluate(self.encoder, self.head(task), self.splits(task)[split], self.batch_size)
+        return evaluate(self.encoder, head or self.head(task), self.splits(task)[split], self.batch_size)
+
+    def hits(self, head: Readout, split: data.Split) -> Tensor:
+        """Return which examples what the encoder holds gets right, bool ``[N]``."""
+        return evaluate(self.encoder, head, split, self.batch_size).hits
 
     def single_task(self, task: str, split: str) -> float:
         """Return the accuracy of a task's own expert: the denominator of normalised accuracy."""
@@ -129,16 +212,16 @@ class Lab:
         stored = load_file(file)
         return Head(stored["weight"], float(stored["temperature"]))
 
-    def _train(self, task: str, folder: Path) -> None:
-        head, split = self.head(task), self.splits(task)["train"]
+    def _train(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
+        lessons = [Lesson(self.head(task), self.splits(task)["train"], share) for task, share in shares.items()]
         self.fill(self.pretrained.state())
         rate = self.recipe.learning_rate or self.backbone.learning_rate
         training = folder.with_name(f"{folder.name}.training")
-        tuned = finetune(self.encoder, head, split, self.recipe, rate, self.seed, training, f"fine-tune {task}")
+        tuned = finetune(self.encoder, lessons, self.recipe, rate, seed, training, label)
         tuned.save(folder)
-        backbone = type(self.backbone).__name__
-        notes = {"task": task, "backbone": backbone, "seed": self.seed, "examples": len(split)}
-        write_json(folder / "training.json", notes)
+        examples = sum(len(lesson.split) for lesson in lessons)
+        notes = {"task": "+".join(shares), "backbone": type(self.backbone).__name__, "seed": self.seed}
+        write_json(folder / "training.json", notes | {"examples": examples})
         shutil.rmtree(training, ignore_errors=True)
 
 

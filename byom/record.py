@@ -41,14 +41,17 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block and note the process's peak resident memory in it, in MiB."""
+        """Time a block and note the process's peak resident memory in it, and that above its start, in MiB."""
         _reset_peak()
+        before = _resident_mib()
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
-            self.taken[name] = {"seconds": round(seconds, 3), "peak_mib": round(_peak_mib(), 1)}
+            peak = _peak_mib()
+            taken = {"seconds": seconds, "peak_mib": peak, "extra_mib": max(0.0, peak - before)}
+            self.taken[name] = {what: round(value, 3) for what, value in taken.items()}
 
 
 @dataclass(frozen=True)
@@ -213,8 +216,18 @@ def _reset_peak() -> None:
 
 
 def _peak_mib() -> float:
+    peak = _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if peak is None else peak
+
+
+def _resident_mib() -> float:
+    resident = _status("VmRSS")
+    return _peak_mib() if resident is None else resident
+
+
+def _status(what: str) -> float | None:
     status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024

@@ -15,6 +15,8 @@ from byom import render
 from byom.comparable import check_comparable
 from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError, OptionError, suggest
+from byom.methods_table import NOTES as METHOD_NOTES
+from byom.methods_table import costed, display_methods, methods
 from byom.table import Record, best, display, kind, name_method, numbers, percent, table, task_names
 
 __all__ = ["Report", "Runs", "generate", "read_runs", "table"]
@@ -160,6 +162,11 @@ def _report(results: Path, runs: Runs, suffix: str) -> Report:
     from byom import figures
 
     files += figures.save_all(frame, results / "figures", stem)
+    if costed(runs.done):
+        from byom.figure_style import save
+        from byom.methods_figure import accuracy_by_method
+
+        files += save(accuracy_by_method(methods(runs.done)), results / "figures" / f"{stem}--accuracy-by-method")
     return Report(as_text(runs, frame, comparison), files)
 
 
@@ -171,6 +178,10 @@ def _write_tables(folder: Path, stem: str, runs: Runs, frame: pd.DataFrame, comp
     }
     if len(comparison):
         texts[f"{stem}--comparison.csv"] = comparison.to_csv(index=False, lineterminator="\n")
+    if costed(runs.done):
+        costs = methods(runs.done)
+        texts[f"{stem}--methods.md"] = methods_markdown(runs, costs)
+        texts[f"{stem}--methods.csv"] = costs.to_csv(index=False, lineterminator="\n")
     return [write(folder / name, text) for name, text in texts.items()]
 
 
@@ -198,6 +209,13 @@ def as_markdown(runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> st
         parts += ["\n## BYOM-FFT against Post-Pruning\n\n", render.markdown(display_comparison(comparison))]
         parts += ["\n", *_bullets(COMPARISON_NOTES)]
     return "".join(parts)
+
+
+def methods_markdown(runs: Runs, costs: pd.DataFrame) -> str:
+    """Return what every method needs, stores and costs as Markdown."""
+    flagged = ["†: the method has looked at the test split's inputs."] * bool(costs["sees_test"].any())
+    parts = [f"# {runs.suite}, {runs.backbone}: what every method needs, stores and costs\n\n", *_bullets(header(runs))]
+    return "".join([*parts, "\n", render.markdown(display_methods(costs)), "\n", *_bullets([*METHOD_NOTES, *flagged])])
 
 
 def _differing(runs: Runs) -> list[str]:

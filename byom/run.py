@@ -1,30 +1,27 @@
-"""The pipeline: experts -> tune -> merge -> variant -> evaluate -> record."""
+"""One run: its settings, its name, and its record."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from byom import measure
 from byom.backbone.base import Backbone
-from byom.errors import OptionError
+from byom.errors import OptionError, suggest
 from byom.finetune import Full
-from byom.lab import Lab
 from byom.logger import Logger
-from byom.merge.base import MergeMethod, Problem
+from byom.merge.base import MergeMethod
 from byom.merge.pretrained import Pretrained
-from byom.record import FORMAT, Place, Stages, now, provenance, results_root, write_json
-from byom.signature import describe, signature
+from byom.needs import Needs
+from byom.record import FORMAT, Place, now, provenance, results_root
+from byom.router.base import Router
+from byom.router.oracle import Oracle
+from byom.signature import signature
+from byom.statistics.base import Statistic
 from byom.suite import Suite
 from byom.tune import AsGiven, Tuner
-from byom.variants.base import Delta, Variant
-from byom.weights import Weights
+from byom.variants.base import Variant
 
 SPLITS = ("validation", "test")
 
@@ -63,6 +60,8 @@ class Settings:
         tune: How hyperparameters of the merge method are chosen.
         evaluate: What is evaluated.
         logger: Where the record is mirrored.
+        router: How tasks are told apart in evaluation.
+        statistics: Every statistic by name; those that the methods need are fitted.
         seed: Draws data and orders training.
         device: ``cpu``, ``cuda`` or ``auto``.
         results: Where records go.
@@ -79,6 +78,8 @@ class Settings:
     tune: Tuner
     evaluate: Evaluation
     logger: Logger
+    router: Router
+    statistics: Mapping[str, Statistic]
     seed: int
     device: str
     results: Path
@@ -95,21 +96,50 @@ class Settings:
         """Return the merge method and tuner that determine the result."""
         return (self.merge, self.tune) if self.merges else (Pretrained(), AsGiven())
 
+    @property
+    def needs(self) -> Needs:
+        """What the merge method, the variant and the router must be given."""
+        return self.effective()[0].needs | self.byom.needs | self.router.needs
+
+    def wanted(self) -> dict[str, Statistic]:
+        """Return the statistics that are needed.
+
+        Raises:
+            OptionError: If one is needed that the configuration lacks.
+        """
+        names = sorted(self.needs.statistics)
+        if lost := [name for name in names if name not in self.statistics]:
+            raise OptionError(f"there is no statistic '{lost[0]}'; {suggest(lost[0], self.statistics)}")
+        return {name: self.statistics[name] for name in names}
+
     def signature(self) -> str:
         """Return the hash of everything that determines the scores."""
         merge, tune = self.effective()
         searched = tune if tune.candidates(merge) else AsGiven()
-        return signature(self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed)
+        chosen = [self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed]
+        later = [self.wanted()] if self.wanted() else []
+        later += [self.router] if self.routed else []
+        return signature(*chosen, *later)  # what is added later must not rename what was there before
+
+    @property
+    def routed(self) -> bool:
+        """Whether tasks are told apart by a router."""
+        return not isinstance(self.router, Oracle)
 
     def choices(self) -> dict[str, Any]:
         """Return the names of the options, as they appear in tables."""
-        names = dict(self.names) | {"seed": self.seed}
+        names = {k: v for k, v in self.names.items() if k != "router" or self.routed} | {"seed": self.seed}
         return names if self.merges else names | {"merge": "pretrained", "tune": "none"}
+
+    def titles(self) -> dict[str, str]:
+        """Return how tables write the options."""
+        merge, _ = self.effective()
+        return {"merge": merge.title, "byom": self.byom.title, "router": self.router.title}
 
     def place(self) -> Place:
         """Return where the record goes."""
         names = self.choices()
-        label = f"{names['merge']}+{names['byom']}"
+        label = f"{names['merge']}+{names['byom']}" + (f"+{names['router']}" if self.routed else "")
         return Place(results_root(self.results), self.suite.name, names["backbone"], label, self.signature())
 
 
@@ -131,6 +161,8 @@ def run(settings: Settings) -> dict[str, Any]:
         settings.logger.skipped(finished, place.done)
         return finished
     place.require_writable()
+    from byom.pipeline import execute
+
     record = _header(settings, place)
     try:
         record |= execute(settings) | {"status": "done"}
@@ -148,131 +180,19 @@ def metric(record: Mapping[str, Any]) -> float:
     return summary.get("validation", summary.get("test"))["absolute"]
 
 
-def execute(settings: Settings) -> dict[str, Any]:
-    """Do the work of one run and return the measured part of its record."""
-    stages, lab = Stages(), _lab(settings)
-    with stages.stage("data"):
-        lab.read_all()
-    with stages.stage("experts"):
-        experts = {task: lab.expert(task) for task in lab.tasks}
-        single = {s: {task: lab.single_task(task, s) for task in lab.tasks} for s in settings.evaluate.splits}
-    problem = Problem(lab.pretrained, experts)
-    with stages.stage("tune"):
-        method, tuning = _tuned(settings, lab, problem)
-    with stages.stage("merge"):
-        reference = _merged(lab, method, problem)
-    with stages.stage("variant"):
-        deltas = {task: settings.byom.delta(expert, reference) for task, expert in experts.items()}
-    with stages.stage("evaluate"):
-        scores, norms = _evaluated(settings, lab, problem, reference, deltas)
-    return {
-        "hyperparameters": {
-            "merge": describe(_all_fields(method)),
-            "byom": describe(_all_fields(settings.byom)),
-        },
-        "scores": scores,
-        "single_task": single,
-        "summary": {s: measure.summary(scores[s], single[s]) for s in scores},
-        "tuning": tuning,
-        "storage": measure.stored(settings.byom, problem, deltas),
-        "norms": norms,
-        "stages": stages.taken,
-        "fingerprints": measure.fingerprints(lab, experts),
-    }
-
-
 def _header(settings: Settings, place: Place) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "signature": place.signature,
         "created": now(),
         "choices": settings.choices(),
+        "titles": {
+            "merge": settings.effective()[0].title,
+            "byom": settings.byom.title,
+            "router": settings.router.title,
+        },
+        "needs": {"words": settings.needs.words, "sees_test": settings.needs.sees_test},
         "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
         "skipped_tasks": list(settings.suite.missing),
         "provenance": provenance(),
     }
-
-
-def _lab(settings: Settings) -> Lab:
-    s = settings
-    key = signature(s.suite, s.backbone, s.finetune, s.seed, s.cache, s.device)
-    return _labs(key, lambda: Lab(s.suite, s.backbone, s.finetune, s.seed, s.cache, s.device, s.evaluate.batch_size))
-
-
-_KEPT: dict[str, Lab] = {}
-
-
-def _labs(key: str, make: Any) -> Lab:
-    """Return the lab of the previous run if it is the same one: jobs of a sweep in one process share it."""
-    if key not in _KEPT:
-        _KEPT.clear()
-        _KEPT[key] = make()
-    return _KEPT[key]
-
-
-def _lab_signature(lab: Lab) -> str:
-    return signature([lab.signature_of(task) for task in lab.tasks])
-
-
-def _tuned(settings: Settings, lab: Lab, problem: Problem) -> tuple[MergeMethod, dict[str, Any]]:
-    method, tuner = settings.effective()
-    candidates = tuner.candidates(method)
-    if not candidates:
-        return method, {"searched": 0, "chosen": {}, "trail": []}
-    file = lab.cache / "tuning" / f"{signature(_lab_signature(lab), method, tuner)}.json"
-    if not file.is_file():
-        objective = _objective(lab, problem, settings.names["merge"], len(candidates))
-        write_json(file, tuner.select(method, objective)[1])
-    trail = json.loads(file.read_text())
-    return _with(method, trail["chosen"]), trail
-
-
-def _objective(lab: Lab, problem: Problem, label: str, total: int) -> Any:
-    bar = tqdm(total=total * len(lab.tasks), desc=f"tune {label}", unit="task", leave=False, mininterval=1)
-
-    def normalised(method: MergeMethod) -> float:
-        merged = method(problem).materialise()
-        ratios = []
-        for task in lab.tasks:
-            ratios.append(
-                measure.ratio(lab.score(task, merged, "validation").accuracy, lab.single_task(task, "validation"))
-            )
-            bar.update()
-        return sum(ratios) / len(ratios)
-
-    return normalised
-
-
-def _merged(lab: Lab, method: MergeMethod, problem: Problem) -> Weights:
-    if isinstance(method, Pretrained):
-        return problem.pretrained
-    folder = lab.cache / "merged" / signature(_lab_signature(lab), method)
-    if not folder.is_dir():
-        method(problem).save(folder)
-    return _opened(folder)
-
-
-@lru_cache(maxsize=4)
-def _opened(folder: Path) -> Weights:
-    return Weights.open(folder)
-
-
-def _evaluated(
-    settings: Settings, lab: Lab, problem: Problem, reference: Weights, deltas: Mapping[str, Delta]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    scores: dict[str, Any] = {split: {} for split in settings.evaluate.splits}
-    norms = {}
-    for task in tqdm(list(lab.tasks), desc="evaluate", unit="task", leave=False, mininterval=1):
-        model = deltas[task].apply(reference).materialise()
-        norms[task] = measure.norms(problem, task, reference, model)
-        for split, by_task in scores.items():
-            by_task[task] = lab.score(task, model, split).to_json()
-    return scores, norms
-
-
-def _with(method: MergeMethod, chosen: Mapping[str, Any]) -> MergeMethod:
-    return replace(method, **chosen)
-
-
-def _all_fields(option: Any) -> dict[str, Any]:
-    return {f.name: getattr(option, f.name) for f in fields(option)}

@@ -17,8 +17,6 @@ Record = Mapping[str, Any]
 
 MERGES = {
     "pretrained": "Pre-trained", "average": "Averaging", "task_arithmetic": "Task Arithmetic", "ties": "TIES",
-    "dare": "DARE", "regmean": "RegMean", "adamerging": "AdaMerging", "tsv": "TSV-Merge", "iso_c": "Iso-C",
-    "iso_cts": "Iso-CTS", "pcb": "PCB-Merging", "knots": "KnOTS", "wudi": "WUDI", "emr": "EMR-Merging",
 }  # fmt: skip
 VARIANTS = {
     "single_task": "Single-task", "post_pruning": "Post-Pruning", "fft": "BYOM-FFT", "lora": "BYOM-LoRA",
@@ -43,12 +41,19 @@ def kind(merge: str, variant: str) -> str:
     return "pretrained" if merge == "pretrained" else "merged"
 
 
-def name_method(merge: str, variant: str) -> str:
-    """Return a row's name, such as ``BYOM-FFT on TIES``."""
-    base = title(merge, MERGES)
+def name_method(merge: str, variant: str, base: str | None = None, put_back: str | None = None) -> str:
+    """Return a row's name, such as ``BYOM-FFT on TIES``.
+
+    Args:
+        merge: The merge method's name.
+        variant: The variant's name.
+        base: How the merge method is written; None looks it up.
+        put_back: How the variant is written; None looks it up.
+    """
+    base = base or title(merge, MERGES)
     if variant == "none":
         return base
-    return title(variant, VARIANTS) + ("" if merge == "pretrained" else f" on {base}")
+    return (put_back or title(variant, VARIANTS)) + ("" if merge == "pretrained" else f" on {base}")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -76,6 +81,14 @@ class Row:
     def variant(self) -> str:
         """The BYOM variant's name."""
         return self.records[0]["choices"]["byom"]
+
+    @property
+    def name(self) -> str:
+        """How tables write the row, before the settings that tell it from others are added."""
+        titles = self.records[0].get("titles") or {}
+        base = titles.get("merge", title(self.merge, MERGES))
+        name = name_method(self.merge, self.variant, base, titles.get("byom"))
+        return f"{name}, {titles['router']}" if titles.get("router") else name
 
     @property
     def density(self) -> float:
@@ -136,7 +149,7 @@ def _refuse_twins(group: Sequence[Record]) -> None:
 
 def labels(found: Sequence[Row]) -> list[str]:
     """Name rows so that no two with the same density read the same, adding the settings they differ in."""
-    names = [name_method(row.merge, row.variant) for row in found]
+    names = [row.name for row in found]
     twins: dict[tuple[str, str], list[Row]] = {}
     for name, row in zip(names, found, strict=True):
         twins.setdefault((name, repr(row.density)), []).append(row)

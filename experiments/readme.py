@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from benchmarks import selection
-from byom import table
+from byom import config, methods_table, table
 from byom.comparison import against_post_pruning
 from byom.report import read_runs
 
@@ -56,16 +54,64 @@ def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
     return selection.table(json.loads(file.read_text()))
 
 
+FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
+
+
 def options(group: str) -> str:
-    """Return the Markdown table of a group's options: name, the class's first sentence, and its paper."""
-    lines = [f"| `{group}=` | what it does | paper |", "|---|---|---|"]
-    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
-        module, name = yaml.safe_load(path.read_text())["_target_"].rsplit(".", 1)
-        text = inspect.getdoc(getattr(import_module(module), name)) or ""
-        papers = re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)
-        links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(papers))
-        lines.append(f"| `{path.stem}` | {text.splitlines()[0].replace('``', '`')} | {links} |")
+    """Return the Markdown table of a group's options, made from their classes alone.
+
+    Args:
+        group: ``merge``, ``byom`` or ``router``.
+
+    Returns:
+        A row an option: its name and file, what it does, class, paper, year, what it needs and what it stores.
+    """
+    stored = " stored a task |" if group == "byom" else ""
+    rule = "---|" if stored else ""
+    lines = [
+        f"| `{group}=` | what it does | class | paper | year | needs |{stored}",
+        f"|---|---|---|---|--:|---|{rule}",
+    ]
+    return "\n".join([*lines, *(_option(group, path) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))])
+
+
+def _option(group: str, path: Path) -> str:
+    option = config.option(group, path.stem)
+    text = inspect.getdoc(type(option)) or ""
+    papers = list(dict.fromkeys(re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)))
+    links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    year = f"20{papers[0][:2]}" if papers else ""
+    name = f"[`{path.stem}`](byom/{FOLDERS[group]}/{path.stem}.py)"
+    words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
+    stored = f" {option.stores} |" if group == "byom" else ""
+    needs = option.needs.words.replace("weights, ", "")
+    return f"| {name} | {words} | `{type(option).__name__}` | {links} | {year} | {needs} |{stored}"
+
+
+def methods(root: Path = ROOT / "results" / "methods") -> str:
+    """Return the Markdown table of every method and variant on both suites.
+
+    Args:
+        root: The results folder of the sweep over all methods.
+
+    Returns:
+        Markdown; a row that one suite lacks is left empty there.
+    """
+    frames = {s: methods_table.methods(read_runs(root, s, b).done).set_index("method") for s, b in SUITES.items()}
+    header = [f"{TITLES[s]}: accuracy | relative | stored | seconds" for s in SUITES]
+    lines = [f"| | needs | {' | '.join(header)} |", "|---|---|" + "--:|--:|--:|--:|" * len(SUITES)]
+    names = dict.fromkeys(name for frame in frames.values() for name in frame.index)
+    for name in names:
+        first = next(frame.loc[name] for frame in frames.values() if name in frame.index)
+        cells = [_costs(frame.loc[name]) if name in frame.index else " | | | " for frame in frames.values()]
+        lines.append(f"| {name} | {first['needs']}{' †' if first['sees_test'] else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _costs(row: pd.Series) -> str:
+    seconds = row["statistics_seconds"] + row["merge_seconds"] + row["variant_seconds"]
+    accuracy = f"{100 * row['mean']:.1f} | {100 * row['normalised']:.1f} %"
+    return f"{accuracy} | {row['bytes'] / 1e6:.0f} MB | {seconds:.1f}"
 
 
 PARTS = {
@@ -74,6 +120,8 @@ PARTS = {
     "benchmark": benchmark,
     "merge": lambda: options("merge"),
     "byom": lambda: options("byom"),
+    "router": lambda: options("router"),
+    "methods": methods,
 }
 
 

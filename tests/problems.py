@@ -5,11 +5,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
-from byom.config import folder
-from byom.merge.base import Problem
+from byom import config
+from byom.merge.base import Member, Problem
+from byom.seeding import keyed
 from byom.weights import Spec, Weights
+from tests.probes import TinyProbe
 
 FLOATS = {
     "embed": (7, 5),
@@ -21,6 +22,12 @@ FLOATS = {
 }
 TIED = {"head": "embed"}
 BUFFERS = ["counter", "flags"]
+QUICK = {  # laws of methods that adapt hold after any number of steps; more would take time and test nothing else
+    "adamerging": {"steps": 3},
+    "surgery": {"steps": 3},
+    "tinting": {"steps": 3},
+    "localize_and_stitch": {"steps": 3, "learning_rate": 4.0},  # far enough for scores to change places
+}
 
 
 def grid(shape, generator, span):
@@ -50,7 +57,61 @@ def models(tasks=3, dtype=torch.float32, *, values=normal, seed=0):
 
 
 def problem(base, finetuned):
-    return Problem(Weights.of(base, "pre-trained"), {t: Weights.of(s, t) for t, s in finetuned.items()})
+    return posed(Weights.of(base, "pre-trained"), {t: Weights.of(s, t) for t, s in finetuned.items()})
+
+
+def posed(pretrained, finetuned):
+    """Return a problem with inputs, statistics drawn by task and parameter, and further members."""
+    bare = Problem(pretrained, finetuned, probe=DrawnProbe(pretrained, finetuned))
+    statistics = {
+        "fisher": {task: precisions(pretrained, task, "fisher") for task in finetuned},
+        "ivon": {task: precisions(pretrained, task, "ivon") for task in finetuned},
+        "gram": {task: Weights.of(grams(pretrained, task)) for task in finetuned},
+    }
+    members = {task: members_of(pretrained, task, expert) for task, expert in finetuned.items()}
+    return replace(bare, statistics=statistics, members=members)
+
+
+def drawn(*key):
+    """Return a generator for a task, whatever is put before its name."""
+    return torch.Generator().manual_seed(keyed(*(str(part).split()[-1] for part in key)))
+
+
+def precisions(base, *key):
+    """Draw positive values for all parameters but one."""
+    names = [name for name in base.mergeable() if name != "one"]
+    return Weights.of({n: torch.rand(base.shape(n), generator=drawn(*key, n)) + 0.01 for n in names})
+
+
+def grams(base, task):
+    """Draw positive definite matrices for the inputs of all matrices; `layer.weight` is stored in x out."""
+    found = {}
+    for name in (name for name in base.mergeable() if len(base.shape(name)) == 2):
+        turned = name == "layer.weight"
+        size = base.shape(name)[0 if turned else 1]
+        rows = torch.randn(size + 3, size, generator=drawn("gram", task, name))
+        found[name] = (rows.T @ rows / len(rows)).reshape(*[1] * turned, size, size)
+    return found
+
+
+def members_of(base, task, expert):
+    """Return three solutions of a task on one line, with statistics."""
+    further = [expert, base + 1.25 * (expert - base), base + 0.75 * (expert - base)]
+    kinds = ("fisher", "ivon")
+    return [
+        Member(weights, {kind: precisions(base, task, kind, k) for kind in kinds}) for k, weights in enumerate(further)
+    ]
+
+
+class DrawnProbe(TinyProbe):
+    """A probe whose Grams are drawn, like the statistic's."""
+
+    def grams(self, state, task, split, examples, parameters):
+        self.seen.add(split)
+        return {name: gram.double() for name, gram in grams(self.pretrained, task).items() if name in parameters}
+
+    def order(self):
+        return [[name] for name in grams(self.pretrained, "order")]
 
 
 def scaled(base, finetuned, factor):
@@ -94,10 +155,11 @@ def same(a, b):
 def options(group):
     """Build every option of a group: its yaml, and its yaml with each other value of each `Literal` field."""
     built = {}
-    for file in sorted((folder() / group).glob("*.yaml")):
-        option = instantiate(OmegaConf.load(file), _convert_="all")
-        built[file.stem] = option
-        built |= {f"{file.stem}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
+    for choice in config.options(group):
+        option = instantiate(config.compose([], f"{group}/{choice}")[group], _convert_="all")
+        option = replace(option, **QUICK.get(choice, {}))
+        built[choice] = option
+        built |= {f"{choice}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
     return built
 
 

@@ -1,0 +1,130 @@
+"""DARE: drop and rescale, before any merge method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from byom.errors import OptionError
+from byom.merge.base import MergeMethod, Problem
+from byom.merge.task_arithmetic import TaskArithmetic
+from byom.needs import Needs
+from byom.seeding import keyed
+from byom.selection import Part, kept, locate
+from byom.tensors import wide
+from byom.weights import Weights
+
+Select = Literal["random", "magnitude"]
+
+
+@dataclass(frozen=True)
+class Dare(MergeMethod):
+    """Drop a share of each task's changes, enlarge the rest to make up for them, and merge by another method.
+
+    ``theta'_t = theta_0 + m_t tau_t / (1 - drop)`` in fp32, with ``m_t`` independent coin flips of chance ``1 - drop``:
+    the expectation of every entry is the change itself. The experts ``theta'_t`` are then merged by `then`, which also
+    says what is needed; statistics stay those of the experts as they were fine-tuned.
+
+    Flips depend on the seed, the task's name and the parameter's name alone, and are drawn on the CPU for a whole
+    parameter; so neither the order of tasks and parameters, nor blocks, nor the device changes them.
+
+    Args:
+        then: The method that merges what is left.
+        drop: Fraction dropped (p), in [0, 1); 0 is `then` itself.
+        rescale: Whether what is left is divided by ``1 - drop``.
+        select: ``random``, or ``magnitude`` to drop the smallest entries of each parameter: all but
+            ``floor((1 - drop) * n)``, ties keeping the lowest position. Rescaling applies to both.
+        seed: Draws the flips.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range, or `then` does not merge the experts alone.
+
+    References:
+        Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch.
+        https://arxiv.org/abs/2311.03099
+
+    Differences:
+        `grid` is the authors', over `drop`; they fix the other method's values first, so tune `then` without DARE.
+        PEFT and the authors draw in the order of calls. mergekit rescales to the L1 norm before dropping, which
+        depends on the draw. The authors' magnitude variant drops ``floor(drop * n)`` and whatever ties with the last.
+    """
+
+    then: MergeMethod = field(default_factory=TaskArithmetic)
+    drop: float = 0.5
+    rescale: bool = True
+    select: Select = "random"
+    seed: int = 0
+
+    title = "DARE"
+    grid: ClassVar = {"drop": (0.1, 0.3, 0.5, 0.7, 0.9)}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise OptionError(f"merge.drop={self.drop} is not in [0, 1); write 90 % as merge.drop=0.9")
+        if self.select not in ("random", "magnitude"):
+            raise OptionError(f"merge.select={self.select} is not known; use random or magnitude")
+        require_experts(self.then)
+
+    @property
+    def needs(self) -> Needs:
+        """What the wrapped method needs."""
+        return self.then.needs
+
+    def fallbacks(self, problem: Problem) -> list[str]:
+        """Name what the wrapped method names."""
+        return self.then.fallbacks(problem)
+
+    def __call__(self, problem: Problem) -> Weights:
+        """Merge the thinned experts lazily; see `MergeMethod.__call__`."""
+        self.check(problem)
+        thinned = {task: self._thinned(task, expert, problem.pretrained) for task, expert in problem.finetuned.items()}
+        return self.then(replace(problem, finetuned=thinned))
+
+    def _thinned(self, task: str, expert: Weights, base: Weights) -> Weights:
+        def read(name: str) -> Tensor:
+            if not expert.dtype(name).is_floating_point:
+                return expert[name]
+            theirs, ours = wide(expert.read_finite(name)), wide(base.read_finite(name))
+            return ours + self._thin(theirs - ours, keyed(self.seed, task, name)) if self.drop else theirs
+
+        return (expert - base).derived(read, expert.origin)
+
+    def _thin(self, delta: Tensor, seed: int) -> Tensor:
+        mask = flips(delta, self.drop, seed) if self.select == "random" else heaviest(delta, self.drop)
+        return delta * mask / (1 - self.drop if self.rescale else 1)
+
+
+def require_experts(then: MergeMethod) -> None:
+    """Refuse to wrap a method that does not look at the experts which the wrapper changes.
+
+    Raises:
+        OptionError: If it trains a joint model, or merges further models of each task.
+    """
+    if then.needs.joint or then.needs.members > 1:
+        raise OptionError(
+            f"merge.then={type(then).__name__} does not merge the experts alone, so changing them first would do "
+            "nothing or half; choose another, for example merge@merge.then=ties"
+        )
+
+
+def flips(delta: Tensor, drop: float, seed: int) -> Tensor:
+    """Draw which entries survive.
+
+    Args:
+        delta: ``[*shape]``, for its shape and device.
+        drop: Chance that an entry is dropped.
+        seed: Seed of the generator.
+
+    Returns:
+        Bool ``[*shape]``, the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(delta.shape, generator=generator) >= drop).to(delta.device)
+
+
+def heaviest(delta: Tensor, drop: float) -> Tensor:
+    """Say which entries are not among the smallest; see `Dare`."""
+    return locate([Part.of(delta)], [kept(1 - drop, delta.numel())])[0].mask(delta)

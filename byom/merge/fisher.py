@@ -1,0 +1,146 @@
+"""Fisher merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from byom.deltas import total
+from byom.errors import CheckpointError, OptionError
+from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.needs import Needs
+
+
+@dataclass(frozen=True)
+class FisherMerging(PlannedMethod):
+    """Average each parameter, weighted by how much each task's predictions depend on it (diagonal Fisher).
+
+    ``theta = sum_t c_t F_t theta_t / sum_t c_t F_t`` element by element, with ``F_t`` at least `floor`: what no task
+    depends on becomes the plain average. Parameters without a Fisher value (floating-point buffers) get the mean
+    with the weights c_t.
+
+    Args:
+        floor: Least Fisher value, above 0.
+        normalise: ``global`` divides each task's Fisher by its Euclidean norm over all parameters, before which the
+            floor is applied; a task whose Fisher is 0 everywhere is divided by 1. ``none`` takes it as it is, so
+            that a task with large gradients outweighs the others.
+        weights: Weight of each task (c_t), none negative, in the problem's order of tasks; empty weighs all alike.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+
+    References:
+        Merging Models with Fisher-Weighted Averaging, section 3. https://arxiv.org/abs/2111.09832
+
+    Differences:
+        The authors raise only the first task's Fisher to 1e-6 and normalise by default; here every task is floored,
+        which keeps the result free of task order. MergeLM and fusion-bench add 1e-6 instead, and normalise by the
+        reciprocal of the norm plus 1e-6.
+    """
+
+    floor: float = 1e-6
+    normalise: Literal["none", "global"] = "none"
+    weights: tuple[float, ...] = ()
+
+    title = "Fisher merging"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if not self.floor > 0:
+            raise OptionError(f"merge.floor={self.floor} is not above 0; use e.g. 1e-6")
+        if self.normalise not in ("none", "global"):
+            raise OptionError(f"merge.normalise={self.normalise} is not known; use none or global")
+        require_weights(self.weights)
+
+    @property
+    def needs(self) -> Needs:
+        """The statistic ``fisher``, which looks at training inputs (at labels only if estimated empirically)."""
+        return Needs(statistics=frozenset({"fisher"}), inputs=frozenset({"train"}))
+
+    def fallbacks(self, problem: Problem) -> list[str]:
+        """Name the parameters without a Fisher value."""
+        return problem.uncovered("fisher")
+
+    def plan(self, problem: Problem) -> list[float]:
+        """Find each task's coefficient: its weight, divided by the norm of its Fisher if that is asked for."""
+        weights = task_weights(self.weights, problem)
+        if self.normalise == "none":
+            return weights
+        norms = [problem.statistics["fisher"][task].norm() or 1.0 for task in problem.tasks]
+        return [weight / norm for weight, norm in zip(weights, norms, strict=True)]
+
+    def merge(self, group: Group, plan: list[float]) -> Tensor:
+        """Return the Fisher-weighted average, block by block."""
+        if "fisher" not in group.statistics:
+            weights = self.weights or [1.0] * len(group.experts)
+            return blockwise(group, lambda _, piece: piece.pretrained + plain(piece.deltas, weights))
+        require_shape(group, "fisher")
+        return blockwise(group, lambda _, piece: self._piece(piece, plan))
+
+    def _piece(self, piece: Group, coefficients: list[float]) -> Tensor:
+        fisher = piece.statistics["fisher"].clamp(min=self.floor)
+        return piece.pretrained + precise(piece.deltas, fisher, coefficients)
+
+
+def precise(deltas: Tensor, precisions: Tensor, weights: Sequence[float], prior: float = 0.0) -> Tensor:
+    """Average with a weight an element: ``sum_t c_t H_t tau_t / (prior + sum_t c_t H_t)``; 0 where that is 0 / 0.
+
+    Args:
+        deltas: ``[T, *shape]`` (tau_t).
+        precisions: ``[T, *shape]``, at least 0 (H_t).
+        weights: One a task (c_t).
+        prior: Precision of tau = 0.
+
+    Returns:
+        ``[*shape]``.
+    """
+    scaled = torch.stack([weight * row for weight, row in zip(weights, precisions.to(deltas), strict=True)])
+    whole = total(scaled) + prior
+    shares = scaled.div_(whole.masked_fill_(whole == 0, 1))
+    return total(shares * deltas)
+
+
+def plain(deltas: Tensor, weights: Sequence[float]) -> Tensor:
+    """Average ``[T, *shape]`` with one weight a task, whose sum need not be 1."""
+    whole = sum(weights)
+    return total(torch.stack([weight / whole * row for weight, row in zip(weights, deltas, strict=True)]))
+
+
+def require_weights(weights: Sequence[float]) -> None:
+    """Refuse task weights that are negative, not finite or all 0.
+
+    Raises:
+        OptionError: Naming ``merge.weights``.
+    """
+    if weights and not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+        raise OptionError(f"merge.weights={list(weights)} must be at least 0, finite, and not all 0")
+
+
+def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
+    """Return one weight a task, all alike with sum 1 if none are given.
+
+    Raises:
+        OptionError: If their number is not that of the tasks.
+    """
+    tasks = problem.tasks
+    if weights and len(weights) != len(tasks):
+        raise OptionError(f"merge.weights has {len(weights)} values for {len(tasks)} tasks: {', '.join(tasks)}")
+    return list(weights) or [1 / len(tasks)] * len(tasks)
+
+
+def require_shape(group: Group, statistic: str) -> None:
+    """Refuse a statistic that is not of its parameter's shape.
+
+    Raises:
+        CheckpointError: Naming the parameter.
+    """
+    found = group.statistics[statistic].shape[1:]
+    if found != group.pretrained.shape:
+        raise CheckpointError(
+            f"the statistic '{statistic}' of '{group.name}' has shape {tuple(found)}, the parameter "
+            f"{tuple(group.pretrained.shape)}; compute it for this model"
+        )

@@ -1,0 +1,51 @@
+"""Joint multi-task fine-tuning: the reference row that merging tries to reach without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from byom.errors import OptionError
+from byom.merge.base import MergeMethod, Problem
+from byom.needs import Needs
+from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class JointFineTuning(MergeMethod):
+    """Fine-tune one model on the training examples of all tasks together; no merging at all.
+
+    The recipe is the experts' own: the batches of all tasks are mixed, each batch from one task, so that training
+    takes as many steps as all experts together.
+
+    Args:
+        weights: Factor on each task's loss (alpha), in the order of the tasks; empty weighs them equally. Only
+            ratios matter; a task of weight 0 is left out.
+
+    Raises:
+        OptionError: If a weight is negative, none is positive, or their number is not that of the tasks.
+    """
+
+    weights: tuple[float, ...] = ()
+
+    title = "Joint fine-tuning (MTL)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if self.weights and (min(self.weights) < 0 or max(self.weights) == 0):
+            raise OptionError(f"merge.weights={list(self.weights)} must be 0 or more, and one of them positive")
+
+    @property
+    def needs(self) -> Needs:
+        """Labelled training examples of all tasks."""
+        return Needs(inputs=frozenset({"train"}), labels=True, joint=True)
+
+    def __call__(self, problem: Problem) -> Weights:
+        """Train, or read what was trained before; see `MergeMethod.__call__`."""
+        self.check(problem)
+        tasks = problem.tasks
+        weights = self.weights or (1.0,) * len(tasks)
+        if len(weights) != len(tasks):
+            raise OptionError(
+                f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one a task: {tasks}"
+            )
+        return problem.inputs().joint(dict(zip(tasks, weights, strict=True)))

@@ -1,0 +1,1 @@
+"""Routers: one file each. `byom.router.<name>` holds the class that ``router=<name>`` builds."""

@@ -1,0 +1,177 @@
+"""The diagonal Fisher information: the mean over examples of squared gradients, one example at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from byom.errors import OptionError
+from byom.probe import Batch, Readout
+from byom.seeding import keyed
+from byom.statistics.base import Fitter, Statistic, parameters
+from byom.tensors import wide
+
+BUDGET = 1 << 27  # gradient entries held at a time: 512 MB in fp32
+ESTIMATES = ("exact", "sampled", "empirical")
+
+
+@dataclass(frozen=True)
+class Fisher(Statistic):
+    """The diagonal of the Fisher information of each parameter.
+
+    ``F = (1/N) sum_i E_c[(d log p(c | x_i) / d theta)^2]``: gradients are squared for each example and class on its
+    own, before any sum. An example is a whole input, a sequence included. Weight decay plays no part.
+
+    Args:
+        estimate: How the expectation over classes is taken. ``exact`` sums over all C classes, weighted by what
+            the model gives them, and costs C backward passes an example. ``sampled`` draws labels from the model:
+            unbiased, one backward pass a draw, and like ``exact`` it never sees a label of the data. ``empirical``
+            takes the data's label, which is no Fisher information away from a perfect fit.
+        samples: Labels drawn an example by ``sampled`` (S).
+        seed: With an example's place in the split it keys the draws.
+
+    Raises:
+        OptionError: If a value is out of range.
+
+    References:
+        Merging Models with Fisher-Weighted Averaging, section 3. https://arxiv.org/abs/2111.09832
+        Limitations of the Empirical Fisher Approximation. https://arxiv.org/abs/1905.12558
+
+    Differences:
+        The authors sum over all classes of 4096 examples; the common re-implementations square the gradient of
+        ``sum_c sqrt(p_c) log p_c`` summed over a batch, whose cross terms do not vanish (it can be 0 where the
+        Fisher is 1). That form is not offered.
+    """
+
+    estimate: Literal["exact", "sampled", "empirical"] = "sampled"
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimate not in ESTIMATES:
+            raise OptionError(f"statistic.estimate={self.estimate} is not known; use one of {', '.join(ESTIMATES)}")
+        if self.samples < 1:
+            raise OptionError(f"statistic.samples={self.samples} draws no label; use at least 1")
+
+    def start(self, encoder: nn.Module, head: Readout) -> Fitter:
+        """Begin to fit; see `Statistic.start`."""
+        return FisherFitter(self, encoder, head)
+
+
+class Rows(NamedTuple):
+    """Pairs of an example and a class, each a backward pass."""
+
+    examples: Tensor  # int64 [R], in the batch
+    classes: Tensor  # int64 [R]
+    weights: Tensor  # [R], how much the squared gradient counts
+
+
+class FisherFitter(Fitter):
+    """Sums squared per-example gradients in fp64; what is held of single examples is bounded by `BUDGET`.
+
+    Args:
+        what: What is estimated.
+        encoder: The model.
+        head: Its head.
+    """
+
+    def __init__(self, what: Fisher, encoder: nn.Module, head: Readout) -> None:
+        self.what, self.encoder, self.head = what, encoder, head
+        self.values = {
+            name: wide(value.detach()) for name, value in parameters(encoder).items() if value.is_floating_point()
+        }
+        self.places = _places(encoder)
+        self.sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.values.items()}
+        self.chunk = max(1, BUDGET // max(1, sum(value.numel() for value in self.values.values())))
+        self.seen = 0
+        self.together = True
+
+    def update(self, batch: Batch) -> None:
+        """Take in examples; see `Fitter.update`."""
+        rows = self._rows(batch)
+        for start in range(0, len(rows.examples), self.chunk):
+            self._add(batch.inputs, Rows(*(column[start : start + self.chunk] for column in rows)))
+        self.seen += len(batch.labels)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the mean over examples, in fp32; see `Fitter.finish`."""
+        return {name: (value / max(1, self.seen)).float() for name, value in self.sums.items()}
+
+    def _rows(self, batch: Batch) -> Rows:
+        if self.what.estimate == "empirical":
+            return Rows(torch.arange(len(batch.labels)).to(batch.labels), batch.labels, torch.ones(len(batch.labels)))
+        with torch.no_grad():
+            likely = self.head(self.encoder(**batch.inputs)).double().softmax(-1)
+        if self.what.estimate == "sampled":
+            return _sampled(likely, batch.places, self.what)
+        examples, classes = likely.nonzero(as_tuple=True)
+        return Rows(examples, classes, likely[examples, classes].float())
+
+    def _add(self, inputs: Mapping[str, Tensor], rows: Rows) -> None:
+        chosen = {name: value[rows.examples] for name, value in inputs.items()}
+        for name, gradients in self._gradients(chosen, rows.classes).items():
+            self.sums[name] += torch.tensordot(rows.weights.to(gradients), gradients.square(), 1)
+
+    def _gradients(self, inputs: dict[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
+        """Gradients ``[R, *shape]`` of every row on its own."""
+        if self.together and len(classes) > 1:
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for many gradients at once
+                    return vmap(grad(self._loss), in_dims=(None, 0, 0))(self.values, inputs, classes)
+            except RuntimeError as error:
+                self.together = False
+                reason = shorten(str(error), 120, placeholder=" ...")
+                warnings.warn(
+                    f"fisher: {type(self.encoder).__name__} refuses vmap ({reason}); "
+                    "its gradients are taken one example at a time, which is slower",
+                    stacklevel=2,
+                )
+        return self._one_by_one(inputs, classes)
+
+    def _one_by_one(self, inputs: dict[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
+        rows = range(len(classes))
+        found = [grad(self._loss)(self.values, {n: v[i] for n, v in inputs.items()}, classes[i]) for i in rows]
+        return {name: torch.stack([each[name] for each in found]) for name in self.values}
+
+    def _loss(self, values: dict[str, Tensor], inputs: dict[str, Any], label: Tensor) -> Tensor:
+        kwargs = {name: value.unsqueeze(0) for name, value in inputs.items()}
+        filled = {place: values[name] for place, name in self.places.items() if name in values}
+        logits = self.head(functional_call(self.encoder, filled, kwargs=kwargs, tie_weights=False))
+        return cross_entropy(logits, label.unsqueeze(0))
+
+
+def _places(module: nn.Module) -> dict[str, str]:
+    """Canonical names of parameters by where they are: a tied one is in several places, a shared module counts once.
+
+    `functional_call` ties by itself, but then it leaves its own tensors in a module that has two names.
+    """
+    names = {id(value): name for name, value in parameters(module).items()}
+    return {
+        f"{prefix}.{name}".removeprefix("."): names[id(value)]
+        for prefix, part in module.named_modules()
+        for name, value in part.named_parameters(recurse=False)
+    }
+
+
+def _sampled(likely: Tensor, places: Tensor, what: Fisher) -> Rows:
+    """Draw classes by inverting the distribution function, so that rounding of p hardly ever changes a draw."""
+    uniform = torch.stack([_uniform(what, int(place)) for place in places]).to(likely)
+    reached = likely.cumsum(-1)
+    classes = torch.searchsorted(reached, uniform * reached[:, -1:], right=True).clamp(max=likely.shape[-1] - 1)
+    examples = torch.arange(len(places), device=likely.device).repeat_interleave(what.samples)
+    return Rows(examples, classes.reshape(-1), torch.full((len(examples),), 1 / what.samples))
+
+
+def _uniform(what: Fisher, place: int) -> Tensor:
+    generator = torch.Generator().manual_seed(keyed(what.seed, "fisher", place))
+    return torch.rand(what.samples, generator=generator, dtype=torch.float64)
