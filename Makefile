@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := results/scratch/demo
 
-.PHONY: help setup demo test check lint types bench tables clean
+.PHONY: help setup demo test check lint types bench tables proofs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -48,8 +48,12 @@ bench: $(READY) ## speed of the exact selection beside torch's own
 	@$(BIN)/python -m benchmarks.selection --check
 
 tables: $(READY) ## regenerate the committed tables, figures and README parts from the committed records
-	@$(BIN)/byom report suite=vision8_offline && $(BIN)/byom report suite=text8_offline
+	@for results in results results/methods; do for suite in vision8_offline text8_offline; do \
+	  $(BIN)/byom report suite=$$suite results=$$results || exit 1; done; done
 	@$(BIN)/python -m experiments.readme
+
+proofs: $(READY) ## run the tests that prove methods and write docs/verification.md
+	@$(BIN)/python -m experiments.verification
 
 clean: ## remove the environment and scratch results (not the cache)
 	rm -rf .venv results/scratch

@@ -154,7 +154,13 @@ def _split(overrides: list[str], group: str) -> list[list[str]]:
 
 def _has(group: str, option: str, name: str) -> bool:
     file = folder() / group / f"{option}.yaml"
-    return not file.is_file() or name.split(".", maxsplit=1)[0] in OmegaConf.load(file)
+    return not file.is_file() or name.split(".", maxsplit=1)[0] in _fields(OmegaConf.load(file))
+
+
+def _fields(option: Any) -> set[str]:
+    """Return an option's fields, those that hold another option included (``/merge@then: ties``)."""
+    nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
+    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
 
 
 @contextmanager

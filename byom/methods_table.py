@@ -35,9 +35,9 @@ def methods(records: Iterable[Record]) -> pd.DataFrame:
         records: Finished runs of one suite and backbone.
 
     Returns:
-        Columns ``method``, ``needs``, ``sees_test``, ``mean``, ``mean_std``, ``normalised``, ``task_parameters``,
-        ``bytes``, ``statistics_seconds``, ``merge_seconds``, ``variant_seconds``, ``extra_mib``, ``right`` and
-        ``price`` (NaN where the task is known), ``seeds``. Accuracies are fractions.
+        Columns ``method``, ``needs``, ``sees_test``, ``by_batch``, ``mean``, ``mean_std``, ``normalised``,
+        ``task_parameters``, ``bytes``, ``statistics_seconds``, ``merge_seconds``, ``variant_seconds``,
+        ``extra_mib``, ``right`` and ``price`` (NaN where the task is known), ``seeds``. Accuracies are fractions.
     """
     found = rows(costed(records))
     frame = pd.DataFrame([_numbers(row, label) for row, label in zip(found, labels(found), strict=True)])
@@ -54,6 +54,7 @@ def _numbers(row: Row, label: str) -> dict[str, Any]:
         "density": row.density,
         "needs": needs[0]["words"],
         "sees_test": any(need["sees_test"] for need in needs),
+        "by_batch": any((record.get("routed") or {}).get("mix") == "batch" for record in row.records),
         "mean": np.mean(means),
         "mean_std": np.std(means, ddof=1) if len(means) > 1 else np.nan,
         "normalised": np.mean(_each(row, lambda r: r["summary"]["test"]["normalised"])),
@@ -94,7 +95,8 @@ def _price(row: Row, found: Sequence[Row]) -> float:
 
 def display_methods(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the printed form of `methods`."""
-    marked = [f"{need} †" if sees else need for need, sees in zip(frame["needs"], frame["sees_test"], strict=True)]
+    flags = zip(frame["needs"], frame["sees_test"], frame["by_batch"], strict=True)
+    marked = [need + " †" * bool(sees) + " ‡" * bool(batch) for need, sees, batch in flags]
     out = pd.DataFrame({"Method": frame["method"], "m %": [percent(m) for m in frame["density"]], "Needs": marked})
     out["Mean"] = [_accuracy(*pair) for pair in zip(frame["mean"], frame["mean_std"], strict=True)]
     out["Normalised"] = [f"{100 * value:.1f}" for value in frame["normalised"]]

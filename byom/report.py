@@ -214,6 +214,8 @@ def as_markdown(runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> st
 def methods_markdown(runs: Runs, costs: pd.DataFrame) -> str:
     """Return what every method needs, stores and costs as Markdown."""
     flagged = ["†: the method has looked at the test split's inputs."] * bool(costs["sees_test"].any())
+    batches = "‡: tasks are told apart by whole batches of one data set, which gives them away."
+    flagged += [batches] * bool(costs["by_batch"].any())
     parts = [f"# {runs.suite}, {runs.backbone}: what every method needs, stores and costs\n\n", *_bullets(header(runs))]
     return "".join([*parts, "\n", render.markdown(display_methods(costs)), "\n", *_bullets([*METHOD_NOTES, *flagged])])
 

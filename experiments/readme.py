@@ -104,7 +104,8 @@ def methods(root: Path = ROOT / "results" / "methods") -> str:
     for name in names:
         first = next(frame.loc[name] for frame in frames.values() if name in frame.index)
         cells = [_costs(frame.loc[name]) if name in frame.index else " | | | " for frame in frames.values()]
-        lines.append(f"| {name} | {first['needs']}{' †' if first['sees_test'] else ''} | {' | '.join(cells)} |")
+        flags = " †" * bool(first["sees_test"]) + " ‡" * bool(first["by_batch"])
+        lines.append(f"| {name} | {first['needs']}{flags} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -126,10 +127,11 @@ PARTS = {
 
 
 def fill(text: str) -> str:
-    """Replace what stands between the README's markers."""
+    """Replace what stands between a page's markers; what a page does not have is not made."""
     for name, make in PARTS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)
+        if re.search(pattern, text, flags=re.S):
+            text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)
     return text
 
 
@@ -154,6 +156,9 @@ def _percent(density: float) -> str:
     return "" if pd.isna(density) else f"{100 * density:g} %"
 
 
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from byom.seeding import keyed
 class NearestNeighbours(LearnedRouter):
     """Guess the task from the nearest training examples in the features of the pre-trained encoder.
 
-    The share of a task is the fraction of its examples among the neighbours (Euclidean distance, equal weights).
+    The share of a task is the fraction of its examples among the neighbours, all with equal weight.
 
     Args:
         neighbours: How many neighbours vote (k).
         examples: Unlabelled training examples kept a task, drawn by `seed`.
         seed: Draws them.
+        metric: Distance between features, ``euclidean`` as in the paper or ``cosine``. The norm of features pooled over
+            tokens falls with the length of a text, and then the shortest distances go to tasks of long texts.
         mix: ``sample`` or ``batch``; see `LearnedRouter`.
         batch_size: For ``mix=batch``.
         heads: ``routed`` or ``given``; see `LearnedRouter`.
@@ -41,6 +43,7 @@ class NearestNeighbours(LearnedRouter):
     neighbours: int = 10
     examples: int = 100
     seed: int = 0
+    metric: Literal["euclidean", "cosine"] = "euclidean"
 
     title = "kNN-routed"
 
@@ -48,6 +51,8 @@ class NearestNeighbours(LearnedRouter):
         super().__post_init__()
         if self.neighbours < 1 or self.examples < 1:
             raise OptionError(f"router.neighbours={self.neighbours} and router.examples={self.examples} must be >= 1")
+        if self.metric not in ("euclidean", "cosine"):
+            raise OptionError(f"router.metric={self.metric} is not known; use euclidean or cosine")
 
     def fit(self, problem: Problem, served: Served) -> Routing:
         """Keep a few training examples of each task; see `Router.fit`."""
@@ -56,7 +61,7 @@ class NearestNeighbours(LearnedRouter):
         kept = [self._drawn(problem, task) for task in problem.tasks]
         values, tasks = labelled_by_task(kept)
         voters = min(self.neighbours, len(values))
-        model = KNeighborsClassifier(n_neighbors=voters).fit(values.numpy(), tasks.numpy())
+        model = KNeighborsClassifier(voters, metric=self.metric).fit(values.numpy(), tasks.numpy())
         return _Neighbours(problem, model, values)
 
     def _drawn(self, problem: Problem, task: str) -> Tensor:

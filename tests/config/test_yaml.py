@@ -172,4 +172,6 @@ def test_a_swept_field_reaches_only_the_options_that_have_it():
     fields = ["byom.density=0.01,0.1", "byom.scope=tensor"]
     assert found == [["seed=0", "byom=none"], ["seed=0", "byom=post_pruning,fft", *fields]]
     assert config.fitting(["byom=fft", "byom.density=0.1"]) == [["byom=fft", "byom.density=0.1"]]
+    nested = config.fitting(["merge=dare,average", "merge.then.scale=0.5"])
+    assert nested == [["merge=dare", "merge.then.scale=0.5"], ["merge=average"]]
     assert config.fitting(["byom=none,fft", "byom.densty=1"]) == [["byom=none,fft", "byom.densty=1"]]

@@ -119,6 +119,7 @@ def test_options_out_of_range_are_refused(router, wrong):
     [
         ("knn", {"neighbours": 0}),
         ("knn", {"examples": 0}),
+        ("knn", {"metric": "manhattan"}),
         ("mlp", {"hidden": 0}),
         ("mlp", {"dropout": 1.0}),
         ("mlp", {"epochs": 0}),
@@ -139,3 +140,14 @@ def test_neighbours_vote_by_count():
 def test_every_option_is_titled_and_hashable():
     assert [router.title for router in LEARNED.values() if not router.title] == []
     assert all(hash(router) == hash(replace(router)) for router in ROUTERS.values())
+
+
+def test_cosine_neighbours_do_not_mind_the_length_of_features():
+    class Scaled(Clouds):
+        def features(self, weights, task, split):
+            found = super().features(weights, task, split)
+            direction = torch.eye(5)[list(TASKS).index(task)] * 9
+            return Features((found.values / 9 + direction) * (5 if split == "test" else 1), found.labels)
+
+    routing = replace(ROUTERS["knn"], metric="cosine").fit(*problem(Scaled(dict.fromkeys(TASKS, 0.0))))
+    assert all((routing.shares(t, "test").argmax(1) == i).all() for i, t in enumerate(TASKS))

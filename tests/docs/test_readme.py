@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -49,6 +50,8 @@ def test_a_byom_command_runs(line, folder, capsys):
     arguments = shlex.split(line)[1:]
     if arguments[0] in ("run", "-m"):
         arguments += overrides(folder)
+    if arguments[0] == "preview":
+        arguments += [*overrides(folder), "tasks=[mnist,digits]", "steps=2", "joint=0", "methods=[average]"]
     if arguments[0] == "report":
         arguments += [f"results={folder}/results/scratch"]
     assert main(arguments) == 0, capsys.readouterr().err
@@ -83,34 +86,51 @@ def test_the_python_block_runs(tmp_path, monkeypatch):
     assert all(torch.equal(Weights.open("task_arithmetic")[n], expected[n]) for n in expected)
 
 
+@pytest.mark.parametrize("root", ["results", "results/methods"])
 @pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
-def test_committed_tables_are_those_of_the_committed_records(suite, tmp_path):
-    shutil.copytree(ROOT / "results" / "runs" / suite, tmp_path / "runs" / suite)
+def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_path):
+    shutil.copytree(ROOT / root / "runs" / suite, tmp_path / "runs" / suite)
     assert main(["report", f"suite={suite}", f"results={tmp_path}"]) == 0
     made = sorted((tmp_path / "tables").iterdir())
     assert made
     for file in made:
-        assert file.read_bytes() == (ROOT / "results" / "tables" / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (ROOT / root / "tables" / file.name).read_bytes(), file.name
 
 
 def test_committed_records_come_from_committed_code():
-    import json
-
-    for path in (ROOT / "results" / "runs").rglob("*.json"):
+    for path in [p for folder in ("runs", "methods", "previews") for p in (ROOT / "results" / folder).rglob("*.json")]:
         provenance = json.loads(path.read_text())["provenance"]
         assert provenance["commit"] and not provenance["dirty"], path
 
 
 def test_the_tables_list_every_method_and_variant():
-    for group in ("merge", "byom"):
+    for group in ("merge", "byom", "router"):
         for option in sorted((ROOT / "conf" / group).glob("*.yaml")):
-            assert f"| `{option.stem}` |" in README, option.stem
+            assert f"| [`{option.stem}`](byom/" in README, option.stem
 
 
 def test_the_generated_parts_are_current():
-    from experiments.readme import fill
+    from experiments.readme import PAGES, fill
 
-    assert fill(README) == README
+    for page in PAGES:
+        assert fill(page.read_text()) == page.read_text(), page.name
+
+
+def test_the_page_of_proofs_lists_every_option_and_no_failure():
+    proved = (ROOT / "docs" / "verification.md").read_text()
+    for group in ("merge", "byom", "router"):
+        for option in sorted((ROOT / "conf" / group).glob("*.yaml")):
+            assert f"| `{option.stem}` |" in proved, option.stem
+    assert "failed**" not in proved and ", 0 failed)" in proved.replace("\n", " ")
+
+
+@pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
+def test_the_sweep_over_all_methods_has_every_method_and_variant(suite):
+    records = [json.loads(path.read_text()) for path in (ROOT / "results/methods/runs" / suite).glob("*/*.json")]
+    done = [record["choices"] for record in records if record["status"] == "done"]
+    assert {choice["merge"] for choice in done} == {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
+    assert {choice["byom"] for choice in done} == {path.stem for path in (ROOT / "conf/byom").glob("*.yaml")}
+    assert all(record["cost"] and record["needs"]["words"] for record in records)
 
 
 def test_nothing_is_left_to_fill_in():

@@ -10,7 +10,7 @@ from byom import finetune as module
 from byom.backbone.base import Head, prototypes
 from byom.data import Split
 from byom.evaluate import evaluate
-from byom.finetune import Full, finetune, Lesson
+from byom.finetune import Full, Lesson, finetune
 
 
 class Net(nn.Module):
