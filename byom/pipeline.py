@@ -179,8 +179,8 @@ def _served(
 
 
 def _once(folder: Path, make: Callable[[], Any]) -> None:
-    """Make a cached folder if it is not there, and note beside it what that took."""
-    if folder.is_dir():
+    """Make a cached folder if it is not there, and note beside it what that took; without a note it is made again."""
+    if folder.is_dir() and _note(folder).is_file():
         return
     stages = Stages()
     with stages.stage("made"):

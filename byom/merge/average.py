@@ -39,7 +39,7 @@ class Average(TensorwiseMethod):
 
     weights: tuple[float, ...] = ()
 
-    title = "Average"
+    title = "Averaging"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

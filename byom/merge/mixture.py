@@ -16,7 +16,7 @@ from byom.merge.hessian_weighted import posterior_needs, previewed, require_post
 from byom.needs import Needs
 from byom.weights import Weights
 
-PIECE = 1 << 20  # elements compared at a time; fixed, because the order of the sums decides their last bits
+PIECE = 1 << 14  # elements compared at a time, near the caches; fixed, as the order of sums decides their last bits
 TINY = 1e-30  # stands for no precision at all in a logarithm
 
 
