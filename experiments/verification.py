@@ -1,4 +1,4 @@
-"""Run the tests that prove methods and write docs/verification.md: python -m experiments.verification."""
+"""Run the tests that prove methods and write docs/verification.md: python -m experiments.verification [REPORT]."""
 
 from __future__ import annotations
 
@@ -41,13 +41,24 @@ class Case:
     reason: str = ""
 
 
+def read(report: Path) -> list[Case]:
+    """Return the cases of a JUnit report that prove methods.
+
+    Args:
+        report: What ``pytest --junitxml`` wrote, of these tests alone or of the whole suite.
+    """
+    modules = tuple(test.removesuffix(".py").replace("/", ".") for test in TESTS)
+    nodes = ElementTree.parse(report).iter("testcase")
+    return [_case(node) for node in nodes if node.get("classname", "").startswith(modules)]
+
+
 def run() -> list[Case]:
     """Run the tests and return every case."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = ["pytest", "-q", "-n", "auto", "--dist", "loadfile", f"--junitxml={report}", *TESTS]
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False)
-        return [_case(node) for node in ElementTree.parse(report).iter("testcase")]
+        return read(report)
 
 
 def _case(node: ElementTree.Element) -> Case:
@@ -124,6 +135,6 @@ def _exempt(group: str, names: list[str], cases: list[Case]) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = run()
+    found = read(Path(sys.argv[1])) if len(sys.argv) > 1 else run()
     (ROOT / "docs" / "verification.md").write_text(page(found))
     sys.exit(any(case.outcome == "failed" for case in found))
