@@ -48,4 +48,5 @@ class JointFineTuning(MergeMethod):
             raise OptionError(
                 f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one a task: {tasks}"
             )
-        return problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
+        trained = problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
+        return trained.derived(trained.read_finite, trained.origin)  # training may diverge

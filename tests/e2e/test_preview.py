@@ -61,7 +61,7 @@ def test_the_command_prints_tables_and_writes_a_record_and_figures(command, fold
     status, shown = command(*OPTIONS)
     made = read(shown)
     assert status == 0
-    assert all(name in shown.out for name in ("Average", "Hessian-weighted", "Mixture of Gaussians", "Regret"))
+    assert all(name in shown.out for name in ("Averaging", "Hessian-weighted", "Mixture of Gaussians", "Regret"))
     written = [Path(line) for line in shown.out.splitlines() if line.startswith(str(folder))]
     assert [path.suffix for path in written] == [".json", ".png", ".pdf", ".png", ".pdf"]
     assert all(path.is_file() for path in written)
