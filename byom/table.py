@@ -42,14 +42,7 @@ def kind(merge: str, variant: str) -> str:
 
 
 def name_method(merge: str, variant: str, base: str | None = None, put_back: str | None = None) -> str:
-    """Return a row's name, such as ``BYOM-FFT on TIES``.
-
-    Args:
-        merge: The merge method's name.
-        variant: The variant's name.
-        base: How the merge method is written; None looks it up.
-        put_back: How the variant is written; None looks it up.
-    """
+    """Return a row's name, such as ``BYOM-FFT on TIES``; how its two parts are written is looked up if not given."""
     base = base or title(merge, MERGES)
     if variant == "none":
         return base

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from byom.errors import CheckpointError
 from byom.merge.base import Problem
 from byom.needs import Needs
 from byom.packed import READOUT, WHOLE, Delta, Parts, Readout, Served, Shared, require_base
@@ -82,7 +83,7 @@ class Variant(ABC):
 
     def readout(self, parts: Parts, head: Readout) -> Readout:
         """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
-        raise NotImplementedError(f"{type(self).__name__} stores nothing for heads")
+        raise CheckpointError(f"{self.title} stores nothing for heads, but {sorted(parts)} came with its difference")
 
 
 class Preparation(ABC):
