@@ -44,8 +44,9 @@ lint: $(READY) ## ruff
 types: $(READY) ## pyright on byom/
 	@$(BIN)/pyright
 
-bench: $(READY) ## speed of the exact selection beside torch's own
+bench: $(READY) ## speed of the exact selection beside torch's own, and of BYOM-LoRA beside dense SVDs
 	@$(BIN)/python -m benchmarks.selection --check
+	@$(BIN)/python -m benchmarks.lora --check
 
 tables: $(READY) ## regenerate the committed tables, figures and README parts from the committed records
 	@for results in results results/methods; do for suite in vision8_offline text8_offline; do \

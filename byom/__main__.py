@@ -21,6 +21,10 @@ Commands
                        byom preview suite=vision8_offline tasks=[cifar10,chess] joint=3
   statistics  what some merge methods need of each expert, ahead of time:
                        byom statistics fisher gram suite=vision8_offline
+  export   one PEFT adapter a task, beside the merged model where tasks were packed against one:
+                       byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
+  pack     everything that serves the tasks, as one folder that byom.Bundle opens:
+                       byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1
   list     methods, variants, suites, backbones, and the experts in the cache
 
 Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
@@ -105,6 +109,20 @@ def _statistics(arguments: list[str]) -> int:
     return commands.statistics(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    return commands.export(arguments)
+
+
+def _pack(arguments: list[str]) -> int:
+    from byom import commands
+
+    _quiet()
+    return commands.pack(arguments)
+
+
 def _list(arguments: list[str]) -> int:
     from byom import commands
 
@@ -123,6 +141,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "preview": _preview,
     "statistics": _statistics,
+    "export": _export,
+    "pack": _pack,
     "list": _list,
 }
 

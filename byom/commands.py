@@ -44,11 +44,19 @@ def table(arguments: Sequence[str]) -> int:
     every = config.cells(plan["rows"], [*plan["common"], *extra])
     _name_sweep()
     failures = _cells(every)
-    composed = config.build(config.compose(every[0]))
-    _report(composed.place().root, composed.suite.name, composed.names["backbone"])
+    for root, suite, backbone in _reported(every):
+        _report(root, suite, backbone)
     for cell, error in failures:
         sys.stderr.write(f"byom: failed: {' '.join(cell)}: {error}\n")
     return 1 if failures else 0
+
+
+def _reported(cells: Sequence[Sequence[str]]) -> list[tuple[Path, str, str]]:
+    """Return the results folder, suite and backbone of every report that some cells belong to."""
+    kept = ("suite", "backbone", "results")
+    overrides = dict.fromkeys(tuple(o for o in cell if o.partition("=")[0] in kept) for cell in cells)
+    settings = [config.build(config.compose(list(some))) for some in overrides]
+    return list(dict.fromkeys((s.place().root, s.suite.name, s.names["backbone"]) for s in settings))
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -114,6 +122,58 @@ def _fit_statistics(settings: Any, wanted: dict[str, Any]) -> int:
             sys.stdout.write(f"{task:<18} {name:<8} {len(found)} tensors  {found.origin}\n")
     sys.stdout.write(f"{lab.statistics_cost(wanted):.1f} s in all\n")
     return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write every task as a PEFT adapter, then print a line a task."""
+    import json
+
+    from byom import export as exporting
+    from byom import pipeline
+
+    folder, settings = _folder("export", arguments)
+    lab, served = pipeline.serve(settings)
+    exporting.adapters(
+        served,
+        folder,
+        base_model=_named(settings.backbone),
+        prefix=settings.backbone.inner,
+        module=lab.encoder,
+        heads={name: (lab.head(name), task.classes) for name, task in lab.tasks.items()},
+        notes={"suite": settings.suite.name, **{k: v for k, v in settings.titles().items() if v}},
+    )
+    for task, held in json.loads((folder / "export.json").read_text())["tasks"].items():
+        ranks = "-".join(str(rank) for rank in dict.fromkeys(held["rank"]))
+        size = f"{held['parameters']:>11,} parameters {held['bytes']:>12,} bytes"
+        sys.stdout.write(f"{task:<18} rank {ranks:<7} {size}  {folder / task}\n")
+    return 0
+
+
+def pack(arguments: Sequence[str]) -> int:
+    """Save what serves the tasks as a bundle, then print a line a task."""
+    from byom import pipeline
+    from byom.bundle import Bundle
+
+    folder, settings = _folder("pack", arguments)
+    _, served = pipeline.serve(settings)
+    Bundle(served.reference, served.deltas, served.base).save(folder)
+    for task, delta in served.deltas.items():
+        size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
+        sys.stdout.write(f"{task:<18} {size}  {folder / task}.safetensors\n")
+    return 0
+
+
+def _folder(command: str, arguments: Sequence[str]) -> tuple[Path, Any]:
+    """Return where a command writes, its first argument, and the settings that the others make."""
+    if not arguments or "=" in arguments[0]:
+        raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
+    return Path(arguments[0]).expanduser(), config.build(config.compose(list(arguments[1:])))
+
+
+def _named(backbone: Any) -> str:
+    """Return how the hubs call a backbone's model; a model inside a data package is called as the package is."""
+    place = getattr(backbone, "model", None) or backbone.checkpoint
+    return place if isinstance(place, str) else f"{place.name}=={place.version}"
 
 
 def list_options(arguments: Sequence[str]) -> int:

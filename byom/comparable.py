@@ -52,7 +52,7 @@ def _test_data(record: Record) -> Any:
 
 def _recipe(record: Record) -> list:
     config = (record.get("config") or {}).get("finetune")
-    recipe = {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else config
+    recipe = {k: v for k, v in config.items() if k not in ("seed", "_target_")} if isinstance(config, dict) else config
     return [record["choices"].get("finetune"), recipe]
 
 

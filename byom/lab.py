@@ -17,7 +17,8 @@ from tqdm import tqdm
 from byom import data, storage
 from byom.backbone.base import Backbone, Head
 from byom.evaluate import Score, evaluate
-from byom.finetune import Full, Lesson, finetune
+from byom.finetune.base import Recipe
+from byom.finetune.loop import Lesson, finetune
 from byom.probe import Features, Readout
 from byom.record import write_json
 from byom.seeding import keyed
@@ -45,7 +46,7 @@ class Lab:
         self,
         suite: Suite,
         backbone: Backbone,
-        recipe: Full,
+        recipe: Recipe,
         seed: int,
         cache: Path,
         device: str,
@@ -69,7 +70,7 @@ class Lab:
     @cached_property
     def encoder(self) -> nn.Module:
         """The module that every model of this lab is loaded into."""
-        return self.backbone.load().to(self.device)
+        return self.recipe.host(self.backbone.load(), self.backbone).to(self.device)
 
     @cached_property
     def pretrained(self) -> Weights:
@@ -107,7 +108,7 @@ class Lab:
                 label = f"fine-tune {task}" + (f" (member {member})" if member else "")
                 seed = keyed(self.seed, "member", member) if member else self.seed
                 self._train(folder, {task: 1.0}, label, seed)
-            self._experts[key] = Weights.open(folder)
+            self._experts[key] = self.recipe.open(folder, self.pretrained)
         return self._experts[key]
 
     def joint(self, shares: Mapping[str, float]) -> Weights:
@@ -122,7 +123,7 @@ class Lab:
         folder = self.cache / "joint" / key
         if not (folder / "training.json").is_file():
             self._train(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
-        return Weights.open(folder)
+        return self.recipe.open(folder, self.pretrained)
 
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
@@ -215,10 +216,11 @@ class Lab:
     def _train(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
         lessons = [Lesson(self.head(task), self.splits(task)["train"], share) for task, share in shares.items()]
         self.fill(self.pretrained.state())
-        rate = self.recipe.learning_rate or self.backbone.learning_rate
+        trained = self.recipe.attach(self.encoder, self.backbone, seed)
         training = folder.with_name(f"{folder.name}.training")
-        tuned = finetune(self.encoder, lessons, self.recipe, rate, seed, training, label)
-        tuned.save(folder)
+        finetune(trained, lessons, self.recipe, self.recipe.rate(self.backbone), seed, training, label)
+        shutil.rmtree(folder, ignore_errors=True)  # without training.json it is the rest of an interrupted save
+        self.recipe.save(trained, folder)
         examples = sum(len(lesson.split) for lesson in lessons)
         notes = {"task": "+".join(shares), "backbone": type(self.backbone).__name__, "seed": self.seed}
         write_json(folder / "training.json", notes | {"examples": examples})

@@ -11,6 +11,8 @@ from torch import Tensor
 from byom.errors import OptionError
 
 VANISHING = 1e-6  # singular values below this share of the largest are rounding of fp32 models, not directions
+OVERSAMPLING = 16  # directions that a randomised range finder looks for beyond those asked for
+POWERS = 3  # passes over A and its transpose, each adding 2 to the power of A
 SAFE = 1e-4  # squaring a matrix in fp64 keeps fp32 accuracy down to this share of its largest singular value
 
 
@@ -86,6 +88,36 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         left, values, right = thin_svd(tall)
         return left[:, :rank], values[:rank], right[:rank]
     return (tall @ vectors) / values, values, vectors.T
+
+
+def randomised_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximate the largest singular values and their vectors from the range of ``(A Aᵀ)^3 A G``, G being normal.
+
+    Exact up to rounding for matrices whose rank is at most ``rank + OVERSAMPLING``. It costs ``O(m n k)`` where
+    `truncated_svd`, which small matrices get here too, costs ``O(m n min(m, n))``.
+
+    Args:
+        matrix: ``[m, n]``.
+        rank: How many to keep (k), at most ``min(m, n)``.
+        seed: Seeds G.
+
+    Returns:
+        ``U [m, k]``, ``s [k]`` descending, ``Vt [k, n]``, in fp64.
+
+    References:
+        Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate Matrix
+        Decompositions, algorithms 4.4 and 5.1. https://arxiv.org/abs/0909.4061
+    """
+    if rank + OVERSAMPLING >= min(matrix.shape):
+        return truncated_svd(matrix, rank)
+    wide = matrix.double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(wide.shape[1], rank + OVERSAMPLING, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(wide @ drawn.to(wide.device))[0]
+    for _ in range(POWERS):  # orthonormal in between, or the smaller directions would be lost to rounding
+        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
+    left, values, right = thin_svd(basis.T @ wide)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]
 
 
 def polar(matrix: Tensor, rtol: float = VANISHING) -> Tensor:

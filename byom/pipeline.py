@@ -68,6 +68,23 @@ def execute(settings: Settings) -> dict[str, Any]:
     }
 
 
+def serve(settings: Settings) -> tuple[Lab, Served]:
+    """Make what serves the tasks, from cached experts and merged models as far as there are any.
+
+    Args:
+        settings: A run; nothing is evaluated unless a scale has to be searched.
+
+    Returns:
+        The lab, and shared models with one packed difference a task.
+    """
+    lab = laboratory(settings)
+    problem = assemble(settings, lab, {task: lab.expert(task) for task in lab.tasks})
+    prepared = settings.byom.before(problem) if settings.byom.before else problem
+    method, _ = _tuned(settings, lab, prepared)
+    reference = _merged(settings, lab, method, prepared, {})
+    return lab, _served(settings, lab, method, problem, reference, {})
+
+
 def laboratory(settings: Settings) -> Lab:
     """Return the lab of a run; runs of one process that agree in what makes it share it."""
     s = settings

@@ -9,7 +9,7 @@ from typing import Any
 
 from byom.backbone.base import Backbone
 from byom.errors import OptionError, suggest
-from byom.finetune import Full
+from byom.finetune.base import Recipe
 from byom.logger import Logger
 from byom.merge.base import MergeMethod
 from byom.merge.pretrained import Pretrained
@@ -72,7 +72,7 @@ class Settings:
 
     suite: Suite
     backbone: Backbone
-    finetune: Full
+    finetune: Recipe
     merge: MergeMethod
     byom: Variant
     tune: Tuner

@@ -21,7 +21,8 @@ from byom.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-OWN_JSON = {INDEX, "bundle.json", "training.json"}  # what a folder written by byom may hold beside tensors
+# what a folder written by byom may hold beside tensors
+OWN_JSON = {INDEX, "bundle.json", "training.json", "export.json", "adapter_config.json", "config.json"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,

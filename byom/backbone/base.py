@@ -41,6 +41,8 @@ class Backbone(ABC):
     """Learning rate of full fine-tuning that keeps the experts mergeable."""
     temperature: float
     """Factor on the cosine of prototype heads."""
+    inner: ClassVar[str] = ""
+    """What the names of the encoder's parameters start with before the library's own names; that module is adapted."""
 
     @property
     @abstractmethod

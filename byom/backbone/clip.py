@@ -33,6 +33,7 @@ class Clip(Backbone):
     learning_rate: float = 1e-5
 
     modality = "image"
+    inner = "visual."
 
     @property
     def encoding(self) -> dict[str, Any]:

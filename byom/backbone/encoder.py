@@ -57,6 +57,7 @@ class Encoder(Backbone):
     temperature: float = 20.0
 
     modality = "text"
+    inner = "model."
 
     @property
     def encoding(self) -> dict[str, Any]:

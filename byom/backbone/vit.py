@@ -62,6 +62,7 @@ class Vit(Backbone):
     temperature: float = 20.0
 
     modality = "image"
+    inner = "visual."
 
     @property
     def encoding(self) -> dict[str, Any]:

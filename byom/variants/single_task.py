@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from byom.variants.base import PackingVariant, Parts, Shared
+from byom.lowrank import Adapted, Piece, add
+from byom.merge.base import Problem
+from byom.tensors import finite
+from byom.variants.base import Delta, PackingVariant, Parts, Served, Shared
+from byom.weights import Weights, require_match
 
 
 @dataclass(frozen=True)
 class SingleTask(PackingVariant):
-    """Store every fine-tuned model whole: T models instead of one."""
+    """Store every fine-tuned model whole, T models instead of one, or its adapter where every task has one.
+
+    Adapters are stored as `SingleTaskAdapters` says, beside the one model that all of them were trained on.
+    """
 
     title = "Single-task"
-    stores = "the whole model"
+    stores = "the whole model, or its adapter"
     reference = "pretrained"
     shares_reference = False
+
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Store every task's adapter, or every model if one of them has none; see `Variant.serve`."""
+        if type(self) is SingleTask and all(adapts(expert, reference) for expert in problem.finetuned.values()):
+            return SingleTaskAdapters().serve(problem, reference)
+        return super().serve(problem, reference)
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store all values."""
@@ -26,3 +39,54 @@ class SingleTask(PackingVariant):
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Return theta_t."""
         return parts["values"].reshape(shared.reference.shape)
+
+
+@dataclass(frozen=True)
+class SingleTaskAdapters(SingleTask):
+    """Store each task's low-rank factors, ``r (m + n)`` values a matrix, and whole what was trained beside them.
+
+    What is put back has the bits of the adapted weights, in the dtype of the model that was adapted.
+    """
+
+    stores = "its adapter"
+    shares_reference = True
+
+    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
+        """Store one task's adapter, without forming its products; see `PackingVariant.delta`."""
+        if not adapts(target, reference):
+            return super().delta(target, reference, base)
+        require_finite(target, reference)
+        packed = {name: _stored(target, name) for name in sorted({*target.factored, *target.replaced})}
+        return Delta(self, packed, {name: target.shape(name) for name in packed})
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Add the products to theta_0, or to what took its place."""
+        value = super().unpack(parts, shared) if "values" in parts else shared.reference
+        starts = [int(part.removeprefix("left@")) for part in parts if part.startswith("left@")]
+        return add(value, [Piece(at, parts[f"left@{at}"], parts[f"right@{at}"]) for at in starts]) if starts else value
+
+
+def adapts(target: Weights, reference: Weights) -> TypeGuard[Adapted]:
+    """Say whether a task's difference to the reference is known as thin factors."""
+    return isinstance(target, Adapted) and target.on(reference)
+
+
+def require_finite(target: Adapted, reference: Weights) -> None:
+    """Refuse NaN and infinity in an adapter and in the model below it, without forming the adapter's products.
+
+    Raises:
+        CheckpointError: If a value is not finite, or names or shapes differ.
+    """
+    require_match(target, reference)
+    for name in reference.mergeable():
+        reference.read_finite(name)
+        factors = [factor for piece in target.pieces(name) for factor in (piece.left, piece.right) if factor.numel()]
+        if name in target.replaced or not all(map(finite, factors)):
+            target.read_finite(name)
+
+
+def _stored(target: Adapted, name: str) -> Parts:
+    parts = {"values": target.replaced[name]} if name in target.replaced else {}
+    for piece in target.pieces(name):
+        parts |= {f"left@{piece.start}": piece.left, f"right@{piece.start}": piece.right}
+    return parts

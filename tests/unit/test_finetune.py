@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from byom import finetune as module
 from byom.backbone.base import Head, prototypes
 from byom.data import Split
 from byom.evaluate import evaluate
-from byom.finetune import Full, Lesson, finetune
+from byom.finetune import loop as module
+from byom.finetune.full import Full
+from byom.finetune.loop import Lesson, finetune
+from byom.weights import Weights
 
 
 class Net(nn.Module):
@@ -37,7 +39,9 @@ def head(split):
 
 def train(split, head, folder, seed=0, **options):
     recipe = Full(**{"epochs": 3, "batch_size": 16, **options})
-    return finetune(Net(), [Lesson(head, split)], recipe, 1e-2, seed, folder, "test")
+    net = Net()
+    finetune(net, [Lesson(head, split)], recipe, 1e-2, seed, folder, "test")
+    return Weights.of(net.state_dict())
 
 
 def same(a, b):

@@ -1,4 +1,4 @@
-"""Fine-tuning: one loop for every backbone and task."""
+"""The one training loop of every backbone, task and recipe."""
 
 from __future__ import annotations
 
@@ -16,44 +16,8 @@ from tqdm import tqdm
 from byom import storage
 from byom.backbone.base import Head
 from byom.data import Split
-from byom.errors import OptionError
+from byom.finetune.base import Recipe
 from byom.seeding import keyed
-from byom.tensors import copied
-from byom.weights import Weights
-
-
-@dataclass(frozen=True)
-class Full:
-    """Full fine-tuning: AdamW, linear warm-up, cosine decay, gradient clipping.
-
-    Args:
-        epochs: Passes over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Peak learning rate; None takes the backbone's own.
-        weight_decay: Decoupled weight decay, on matrices only.
-        warmup: Fraction of the steps in which the learning rate rises linearly.
-        clip: Largest Euclidean norm of the gradient.
-
-    Raises:
-        OptionError: If a value is out of range.
-    """
-
-    epochs: int = 4
-    batch_size: int = 32
-    learning_rate: float | None = None
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive = (
-            self.epochs,
-            self.batch_size,
-            self.clip,
-            1 if self.learning_rate is None else self.learning_rate,
-        )
-        if min(positive) <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
-            raise OptionError(f"finetune options out of range: {self}; sizes must be positive, warmup in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -74,12 +38,12 @@ class Lesson:
 def finetune(
     encoder: nn.Module,
     lessons: Sequence[Lesson],
-    recipe: Full,
+    recipe: Recipe,
     rate: float,
     seed: int,
     folder: Path,
     label: str,
-) -> Weights:
+) -> None:
     """Fine-tune an encoder under frozen heads; interrupted training resumes at the last finished epoch.
 
     With several lessons the batches of all of them are mixed in one order, each batch from one task. The order of
@@ -87,16 +51,13 @@ def finetune(
     uninterrupted one.
 
     Args:
-        encoder: The encoder with pre-trained weights; modified.
+        encoder: The encoder with pre-trained weights; modified, where its parameters ask for gradients.
         lessons: One task, or several that are learned together.
         recipe: Hyperparameters.
         rate: Peak learning rate.
         seed: Seed.
         folder: Where the state after each epoch is kept until training ends.
         label: Shown beside the progress bar.
-
-    Returns:
-        The fine-tuned weights, in memory.
     """
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
     steps = sum(math.ceil(len(lesson.split) / recipe.batch_size) for lesson in lessons)
@@ -114,13 +75,12 @@ def finetune(
                 bar.update()
             if epoch + 1 < recipe.epochs:
                 _keep(folder, encoder, optimizer, schedule, epoch + 1)
-    return Weights.of(copied(encoder.state_dict()), origin=label)
 
 
 def _epoch(
     encoder: nn.Module,
     lessons: Sequence[Lesson],
-    recipe: Full,
+    recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     seed: int,
     epoch: int,

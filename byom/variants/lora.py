@@ -1,0 +1,274 @@
+"""BYOM-LoRA: each task's adapter, cut to its largest singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from byom import sparse, storage
+from byom.errors import CheckpointError, OptionError
+from byom.linalg import is_matrix, randomised_svd, truncated_svd
+from byom.lowrank import Adapted, Piece, add, product_svd
+from byom.seeding import keyed
+from byom.tensors import wide
+from byom.variants.base import Delta, PackingVariant, Parts, Shared
+from byom.variants.single_task import adapts, require_finite
+from byom.weights import Weights
+
+KEPT = 32  # singular values found of a dense difference: every smaller rank of a sweep is a cut of them
+Place = tuple[str, int]  # parameter and first row
+Factors = tuple[Tensor, Tensor, Tensor]  # U [m, k], s [k] descending, Vt [k, n]
+Plan = dict[str, Parts]
+
+
+@dataclass(frozen=True)
+class ByomLora(PackingVariant):
+    """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
+
+    The product ``A_t B_tᵀ`` of an adapter (`byom.lowrank.Adapted`) is factored by QR of its thin factors and never
+    formed; where query, key and value lie in one fused matrix each has its own. Models that are no adapters on the
+    reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0], rest]``.
+    A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which ``byom=single_task``
+    stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
+
+    Args:
+        rank: Singular values kept of each matrix (q), at least 1; all are kept of a matrix that has fewer.
+        rank_allocation: ``uniform``, or ``global``: at most as many values, spent on the largest singular values of all
+            matrices together. One that no longer fits is skipped, smaller ones of cheaper matrices may still fit.
+        reference: ``pretrained``, or ``merged``: what differs from the merged model is put back, as BYOM-FFT does.
+        solver: How dense differences are factored: ``exact``, or ``randomised``, which looks at the ``max(32, 4 q)``
+            largest singular values of a matrix.
+        rest: What is done with what is no matrix and with what was trained whole beside an adapter: ``whole`` stores
+            it, ``drop`` leaves it the reference's.
+        seed: Seeds ``randomised``, together with the parameter's name.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+
+    References:
+        BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-LoRA). https://arxiv.org/abs/2310.01886
+
+    Differences:
+        The paper cuts every matrix at one q on the pre-trained model; ``global`` and ``merged`` are additions, and so
+        are models that are no adapters. PEFT's ``lora_B`` is the paper's A, its ``lora_A`` the transpose of the
+        paper's B, and its scale is folded in before the cut. Biases and modules trained whole, of which the paper says
+        nothing, are kept and counted. PEFT's ``combination_type="svd"`` forms the dense product, stores the singular
+        values in a factor, q values a matrix fewer, and leaves one adapter alone, whatever its ``svd_rank``: beside
+        another of weight 0 its products are equal. No official code was found.
+    """
+
+    rank: int = 8
+    rank_allocation: Literal["uniform", "global"] = "uniform"
+    reference: Literal["pretrained", "merged"] = field(default="pretrained", kw_only=True)  # pyright: ignore
+    solver: Literal["exact", "randomised"] = "exact"
+    rest: Literal["whole", "drop"] = "whole"
+    seed: int = 0
+
+    title = "BYOM-LoRA"
+    stores = "q (m + n + 1) values a matrix, other trained tensors whole"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise OptionError(f"byom.rank={self.rank} is not a number of singular values; use 1 or more")
+        _one_of("rank_allocation", self.rank_allocation, "uniform", "global")
+        _one_of("reference", self.reference, "pretrained", "merged")
+        _one_of("solver", self.solver, "exact", "randomised")
+        _one_of("rest", self.rest, "whole", "drop")
+
+    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
+        """Pack one task's difference, an adapter without forming its products; see `PackingVariant.delta`."""
+        if not adapts(target, reference):
+            return super().delta(target, reference, base)
+        require_finite(target, reference)
+        packed = self._cut(_Product(target))
+        for name in target.replaced:
+            packed[name] = self._rest(target[name].to(reference.dtype(name)), reference[name])
+        kept = {name: packed[name] for name in sorted(packed) if packed[name]}
+        return Delta(self, kept, {name: target.shape(name) for name in kept})
+
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Plan:
+        """Factor every matrix of a dense difference; what is held is what will be stored, and the known factors."""
+        return self._cut(_Difference(target, reference, self))
+
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Plan) -> Parts:
+        """Store a matrix's factors, or all values of what is no matrix."""
+        return plan.get(name, {}) if _is_matrix(name, target.shape) else self._rest(target, shared.reference)
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Add the products to the reference, or put all values back."""
+        if "values" in parts:
+            return sparse.assign(parts, shared.reference)
+        pieces = [_piece(parts, int(part.removeprefix("left@"))) for part in parts if part.startswith("left@")]
+        for piece in pieces:
+            _require_fit(piece, shared.reference)
+        return add(shared.reference, pieces).to(shared.reference.dtype)
+
+    def _rest(self, values: Tensor, reference: Tensor) -> Parts:
+        return sparse.whole(values, reference) if self.rest == "whole" else {}
+
+    def _cut(self, source: _Source) -> Plan:
+        """Factor what the source has, and keep as much of each matrix as the allocation says."""
+        plan: Plan = {}
+        for (name, start), rank in sorted(self._ranks(source).items()):
+            plan[name] = plan.get(name, {}) | _parts(source.top((name, start), rank), rank, start)
+        return plan
+
+    def _ranks(self, source: _Source) -> dict[Place, int]:
+        if self.rank_allocation == "uniform":
+            return dict.fromkeys(source.sides, self.rank)
+        costs = {place: rows + columns + 1 for place, (rows, columns) in source.sides.items()}
+        values = {place: source.values(place) for place in costs}
+        budget = sum(min(self.rank, len(values[place])) * cost for place, cost in costs.items())
+        return allocate(values, costs, budget)
+
+
+def allocate(values: Mapping[Place, Tensor], costs: Mapping[Place, int], budget: int) -> dict[Place, int]:
+    """Spend a budget on the largest singular values of all matrices, largest first, passing over what does not fit.
+
+    Args:
+        values: Each matrix's singular values ``[k]``, descending; equal ones go to the lowest place.
+        costs: What one singular value of a matrix and its vectors cost.
+        budget: What may be spent.
+
+    Returns:
+        How many each matrix keeps: always its largest.
+    """
+    ranks = dict.fromkeys(values, 0)
+    ranked = sorted((-value, *place, i) for place, row in values.items() for i, value in enumerate(row.tolist()))
+    for _, name, start, _ in ranked:
+        cost = costs[name, start]
+        if cost <= budget:  # once one of a matrix does not fit none of its smaller ones will: the budget only falls
+            ranks[name, start] += 1
+            budget -= cost
+    return ranks
+
+
+class _Source(Protocol):
+    """Matrices of one task's difference that can be factored."""
+
+    sides: dict[Place, tuple[int, int]]
+    """Rows and columns."""
+
+    def values(self, place: Place) -> Tensor:
+        """Return a matrix's singular values, descending, without those that are rounding."""
+        ...
+
+    def top(self, place: Place, rank: int) -> Factors:
+        """Return a matrix's largest singular values, at least `rank` if it has as many, and their vectors."""
+        ...
+
+
+class _Product:
+    """The products of an adapter."""
+
+    def __init__(self, target: Adapted) -> None:
+        names = [name for name in sorted(target.factored) if name not in target.replaced]
+        self._pieces = {(name, piece.start): piece for name in names for piece in target.pieces(name)}
+        self._dtypes = {name: target.dtype(name) for name in names}
+        self.sides = {at: (len(p.left), p.right.shape[1]) for at, p in self._pieces.items()}
+        rows = [[*at, *map(storage.crc32, p[1:]), str(target.dtype(at[0]))] for at, p in self._pieces.items()]
+        self._found = _known(storage.digest(rows))
+
+    def values(self, place: Place) -> Tensor:
+        return self.top(place, 0)[1]
+
+    def top(self, place: Place, rank: int) -> Factors:
+        if place not in self._found:
+            piece = self._pieces[place]
+            factored = product_svd(piece.left.double(), piece.right.double())
+            self._found[place] = _above_rounding(factored, self._dtypes[place[0]])
+        return self._found[place]
+
+
+class _Difference:
+    """The matrices of a dense difference, read and factored one at a time."""
+
+    def __init__(self, target: Weights, reference: Weights, variant: ByomLora) -> None:
+        self._target, self._reference, self._variant = target, reference, variant
+        names = [name for name in target.mergeable() if _is_matrix(name, target.shape(name))]
+        self.sides = {(name, 0): _sides(target.shape(name)) for name in names}
+        kind = ("exact", 0) if variant.solver == "exact" else ("randomised", variant.seed)
+        self._found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind]))
+
+    def values(self, place: Place) -> Tensor:
+        """Return a matrix's singular values: the vectors of all of them would take twice the model's size."""
+        if self._variant.solver == "randomised":
+            return self.top(place, max(KEPT, 4 * self._variant.rank))[1]
+        delta = self._delta(place)
+        values = torch.linalg.svdvals(delta.double())
+        return values[: _rank(values, delta.dtype)]
+
+    def top(self, place: Place, rank: int) -> Factors:
+        if rank > KEPT:
+            return self._factored(place, rank)
+        if place not in self._found:
+            self._found[place] = self._factored(place, KEPT)
+        return self._found[place]
+
+    def _factored(self, place: Place, rank: int) -> Factors:
+        delta = self._delta(place)
+        rank = min(rank, *delta.shape) if delta.any() else 0
+        if self._variant.solver == "randomised":
+            factors = randomised_svd(delta, rank, keyed(self._variant.seed, place[0]))
+        else:
+            factors = truncated_svd(delta, rank)
+        return _above_rounding(factors, delta.dtype)
+
+    def _delta(self, place: Place) -> Tensor:
+        target, reference = (w.read_finite(place[0]) for w in (self._target, self._reference))
+        return (wide(target) - wide(reference)).reshape(len(target), -1)
+
+
+@lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values a matrix
+def _known(key: str) -> dict[Place, Factors]:
+    return {}
+
+
+def _above_rounding(factors: Factors, dtype: torch.dtype) -> Factors:
+    """Cast factors, leaving out what the dtype cannot tell from 0 beside the largest singular value."""
+    left, values, right = factors
+    kept = _rank(values, dtype)
+    return left[:, :kept].to(dtype), values[:kept].to(dtype), right[:kept].to(dtype)
+
+
+def _rank(values: Tensor, dtype: torch.dtype) -> int:
+    return int((values > torch.finfo(dtype).eps * values[:1]).sum())
+
+
+def _parts(factors: Factors, rank: int, start: int) -> Parts:
+    left, values, right = factors
+    if not min(rank, len(values)):
+        return {}
+    cut = {"left": left[:, :rank], "singular": values[:rank], "right": right[:rank]}
+    return {f"{part}@{start}": tensor.clone(memory_format=torch.contiguous_format) for part, tensor in cut.items()}
+
+
+def _piece(parts: Parts, start: int) -> Piece:
+    return Piece(start, parts[f"left@{start}"] * parts[f"singular@{start}"], parts[f"right@{start}"])
+
+
+def _require_fit(piece: Piece, reference: Tensor) -> None:
+    rows, columns = len(reference), reference[:1].numel()
+    if piece.start + len(piece.left) > rows or piece.right.shape[1] != columns:
+        raise CheckpointError(
+            f"factors {tuple(piece.left.shape)} and {tuple(piece.right.shape)} at row {piece.start} do not fit "
+            f"a tensor of shape {tuple(reference.shape)}; pack or fetch it again"
+        )
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], torch.Size(shape[1:]).numel()
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 2 and is_matrix(name, _sides(shape))
+
+
+def _one_of(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise OptionError(f"byom.{option}={value} is not known; use {' or '.join(known)}")
