@@ -38,7 +38,8 @@ def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted
         https://huggingface.co/docs/peft/developer_guides/model_merging
 
     Differences:
-        PEFT's ``cat`` is the same sum. Its other types are left out, because the result depends on how a product was
+        PEFT's ``cat`` is the same sum, but for rsLoRA: 0.21.2 then multiplies every combination by the root of its
+        rank. Its other types are left out, because the result depends on how a product was
         factored: ``linear`` adds the factors themselves, hence ``B_i A_j`` of different tasks, and ``ties``,
         ``dare_*`` and ``magnitude_prune`` prune B and A apart. Merge methods on the products do what they mean.
         PEFT keeps the tensors that one adapter alone trained whole; here they conflict with the base's.
@@ -68,8 +69,8 @@ def truncated(adapted: Adapted, rank: int) -> Adapted:
         OptionError: If the rank is no whole number from 1 on.
 
     Differences:
-        PEFT's ``svd`` is this after `cat`, but multiplies by ``s_t`` twice where ``s_t = alpha / r`` is not 1, and
-        decomposes the dense sum. Its ``svd_clamp`` has no counterpart.
+        PEFT's ``svd`` (0.21.2) is this after `cat`, from the dense sum. Earlier versions multiply by ``s_t`` twice,
+        which matters where ``s_t = alpha / r`` is not 1. Its ``svd_clamp`` has no counterpart.
     """
     if not isinstance(rank, int) or rank < 1:
         raise OptionError(f"rank={rank} must be a whole number from 1 on")

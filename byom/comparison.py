@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from byom.errors import ByomError
-from byom.table import MISSING, Record, Row, labels, percent, rows
+from byom.labels import labels
+from byom.table import MISSING, Record, Row, percent, rows
 
 RESAMPLES = 2000
 LEVEL = 0.95

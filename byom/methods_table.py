@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byom.table import MISSING, Record, Row, labels, percent, rows
+from byom.labels import labels
+from byom.table import MISSING, Record, Row, percent, rows
 
 NOTES = (
     "Needs: what a method is given besides theta_0. Test inputs are looked at without their labels, which is "

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from byom.errors import ByomError
+from byom.labels import labels
 
 Record = Mapping[str, Any]
 
@@ -138,23 +139,6 @@ def _refuse_twins(group: Sequence[Record]) -> None:
                 f"records {one['signature']} and {two['signature']} hold the same settings and the same seed "
                 f"({one['choices']['seed']}); move the one that is not meant out of results/runs"
             )
-
-
-def labels(found: Sequence[Row]) -> list[str]:
-    """Name rows so that no two with the same density read the same, adding the settings they differ in."""
-    names = [row.name for row in found]
-    twins: dict[tuple[str, str], list[Row]] = {}
-    for name, row in zip(names, found, strict=True):
-        twins.setdefault((name, repr(row.density)), []).append(row)
-    alike = [twins[name, repr(row.density)] for name, row in zip(names, found, strict=True)]
-    return [name + _difference(row, same) for name, row, same in zip(names, found, alike, strict=True)]
-
-
-def _difference(row: Row, others: Sequence[Row]) -> str:
-    every = {name for other in others for name in other.settings}
-    apart = [n for n in sorted(every) if len({repr(other.settings.get(n)) for other in others}) > 1]
-    told = [f"{n.rpartition('.')[2].replace('_', ' ')} {row.settings.get(n, 'default')}" for n in apart]
-    return f" ({', '.join(told)})" if told else ""
 
 
 def numbers(records: Iterable[Record]) -> pd.DataFrame:

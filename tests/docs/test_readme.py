@@ -128,10 +128,7 @@ def test_the_page_of_proofs_lists_every_option_and_no_failure():
 def test_the_sweep_over_all_methods_has_every_method_and_variant(suite):
     records = [json.loads(path.read_text()) for path in (ROOT / "results/methods/runs" / suite).glob("*/*.json")]
     done = [record["choices"] for record in records if record["status"] == "done"]
-    pending = {"mixture"}  # needs further experts of every task; the page says so
-    assert {choice["merge"] for choice in done} | pending == {
-        path.stem for path in (ROOT / "conf/merge").glob("*.yaml")
-    }
+    assert {choice["merge"] for choice in done} == {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
     assert {choice["byom"] for choice in done} == {path.stem for path in (ROOT / "conf/byom").glob("*.yaml")}
     assert all(record["cost"] and record["needs"]["words"] for record in records)
 

@@ -14,8 +14,9 @@ from byom import render
 from byom.comparable import check_comparable
 from byom.comparison import against_post_pruning
 from byom.errors import ByomError, OptionError
+from byom.labels import labels
 from byom.report import Runs, as_markdown, as_text, generate, read_runs, table
-from byom.table import best, display, labels, numbers, rows, task_names
+from byom.table import best, display, numbers, rows, task_names
 from tests.unit import synthetic_runs as synthetic
 
 SUITE, BACKBONE = "vision8_offline", "vit_small_dinov2"
