@@ -9,20 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from byom.adapter import Adapter
     from byom.bundle import Bundle
+    from byom.lowrank import Adapted
     from byom.merge.average import Average
     from byom.merge.base import Problem
     from byom.merge.task_arithmetic import TaskArithmetic
     from byom.merge.ties import Ties
     from byom.packed import Delta
     from byom.variants.fft import ByomFft
+    from byom.variants.lora import ByomLora
     from byom.variants.post_pruning import PostPruning
     from byom.weights import Weights
 
 _WHERE = {
+    "Adapted": "byom.lowrank",
+    "Adapter": "byom.adapter",
     "Average": "byom.merge.average",
     "Bundle": "byom.bundle",
     "ByomFft": "byom.variants.fft",
+    "ByomLora": "byom.variants.lora",
     "Delta": "byom.packed",
     "PostPruning": "byom.variants.post_pruning",
     "Problem": "byom.merge.base",
@@ -32,9 +38,12 @@ _WHERE = {
 }
 
 __all__ = [
+    "Adapted",
+    "Adapter",
     "Average",
     "Bundle",
     "ByomFft",
+    "ByomLora",
     "Delta",
     "PostPruning",
     "Problem",

@@ -1,13 +1,13 @@
 """PEFT's combinations of LoRA adapters beside byom's: python -m experiments.peft_combinations SUITE (or --synthetic).
 
 Uniform weights 1/T. For every combination: the relative error of the merged change against the exact weighted sum, its
-cosine with it, which does not depend on a scale, and the mean test accuracy over tasks. Nothing is tuned: TIES keeps its
-scale of 1 and KnOTS its 0.6, so that their relative errors say less than their cosines. Both keep a fifth of the entries,
-as PEFT's types do, which choose it in each factor.
+cosine with it, which does not depend on a scale, and the mean test accuracy over tasks. Nothing is tuned: TIES keeps
+its scale of 1 and KnOTS its 0.6, so that their relative errors say less than their cosines. Both keep a fifth of the
+entries, as PEFT's types do, which choose it in each factor.
 
-PEFT's own code combines the factors, one layer for every adapted one, with the scale ``alpha / r`` folded into B. Adapters
-of scale 1 (the default of ``finetune=lora``) are what PEFT would have loaded; of others, the element-wise types see
-another split of the same product. Writes results/lora/peft_combinations/SUITE.json and prints a table.
+PEFT's own code combines the factors, one layer for every adapted one, with the scale ``alpha / r`` folded into B.
+Adapters of scale 1 (the default of ``finetune=lora``) are what PEFT would have loaded; of others, the element-wise
+types see another split of the same product. Writes results/lora/peft_combinations/SUITE.json and prints a table.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Host:
         from peft import LoraConfig, get_peft_model
 
         self.base = next(iter(adapters.values())).base
-        self.tasks = list(adapters)
-        by_task = {task: _sites(adapter) for task, adapter in adapters.items()}
+        self.tasks = [f"task{t}" for t in range(len(adapters))]  # PEFT takes no names with dots
+        by_task = {task: _sites(adapter) for task, adapter in zip(self.tasks, adapters.values(), strict=True)}
         self.sites = {f"site{i}": site for i, site in enumerate(by_task[self.tasks[0]])}
         self.rank = _rank(by_task)
         shapes = {key: _shape(by_task[self.tasks[0]][site]) for key, site in self.sites.items()}
