@@ -112,14 +112,16 @@ class Lab:
         return self._experts[key]
 
     def joint(self, shares: Mapping[str, float]) -> Weights:
-        """Return a model fine-tuned on several tasks together, the loss of each weighted by its share.
+        """Return a model fine-tuned on several tasks together, the batches of each as frequent as its share.
 
         Args:
-            shares: Task to weight; tasks of weight 0 are left out. Only their ratios matter.
+            shares: Task to weight; tasks of weight 0 are left out. Only their ratios matter, and equal ones give
+                every batch of every task once an epoch.
         """
         known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
         mean = sum(known.values()) / len(known)
-        key = signature(*([self.signature_of(task), round(share / mean, 9)] for task, share in known.items()))
+        parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
+        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []))
         folder = self.cache / "joint" / key
         if not (folder / "training.json").is_file():
             self._train(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)

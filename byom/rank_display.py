@@ -15,8 +15,8 @@ HEADS = {
     "error": "Relative error", "difference": "Difference (points)", "interval": "95 % interval",
 }  # fmt: skip
 RANK_NOTES = (
-    "Accuracies are in per cent on the test split. q: singular values kept of each matrix; with a global allocation, "
-    "of as many values spent on the largest singular values of all matrices together.",
+    "Accuracies are in per cent on the test split. q: singular values kept of each matrix; with global ranks as many "
+    "values as that stores, spent on the largest singular values of all matrices together.",
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model.",
     "Stored a task: values kept for each task beside the shared model, q (m + n + 1) for an m x n matrix; kB: 1000 "
     "bytes of what is stored, positions included. Parameters: one shared model and what every task adds. Task heads "

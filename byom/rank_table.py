@@ -46,7 +46,7 @@ def named(records: Iterable[Record]) -> list[tuple[str, Row]]:
     for row in found:
         alike.setdefault((_rank(row), row.settings.get("byom.rank_allocation")), []).append(row)
     said = {id(row): name for group in alike.values() for row, name in zip(group, labels(group), strict=True)}
-    pairs = [(said[id(row)] + ", global allocation" * _is_global(row), row) for row in found]
+    pairs = [(said[id(row)] + ", global ranks" * _is_global(row), row) for row in found]
     places = {name: place for place, (name, _) in reversed([*enumerate(pairs)])}
     return sorted(pairs, key=lambda pair: (*_order(pair[1]), places[pair[0]], _rank(pair[1]), _density(pair[1])))
 
@@ -187,13 +187,16 @@ def recipes(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
 
     Returns:
         One row a recipe: ``recipe``, ``method``, ``accuracy_<task>``, ``mean``, ``task_parameters``, and
-        ``difference``, ``lower``, ``upper`` of the LoRA of equal size less this recipe (NaN where there is none).
+        ``difference``, ``lower``, ``upper`` of the LoRA of equal size less this recipe (NaN where there is none);
+        empty without single-task models.
 
     Raises:
         ByomError: If tasks or test data differ.
     """
     single = {recipe: _single(records[recipe]) for recipe in RECIPES if recipe in records}
     found = {recipe: row for recipe, row in single.items() if row}
+    if not found:
+        return pd.DataFrame()
     check_comparable([_any_recipe(record) for row in found.values() for record in row.records])
     return pd.DataFrame([_recipe(recipe, row, found.get(EQUAL.get(recipe, ""))) for recipe, row in found.items()])
 
@@ -222,4 +225,4 @@ def name_recipe(record: Record) -> str:
         return f"LoRA, rank {recipe['rank']} ({', '.join(recipe['targets'])})"
     if kind == "bottleneck":
         return f"Bottleneck, width {recipe['width']}"
-    return {"full": "Full fine-tuning", "ia3": "IA3"}.get(kind, kind)
+    return {"full": "Full fine-tuning", "ia3": "IA3"}.get(kind) or str(kind)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ class Lesson:
     Args:
         head: The task's frozen head.
         split: Training examples.
-        share: Factor on the task's loss.
+        share: How often the task's batches come, relative to once an epoch each. A factor on the loss would do
+            nothing: clipped gradients and Adam's steps forget it where a batch is of one task.
     """
 
     head: Head
@@ -60,7 +62,7 @@ def finetune(
         label: Shown beside the progress bar.
     """
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
-    steps = sum(math.ceil(len(lesson.split) / recipe.batch_size) for lesson in lessons)
+    steps = sum(_turns(lessons, recipe.batch_size))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup)
     )
@@ -90,7 +92,7 @@ def _epoch(
     device = next(encoder.parameters()).device
     for lesson, inputs, labels in _batches(lessons, recipe.batch_size, seed, epoch):
         logits = lesson.head(encoder(**{k: v.to(device) for k, v in inputs.items()}))
-        loss = lesson.share * cross_entropy(logits, labels.to(device))
+        loss = cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), recipe.clip)
@@ -101,17 +103,29 @@ def _epoch(
 def _batches(
     lessons: Sequence[Lesson], size: int, seed: int, epoch: int
 ) -> Iterator[tuple[Lesson, dict[str, Tensor], Tensor]]:
-    """Yield every batch of every lesson once; one lesson alone keeps the order of its own examples."""
-    key = keyed(seed, "order", epoch)
-    orders = [torch.randperm(len(lesson.split), generator=torch.Generator().manual_seed(key)) for lesson in lessons]
-    streams = [lesson.split.batches(size, order) for lesson, order in zip(lessons, orders, strict=True)]
-    turns = [place for place, order in enumerate(orders) for _ in order.split(size)]
+    """Yield every batch of every lesson as often as its share says; one alone keeps the order of its own examples."""
+    streams = [_stream(lesson, size, seed, epoch) for lesson in lessons]
+    turns = [place for place, often in enumerate(_turns(lessons, size)) for _ in range(often)]
     if len(lessons) > 1:
         mixed = torch.Generator().manual_seed(keyed(seed, "lessons", epoch))
         turns = [turns[i] for i in torch.randperm(len(turns), generator=mixed)]
     for turn in turns:
         inputs, labels, _ = next(streams[turn])
         yield lessons[turn], inputs, labels
+
+
+def _turns(lessons: Sequence[Lesson], size: int) -> list[int]:
+    """Return how many batches of each lesson an epoch has."""
+    return [max(1, round(lesson.share * math.ceil(len(lesson.split) / size))) for lesson in lessons]
+
+
+def _stream(lesson: Lesson, size: int, seed: int, epoch: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Yield a lesson's batches without end, in a new order whenever all have come."""
+    for again in count():
+        key = keyed(seed, "order", epoch, again) if again else keyed(seed, "order", epoch)
+        yield from lesson.split.batches(
+            size, torch.randperm(len(lesson.split), generator=torch.Generator().manual_seed(key))
+        )
 
 
 def _groups(encoder: nn.Module, decay: float) -> list[dict]:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from byom.__main__ import main
+from byom.bundle import Bundle
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+RECIPES = ("adapters", "full", "rank1", "ia3", "bottleneck")
 
 
 def blocks(kind):
@@ -52,6 +55,8 @@ def test_a_byom_command_runs(line, folder, capsys):
         arguments += overrides(folder)
     if arguments[0] == "preview":
         arguments += [*overrides(folder), "tasks=[mnist,digits]", "steps=2", "joint=0", "methods=[average]"]
+    if arguments[0] == "export":
+        arguments = ["export", str(folder / arguments[1]), *arguments[2:], *overrides(folder)]
     if arguments[0] == "report":
         arguments += [f"results={folder}/results/scratch"]
     assert main(arguments) == 0, capsys.readouterr().err
@@ -86,7 +91,27 @@ def test_the_python_block_runs(tmp_path, monkeypatch):
     assert all(torch.equal(Weights.open("task_arithmetic")[n], expected[n]) for n in expected)
 
 
-@pytest.mark.parametrize("root", ["results", "results/methods"])
+def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    Weights.of({"layer.weight": torch.randn(8, 6, generator=generator)}).save("pretrained")
+    for task in ("cars", "svhn"):
+        factors = {"A": torch.randn(5, 6, generator=generator), "B": torch.randn(8, 5, generator=generator)}
+        named = {f"base_model.model.layer.lora_{k}.weight": tensor for k, tensor in factors.items()}
+        Path(f"{task}-lora").mkdir()
+        save_file(named, f"{task}-lora/adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 5, "lora_alpha": 10, "target_modules": ["layer"]}
+        Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config))
+    exec(compile(blocks("python")[1], "README.md", "exec"), {})
+    base, small = Weights.open("pretrained"), Bundle.open("small")
+    for task in ("cars", "svhn"):
+        product = (Weights.adapted(base, f"{task}-lora") - base)["layer.weight"]
+        left = (small.weights(task) - Weights.adapted(base, f"{task}-lora"))["layer.weight"]
+        values = torch.linalg.svdvals(product)
+        assert torch.linalg.matrix_norm(left) == pytest.approx(float(values[4]), rel=1e-3)
+
+
+@pytest.mark.parametrize("root", ["results", "results/methods", *(f"results/lora/{r}" for r in RECIPES)])
 @pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
 def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_path):
     shutil.copytree(ROOT / root / "runs" / suite, tmp_path / "runs" / suite)
@@ -98,7 +123,9 @@ def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_pa
 
 
 def test_committed_records_come_from_committed_code():
-    for path in [p for folder in ("runs", "methods", "previews") for p in (ROOT / "results" / folder).rglob("*.json")]:
+    for path in [
+        p for folder in ("runs", "methods", "previews", "lora") for p in (ROOT / "results" / folder).rglob("*.json")
+    ]:
         provenance = json.loads(path.read_text())["provenance"]
         assert provenance["commit"] and not provenance["dirty"], path
 

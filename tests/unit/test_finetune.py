@@ -79,6 +79,29 @@ def test_an_interrupted_run_resumes_to_the_same_bits(split, head, tmp_path, monk
     assert seen == [2]
 
 
+def contrary(split, head, folder, first):
+    """Train on two tasks that contradict each other, and return how well each was learned."""
+    other = Split(split.inputs, (split.labels + 1) % 3)
+    net, recipe = Net(), Full(epochs=8, batch_size=4)
+    finetune(net, [Lesson(head, split, first), Lesson(head, other, 2 - first)], recipe, 1e-2, 0, folder, "test")
+    return [evaluate(net, head, each).accuracy for each in (split, other)]
+
+
+def test_a_larger_share_wins_where_tasks_contradict_each_other(split, head, tmp_path):
+    mostly, other = contrary(split, head, tmp_path / "a", 1.8)
+    assert mostly > other + 0.3
+    mostly, other = contrary(split, head, tmp_path / "b", 0.2)
+    assert other > mostly + 0.3
+
+
+def test_shares_are_frequencies_of_batches(split, head):
+    lessons = [Lesson(head, split, share) for share in (1.5, 0.5, 1.0)]
+    drawn = [lesson for lesson, *_ in module._batches(lessons, 16, 0, 0)]
+    assert [drawn.count(lesson) for lesson in lessons] == [6, 2, 4]
+    seen = torch.cat([labels for lesson, _, labels in module._batches(lessons, 16, 0, 0) if lesson is lessons[2]])
+    assert torch.equal(seen.sort().values, split.labels.sort().values)
+
+
 def test_the_head_is_frozen(split, head, tmp_path):
     before = head.weight.clone()
     train(split, head, tmp_path)
