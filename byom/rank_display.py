@@ -14,9 +14,15 @@ HEADS = {
     "task_parameters": "Stored a task (M)", "task_bytes": "Stored a task (kB)", "parameters": "Parameters (M)",
     "error": "Relative error", "difference": "Difference (points)", "interval": "95 % interval",
 }  # fmt: skip
+INTERVAL = (
+    "Interval: paired bootstrap over the test examples of each task (2000 resamples, differences averaged over seeds); "
+    "it does not cover the spread over seeds."
+)
 RANK_NOTES = (
     "Accuracies are in per cent on the test split. q: singular values kept of each matrix; with global ranks as many "
-    "values as that stores, spent on the largest singular values of all matrices together.",
+    "values as that stores, spent on the largest singular values of all matrices together. Where query, key and value "
+    "lie in one fused matrix, each has its own q in an adapter; they share one q on a merged model and in full "
+    "fine-tunes, whose differences are dense.",
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model.",
     "Stored a task: values kept for each task beside the shared model, q (m + n + 1) for an m x n matrix; kB: 1000 "
     "bytes of what is stored, positions included. Parameters: one shared model and what every task adds. Task heads "
@@ -27,12 +33,13 @@ RANK_NOTES = (
 BYTES_NOTES = (
     "Beside every BYOM-LoRA the sparse model that is nearest in bytes a task (kB: 1000 bytes, values and encoded "
     "positions); no difference is given where the two sizes are more than 10 % apart.",
-    "Difference: BYOM-LoRA less the sparse model, in points of mean accuracy. Interval: paired bootstrap over the test "
-    "examples of each task (2000 resamples, differences averaged over seeds); it does not cover the spread over seeds.",
+    "Difference: BYOM-LoRA less the sparse model, in points of mean accuracy.",
+    INTERVAL,
 )
 RECIPE_NOTES = (
     "Single-task models. Stored a task: the values that fine-tuning trained.",
-    "Difference: the LoRA that stores as many values less this recipe, in points of mean accuracy; interval as above.",
+    "Difference: the LoRA that stores as many values less this recipe, in points of mean accuracy.",
+    INTERVAL,
 )
 
 

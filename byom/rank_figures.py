@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,16 @@ LINES = {
 }
 LEVELS = {"single_task": Look("#000000", ""), "merged": Look("#14306b", ""), "pretrained": Look("#8a8a8a", "")}
 RECIPES = {
-    "rank1": Look("#c1272d", "P", fill=False),
-    "adapters": Look("#c1272d", "P"),
-    "ia3": Look("#2a9fd6", "^"),
-    "bottleneck": Look("#14306b", "o"),
-    "full": Look("#000000", "*"),
-}
+    "rank1": Look("#c1272d", "P", fill=False), "adapters": Look("#c1272d", "P"), "ia3": Look("#2a9fd6", "^"),
+    "bottleneck": Look("#14306b", "o"), "full": Look("#000000", "*"),
+}  # fmt: skip
 LAWS: dict[str, tuple[str, dict[str, Any]]] = {
     "exponential": ("Exponential", {"color": "#14306b", "linestyle": "--", "linewidth": 0.8}),
     "power": ("Power law", {"color": "#e69f00", "linestyle": (0, (1.2, 1.4)), "linewidth": 1.0}),
 }
 EXACT = 1e-4  # what is left of a difference below this is rounding of fp32 and has no place on a logarithmic axis
 GAP = 0.065  # the height of a line of labels, of the axes
+MANY = 200  # times as large as its start, the end of an axis with too many marks
 ROOM = 0.16  # the height that the legend takes for each of its lines, in inches
 
 
@@ -81,8 +79,7 @@ def _rank_axis(axes: Axes, ranks: Any) -> None:
     axes.xaxis.set_major_locator(FixedLocator(every))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlim(every[0] / 1.25, every[-1] * 1.25)
-    axes.set_xlabel("Singular values kept of each matrix, q")
+    axes.set(xlim=(every[0] / 1.25, every[-1] * 1.25), xlabel="Singular values kept of each matrix, q")
 
 
 def _errorbar(axes: Axes, x: Any, rows: pd.DataFrame, look: Look, label: str) -> None:
@@ -166,12 +163,12 @@ def accuracy_by_bytes(frames: Mapping[str, pd.DataFrame]) -> Figure:
     curves = {title: _curves(frame, ("lora", "lora_global", "post_pruning", "fft")) for title, frame in frames.items()}
     names = dict.fromkeys(name for found in curves.values() for name in found)
     figure, panels = _panels(frames, 2.4, len(names))
-    for axes, (title, frame) in zip(panels, frames.items(), strict=True):
-        for name, (look, rows) in curves[title].items():
+    for axes, found in zip(panels, curves.values(), strict=True):
+        for name, (look, rows) in found.items():
             _errorbar(axes, rows["task_bytes"] / 1e3, rows, look, name)
-        axes.set_xscale("log")
+        axes.set(xscale="log", xlabel="Stored for each task (kB)")
         _round_axis(axes.xaxis)
-        axes.set_xlabel("Stored for each task (kB)")
+    for axes, frame in zip(panels, frames.values(), strict=True):  # once all curves have set the common scale
         _draw_single(axes, frame)
     panels[0].set_ylabel("Mean test accuracy (%)")
     legend(figure, max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[1])))
@@ -245,11 +242,10 @@ def recipes(frame: pd.DataFrame) -> Figure:
     for row in frame.to_dict("records"):
         style = {**RECIPES[row["recipe"]].line, "linestyle": "none", "markersize": 6}
         axes.errorbar(*where[row["recipe"]], yerr=100 * np.nan_to_num(row["mean_std"]), **style)
-    axes.set_xscale("log")
-    axes.margins(x=0.12, y=0.15)
+    axes.set(xscale="log", xmargin=0.12, ymargin=0.15)
+    _round_axis(axes.xaxis, _count)
     _label_dots(axes, frame)
-    axes.set_xlabel("Values stored for each task")
-    axes.set_ylabel("Mean test accuracy (%),\nsingle-task models")
+    axes.set(xlabel="Values stored for each task", ylabel="Mean test accuracy (%),\nsingle-task models")
     return figure
 
 
@@ -289,10 +285,15 @@ def _panels(titles: Mapping[str, Any], height: float, entries: int = 2) -> tuple
     return figure, panels
 
 
-def _round_axis(axis: Any) -> None:
-    """Mark 1, 2 and 5 of every decade of a logarithmic axis, as plain numbers."""
+def _round_axis(axis: Any, words: Callable[[float], str] = "{:,g}".format) -> None:
+    """Mark 1, 2 and 5 of every decade of a logarithmic axis, or 1 and 3 of many decades, written by `words`."""
     low, high = axis.get_view_interval()
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    axis.set_major_locator(FixedLocator([d * 10.0**e for e in decades for d in (1, 2, 5)]))
+    digits = (1, 2, 5) if high < MANY * low else (1, 3)
+    axis.set_major_locator(FixedLocator([digit * 10.0**decade for decade in decades for digit in digits]))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k"

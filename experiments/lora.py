@@ -172,7 +172,7 @@ def figures(found: Found, folder: Path) -> list[Path]:
         folder: Where the files go.
     """
     frames = found.ranked()
-    low = {title: frame for title, frame in frames.items() if (frame["family"] == "lora").sum() > 1}
+    low = {title: frame for title, frame in frames.items() if list(frame["family"]).count("lora") > 1}
     drawn = {}
     if "adapters" in found.records and TITLES["adapters"] in low:
         drawn["accuracy-by-rank"] = rank_figures.accuracy_by_rank(low[TITLES["adapters"]])
