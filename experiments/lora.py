@@ -19,7 +19,7 @@ from byom import rank_display, rank_figures, rank_table, render
 from byom.figure_style import save
 from byom.report import header, read_runs, write
 from byom.table import Record
-from experiments import spectra
+from experiments import peft_combinations, spectra
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "lora"
@@ -38,6 +38,7 @@ class Found:
         records: Recipe to finished runs, for those that have any.
         spectra: Recipe to what ``experiments.spectra`` wrote.
         notes: Recipe to what a reader must know before its numbers.
+        combined: What ``experiments.peft_combinations`` wrote.
     """
 
     suite: str
@@ -45,6 +46,7 @@ class Found:
     records: dict[str, Sequence[Record]] = field(default_factory=dict)
     spectra: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    combined: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def stem(self) -> str:
@@ -79,6 +81,8 @@ def find(results: Path, suite: str, backbone: str) -> Found:
         file = results / "spectra" / f"{found.stem}--{recipe}.json"
         if file.is_file():
             found.spectra[recipe] = json.loads(file.read_text())
+    file = results / "peft_combinations" / f"{suite}.json"
+    found.combined.extend(json.loads(file.read_text())["rows"] if file.is_file() else [])
     return found
 
 
@@ -106,6 +110,11 @@ def laws(found: Found) -> str:
     )
 
 
+def combinations(found: Found) -> str:
+    """Return what becomes of combined adapters, as Markdown."""
+    return peft_combinations.table(found.combined) if found.combined else ""
+
+
 def _titled(frames: Mapping[str, pd.DataFrame]) -> str:
     return _join({title: render.markdown(frame) for title, frame in frames.items()})
 
@@ -114,7 +123,7 @@ def _join(tables: Mapping[str, str]) -> str:
     return "\n".join(f"{title}:\n\n{text}" for title, text in tables.items())
 
 
-PARTS = {"rank": rank, "bytes": equal_bytes, "recipes": recipes, "spectra": laws}
+PARTS = {"rank": rank, "bytes": equal_bytes, "recipes": recipes, "spectra": laws, "combinations": combinations}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import selection
+from benchmarks import lora, selection
 from byom import config, methods_table, table
 from byom.comparison import against_post_pruning
 from byom.report import read_runs
@@ -52,6 +52,11 @@ def comparison(root: Path = ROOT / "results") -> str:
 def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
     """Return the Markdown table of the committed selection benchmark."""
     return selection.table(json.loads(file.read_text()))
+
+
+def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
+    """Return the Markdown tables of the committed benchmark of low-rank factoring."""
+    return lora.table(json.loads(file.read_text()))
 
 
 FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
@@ -119,6 +124,7 @@ PARTS = {
     "results": results,
     "comparison": comparison,
     "benchmark": benchmark,
+    "lora-benchmark": lora_benchmark,
     "merge": lambda: options("merge"),
     "byom": lambda: options("byom"),
     "router": lambda: options("router"),
