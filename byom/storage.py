@@ -22,7 +22,7 @@ from byom.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # what a folder written by byom may hold beside tensors
-OWN_JSON = {INDEX, "bundle.json", "training.json", "export.json", "adapter_config.json", "config.json"}
+OWN_JSON = {INDEX, "bundle.json", "training.json", "export.json", "adapter_config.json"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -282,7 +282,8 @@ def _refuse_foreign(folder: Path) -> None:
 def _ours(file: Path) -> bool:
     if file.suffix == ".safetensors":
         return bool(read_notes(file))
-    return file.name in OWN_JSON
+    exported = file.name == "config.json" and (file.parent.parent / "export.json").is_file()
+    return exported or file.name in OWN_JSON
 
 
 def _swap(partial: Path, folder: Path) -> None:
