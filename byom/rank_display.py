@@ -83,7 +83,7 @@ def display_recipes(frame: pd.DataFrame, by_task: bool = True) -> pd.DataFrame:
     for task in task_names(frame) if by_task else ():
         out[task] = _percents(frame, f"accuracy_{task}")
     out["Mean"] = _percents(frame, "mean")
-    return _with_difference(out, frame)
+    return _with_difference(out, frame).rename(columns={HEADS["difference"]: "LoRA of that size less this (points)"})
 
 
 def _with_difference(out: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
