@@ -43,4 +43,4 @@ def _told(name: str, value: Any) -> str:
     word = name.rpartition(".")[2].replace("_", " ")
     if isinstance(value, bool):
         return word if value else ""
-    return "" if value is None else f"{word} {value}"
+    return "" if value is None else f"{word} {str(value).replace('_', ' ')}"

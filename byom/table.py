@@ -95,9 +95,14 @@ class Row:
         known, what = [*MERGES], kind(self.merge, self.variant)
         place = known.index(self.merge) if self.merge in known else len(known)
         rank = KINDS.index(what) if what in KINDS else len(KINDS)
-        rest = {name: value for name, value in self.settings.items() if name != "byom.density"}
+        rest = {name: _sortable(value) for name, value in self.settings.items() if name != "byom.density"}
         name = f"{self.variant} {self.merge}"
         return rank, place, name, json.dumps(rest, sort_keys=True), float(np.nan_to_num(self.density))
+
+
+def _sortable(value: Any) -> Any:
+    """Return a value whose text sorts as its number does: rank 2 before rank 16."""
+    return f"{value:020.9f}" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def settings(record: Record) -> dict[str, Any]:
