@@ -12,18 +12,17 @@ less than 2 s). Times are medians over repeats after one that does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
+from benchmarks.options import conclude, parser
 from byom.lowrank import Adapted, Piece, product_svd
 from byom.merge.base import Problem
 from byom.variants import lora
@@ -176,18 +175,10 @@ def missed(result: dict) -> str:
 
 def main() -> None:
     """Measure, print, and write or check on request."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
-    options = parser.parse_args()
+    options = parser(__doc__ or "", repeats=9).parse_args()
     torch.set_num_threads(1)
     result = measure(options)
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.check and (sentence := missed(result)):
-        sys.exit(sentence)
+    conclude(result, table(result), missed(result), options)
 
 
 if __name__ == "__main__":

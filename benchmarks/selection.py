@@ -11,17 +11,16 @@ memory is about 25 bytes an element.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
+from benchmarks.options import conclude, parser
 from byom.selection import Part, kept, locate
 
 NANOSECONDS = 6.0
@@ -124,22 +123,15 @@ def missed(result: dict) -> str:
 
 def main() -> None:
     """Measure, print, and write or check on request."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=100_000_000)
-    parser.add_argument("--sorted-elements", type=int, default=10_000_000, help="elements for argsort")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
-    options = parser.parse_args()
+    given = parser(__doc__ or "", repeats=3)
+    given.add_argument("--elements", type=int, default=100_000_000)
+    given.add_argument("--sorted-elements", type=int, default=10_000_000, help="elements for argsort")
+    given.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    given.add_argument("--density", type=float, default=0.05)
+    options = given.parse_args()
     torch.set_num_threads(1)
     result = measure(options)
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.check and (sentence := missed(result)):
-        sys.exit(sentence)
+    conclude(result, table(result), missed(result), options)
 
 
 if __name__ == "__main__":

@@ -73,60 +73,20 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from byom import commands
-
-    _quiet()
     sweep = [a for a in arguments if a not in ("-m", "--multirun")]
-    if len(sweep) < len(arguments):
-        return commands.sweep(sweep)
-    return commands.run(arguments)
+    return _command("sweep")(sweep) if len(sweep) < len(arguments) else _command("run")(arguments)
 
 
-def _table(arguments: list[str]) -> int:
-    from byom import commands
+def _command(name: str) -> Callable[[list[str]], int]:
+    """Return a function of `byom.commands` that is imported only when it is called."""
 
-    _quiet()
-    return commands.table(arguments)
+    def call(arguments: list[str]) -> int:
+        _quiet()
+        from byom import commands
 
+        return getattr(commands, name)(arguments)
 
-def _report(arguments: list[str]) -> int:
-    from byom import commands
-
-    return commands.report(arguments)
-
-
-def _preview(arguments: list[str]) -> int:
-    from byom import commands
-
-    _quiet()
-    return commands.preview(arguments)
-
-
-def _statistics(arguments: list[str]) -> int:
-    from byom import commands
-
-    _quiet()
-    return commands.statistics(arguments)
-
-
-def _export(arguments: list[str]) -> int:
-    from byom import commands
-
-    _quiet()
-    return commands.export(arguments)
-
-
-def _pack(arguments: list[str]) -> int:
-    from byom import commands
-
-    _quiet()
-    return commands.pack(arguments)
-
-
-def _list(arguments: list[str]) -> int:
-    from byom import commands
-
-    return commands.list_options(arguments)
+    return call
 
 
 def _quiet() -> None:
@@ -137,13 +97,8 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
-    "table": _table,
-    "report": _report,
-    "preview": _preview,
-    "statistics": _statistics,
-    "export": _export,
-    "pack": _pack,
-    "list": _list,
+    **{name: _command(name) for name in ("table", "report", "preview", "statistics", "export", "pack")},
+    "list": _command("list_options"),
 }
 
 if __name__ == "__main__":

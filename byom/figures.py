@@ -144,8 +144,8 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     look = _looks(frame)
     for name, rows in found.items():
         _errorbar(axes, rows["bytes"] / 1e6, rows, look[_base(name)], name)
-    _draw_front(axes, frame)
     shared = _where(frame, _kinds(frame).isin(["pretrained", "merged"]))
+    _draw_front(axes, pd.concat([*found.values(), shared, _where(frame, frame["variant"] == "single_task")]))
     _label_single(axes, frame)
     _label_shared(axes, shared, look)
     _label_densities(axes, found)
