@@ -7,67 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from byom.errors import ByomError
+from byom.bootstrap import Scores, gain_interval
 from byom.labels import labels
 from byom.table import MISSING, Record, Row, percent, rows
 
-RESAMPLES = 2000
-LEVEL = 0.95
 COLUMNS = (
     "method", "density", "distance", "distance_std", "residual", "residual_std",
     "difference", "difference_std", "lower", "upper", "seeds",
 )  # fmt: skip
-
-
-def unpack_hits(score: Mapping, task: str) -> np.ndarray:
-    """Return whether each test example was classified correctly.
-
-    Args:
-        score: A task's score, with ``hits`` (hexadecimal, most significant bit first) and ``examples``.
-        task: The task's name, for the message.
-
-    Returns:
-        Booleans as 0 and 1, one an example.
-
-    Raises:
-        ByomError: If ``hits`` does not hold ``examples`` bits.
-    """
-    packed = np.frombuffer(bytes.fromhex(score["hits"]), dtype=np.uint8)
-    if packed.size != -(-score["examples"] // 8):
-        raise ByomError(
-            f"the hits of {task} hold {packed.size} bytes, which is not {score['examples']} examples; "
-            "the record is damaged: delete it and run that cell again"
-        )
-    return np.unpackbits(packed, count=score["examples"]).astype(np.int64)
-
-
-def interval(differences: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
-    r"""Return the 95 % percentile bootstrap interval of a mean over tasks of paired differences.
-
-    Examples are resampled with replacement within each task. A difference takes few distinct values, so one
-    multinomial draw of how often each is seen is the same as drawing the examples one by one.
-
-    Args:
-        differences: For each task [examples], what one model scores beyond the other on each example.
-        seed: Of the 2000 resamples.
-
-    Returns:
-        The lower and the upper end, as fractions.
-
-    References:
-        Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.mean([_resampled_means(task, rng) for task in differences], axis=0)
-    tail = 50 * (1 - LEVEL)
-    lower, upper = np.percentile(means, [tail, 100 - tail])
-    return float(lower), float(upper)
-
-
-def _resampled_means(differences: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    values, counts = np.unique(differences, return_counts=True)
-    drawn = rng.multinomial(len(differences), counts / counts.sum(), size=RESAMPLES)
-    return drawn @ values / len(differences)
 
 
 def against_post_pruning(records: Iterable[Record]) -> pd.DataFrame:
@@ -109,7 +56,7 @@ def _compare(row: Row, partner: Row | None) -> dict[str, float]:
     residual = [float(np.mean(_residuals(*pair))) for pair in measured]
     difference = [_mean(one) - _mean(two) for one, two in pairs]
     out = _spread("distance", distance) | _spread("residual", residual) | _spread("difference", difference)
-    lower, upper = interval(_example_differences(pairs)) if pairs else (np.nan, np.nan)
+    lower, upper = gain_interval([_test(*pair) for pair in pairs]) if pairs else (np.nan, np.nan)
     return out | {"lower": lower, "upper": upper, "seeds": len(pairs)}
 
 
@@ -143,15 +90,8 @@ def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: float(np.mean(values)) if len(values) else np.nan, f"{name}_std": std}
 
 
-def _example_differences(pairs: Sequence[tuple[Record, Record]]) -> list[np.ndarray]:
-    """Return for each task the difference on every test example, averaged over seeds."""
-    tasks = pairs[0][0]["scores"]["test"]
-    return [np.mean([_hit_difference(one, two, task) for one, two in pairs], axis=0) for task in tasks]
-
-
-def _hit_difference(one: Record, two: Record, task: str) -> np.ndarray:
-    ours, theirs = (unpack_hits(record["scores"]["test"][task], task) for record in (one, two))
-    return ours - theirs
+def _test(one: Record, two: Record) -> tuple[Scores, Scores]:
+    return one["scores"]["test"], two["scores"]["test"]
 
 
 def display_comparison(frame: pd.DataFrame) -> pd.DataFrame:

@@ -82,9 +82,8 @@ def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
     places: dict[str, Any] = {key: Path(resolved[key]).expanduser() for key in PLACES}
-    return Settings(
-        **groups, **places, seed=resolved["seed"], device=resolved["device"], names=chosen, resolved=resolved
-    )
+    rest = {key: resolved[key] for key in ("seed", "device", "note")}
+    return Settings(**groups, **places, **rest, names=chosen, resolved=resolved)
 
 
 def option(group: str, name: str) -> Any:
@@ -102,7 +101,7 @@ def option(group: str, name: str) -> Any:
         return instantiate(config[group], _convert_="all")
 
 
-GROUPS = ("suite", "backbone", "finetune", "merge", "byom", "router", "tune", "evaluate", "logger")
+GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate", "logger")
 BUILT = (*GROUPS, "statistics")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from byom.draw import draw
+from byom.draw import SPLITS, Draws
 from byom.signature import describe, signature
-from byom.source.base import Pool
 from byom.source.root import write_atomically
 from byom.suite import Task
 
@@ -28,12 +27,11 @@ PADDED = ("input_ids", "attention_mask", "token_type_ids")
 class Encoder(Protocol):
     """What this module asks of a backbone."""
 
-    @property
-    def encoding(self) -> Any:
+    def encoding_for(self, task: Task) -> Any:
         """Describe the encoding in JSON values: tokenizer and length, or resolution and cropping."""
         ...
 
-    def encode(self, inputs: list[Any]) -> dict[str, Tensor]:
+    def encode(self, inputs: list[Any], task: Task) -> dict[str, Tensor]:
         """Turn N raw inputs into tensors of N rows whose other sizes do not depend on the inputs."""
         ...
 
@@ -45,7 +43,7 @@ class Split:
     Args:
         inputs: Name to tensor of N rows: ``pixels`` uint8 [N, 3, H, W], or ``input_ids`` and ``attention_mask``
             [N, L].
-        labels: int64 [N], class numbers.
+        labels: [N], class numbers int64, or numbers float32.
         fingerprint: 16 hexadecimal digits of the SHA-256 of the tensors; computed when left out.
     """
 
@@ -104,11 +102,11 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(task: Task, backbone: Encoder, seed: int, cache: Path) -> dict[str, Split]:
-    """Return a task's splits, encoded for a backbone.
+class Splits(Mapping[str, Split]):
+    """A task's splits, encoded for a backbone when they are asked for.
 
     The test split is the same for every seed; the others are drawn by `seed` from what is left (`byom.draw`).
-    What was encoded once is read from ``<cache>/data/<signature>.safetensors``; a damaged file is made anew.
+    What was encoded once is read from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made anew.
 
     Args:
         task: The task.
@@ -116,64 +114,81 @@ def load(task: Task, backbone: Encoder, seed: int, cache: Path) -> dict[str, Spl
         seed: Which draw.
         cache: The folder of caches.
 
-    Returns:
-        "train", "validation", "test" and "shots" (`task.shots` examples of each class, in the order of the classes).
-
     Raises:
         DataError: If data is missing, altered or too small for the task.
     """
-    key = _signature(task, backbone, seed, cache)
-    path = Path(cache) / "data" / f"{key}.safetensors"
-    splits = _open(path)
-    if splits is None:
-        splits = _encode(task, backbone, seed, cache)
-        _save(path, splits)
-    return splits
+
+    def __init__(self, task: Task, backbone: Encoder, seed: int, cache: Path) -> None:
+        self.task, self.backbone, self.seed, self.cache = task, backbone, seed, Path(cache)
+        self._signature = _signature(task, backbone, seed, self.cache)
+        self.read: dict[str, Split] = {}
+
+    def __getitem__(self, name: str) -> Split:
+        if name not in SPLITS:
+            raise KeyError(name)
+        if name not in self.read:
+            self.read[name] = self._split(name)
+        return self.read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """Which examples every split is made of."""
+        return Draws(self.task, self.task.source.pools(self.cache), self.seed)
+
+    def _split(self, name: str) -> Split:
+        path = self.cache / "data" / f"{self._signature}-{name}.safetensors"
+        split = _open(path)
+        if split is None:
+            split = self._encode(name)
+            _save(path, split)
+        return split
+
+    def _encode(self, name: str) -> Split:
+        pool_name, index = self.draws[name]
+        pool = self.draws.pools[pool_name]
+        chunks = [index[start : start + CHUNK] for start in range(0, max(1, len(index)), CHUNK)]
+        encoded = [self.backbone.encode([pool.inputs[i] for i in chunk], self.task) for chunk in chunks]
+        inputs = {key: torch.cat([part[key] for part in encoded]) for key in encoded[0]}
+        return Split(inputs, torch.tensor([self.task.index(pool.labels[i]) for i in index], dtype=_kind(self.task)))
+
+
+def load(task: Task, backbone: Encoder, seed: int, cache: Path) -> Splits:
+    """Return a task's splits: "train", "validation", "test" and "shots"; see `Splits`."""
+    return Splits(task, backbone, seed, cache)
+
+
+def _kind(task: Task) -> torch.dtype:
+    return torch.float32 if task.regression else torch.int64
 
 
 def _signature(task: Task, backbone: Encoder, seed: int, cache: Path) -> str:
     sizes = [task.train, task.validation, task.test, task.shots]
     data = [describe(task.source), task.source.digest(cache), task.name, task.classes, task.labels]
-    return signature(FORMAT, data, sizes, seed, backbone.encoding, digits=16)
+    later = [task.holdout] if task.holdout != "drawn" else []  # what is added later must not encode old data again
+    later += [task.metric] if task.regression else []
+    return signature(FORMAT, data, sizes, seed, backbone.encoding_for(task), *later, digits=16)
 
 
-def _encode(task: Task, backbone: Encoder, seed: int, cache: Path) -> dict[str, Split]:
-    pools = task.source.pools(cache)
-    chosen = draw(task, pools, seed)
-    return {name: _split(task, pools[pool], index, backbone) for name, (pool, index) in chosen.items()}
+def _save(path: Path, split: Split) -> None:
+    tensors = {f"inputs/{key}": value.contiguous() for key, value in split.inputs.items()} | {"labels": split.labels}
+    write_atomically(path, save(tensors, metadata={"fingerprint": split.fingerprint}))
 
 
-def _split(task: Task, pool: Pool, index: Sequence[int], backbone: Encoder) -> Split:
-    chunks = [index[start : start + CHUNK] for start in range(0, len(index), CHUNK)]
-    encoded = [backbone.encode([pool.inputs[i] for i in chunk]) for chunk in chunks]
-    inputs = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
-    return Split(inputs, torch.tensor([task.index(pool.labels[i]) for i in index]))
-
-
-def _save(path: Path, splits: dict[str, Split]) -> None:
-    tensors = {f"{name}/inputs/{key}": value for name, split in splits.items() for key, value in split.inputs.items()}
-    tensors |= {f"{name}/labels": split.labels for name, split in splits.items()}
-    prints = {name: split.fingerprint for name, split in splits.items()}
-    content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"fingerprints": json.dumps(prints)})
-    write_atomically(path, content)
-
-
-def _open(path: Path) -> dict[str, Split] | None:
+def _open(path: Path) -> Split | None:
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            prints = json.loads(file.metadata()["fingerprints"])
+            promised = file.metadata()["fingerprint"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            labels = tensors.pop("labels")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    if any(f"{name}/labels" not in tensors for name in prints):
-        return None
-    splits = {name: _unpack(name, tensors) for name in prints}
-    return splits if all(split.fingerprint == prints[name] for name, split in splits.items()) else None
-
-
-def _unpack(name: str, tensors: dict[str, Tensor]) -> Split:
-    prefix = f"{name}/inputs/"
-    inputs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return Split(inputs, tensors[f"{name}/labels"])
+    split = Split({name.removeprefix("inputs/"): tensor for name, tensor in tensors.items()}, labels)
+    return split if split.fingerprint == promised else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from byom import data, storage
-from byom.backbone.base import Backbone, Head
+from byom import data, heads, storage
+from byom.backbone.base import Backbone
 from byom.evaluate import Score, evaluate
+from byom.experts.base import Experts
 from byom.finetune.base import Recipe
 from byom.finetune.loop import Lesson, finetune
+from byom.lock import alone
+from byom.metric import value_of
 from byom.probe import Features, Readout
 from byom.record import write_json
 from byom.seeding import keyed
@@ -35,7 +38,8 @@ class Lab:
     Args:
         suite: The tasks.
         backbone: The encoder.
-        recipe: How experts are fine-tuned.
+        recipe: How models are fine-tuned here.
+        experts: Where the tasks' own models come from.
         seed: Draws training, validation and head examples, and orders training.
         cache: Folder for everything that can be made again.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -47,6 +51,7 @@ class Lab:
         suite: Suite,
         backbone: Backbone,
         recipe: Recipe,
+        experts: Experts,
         seed: int,
         cache: Path,
         device: str,
@@ -54,11 +59,12 @@ class Lab:
     ) -> None:
         for task in suite.tasks:
             backbone.require(task)
-        self.suite, self.backbone, self.recipe, self.seed, self.cache = suite, backbone, recipe, seed, cache
-        self.device = _device(device)
+        self.suite, self.backbone, self.recipe, self.experts = suite, backbone, recipe, experts
+        self.seed, self.cache = seed, cache
+        self.device = resolve(device)
         self.batch_size = batch_size
-        self._splits: dict[str, dict[str, data.Split]] = {}
-        self._heads: dict[str, Head] = {}
+        self._splits: dict[str, data.Splits] = {}
+        self._heads: dict[str, Readout] = {}
         self._experts: dict[str, Weights] = {}
         self._features: dict[tuple[str, str, str], Features] = {}
 
@@ -77,25 +83,32 @@ class Lab:
         """theta_0."""
         return Weights.of(copied(self.encoder.state_dict()), origin="pre-trained")
 
-    def splits(self, task: str) -> dict[str, data.Split]:
-        """Return a task's train, validation, test and shots."""
+    def splits(self, task: str) -> data.Splits:
+        """Return a task's train, validation, test and shots, each read when it is asked for."""
         if task not in self._splits:
             self._splits[task] = data.load(self.tasks[task], self.backbone, self.seed, self.cache)
         return self._splits[task]
 
-    def read_all(self) -> None:
-        """Read every task's data, so that missing or altered data is found before any training."""
-        for task in tqdm(list(self.tasks), desc="read data", unit="task", leave=False, mininterval=1):
-            self.splits(task)
+    def read_all(self, splits: Iterable[str]) -> None:
+        """Read every task's data, so that missing or altered data is found before any training.
 
-    def head(self, task: str) -> Head:
-        """Return a task's frozen head."""
+        Args:
+            splits: Those that are evaluated; experts that are trained here need the others too.
+        """
+        wanted = data.SPLITS if self.experts.trained else tuple(splits)
+        for task in tqdm(list(self.tasks), desc="read data", unit="task", leave=False, mininterval=1):
+            for split in wanted:
+                self.splits(task)[split]
+
+    def head(self, task: str) -> Readout:
+        """Return a task's frozen head: that of its expert's checkpoint, or the backbone's."""
         if task not in self._heads:
-            self._heads[task] = self._cached_head(task)
+            own = self.experts.head(self, task)
+            self._heads[task] = self._cached_head(task) if own is None else own
         return self._heads[task]
 
     def expert(self, task: str, member: int = 0) -> Weights:
-        """Return theta_t, fine-tuning it if it is not cached.
+        """Return theta_t.
 
         Args:
             task: The task.
@@ -103,13 +116,16 @@ class Lab:
         """
         key = self.signature_of(task, member)
         if key not in self._experts:
-            folder = self.cache / "experts" / key
-            if not (folder / "training.json").is_file():
-                label = f"fine-tune {task}" + (f" (member {member})" if member else "")
-                seed = keyed(self.seed, "member", member) if member else self.seed
-                self._train(folder, {task: 1.0}, label, seed)
-            self._experts[key] = self.recipe.open(folder, self.pretrained)
+            self._experts[key] = self.experts.open(self, task, member)
         return self._experts[key]
+
+    def trained(self, task: str, member: int = 0) -> Weights:
+        """Return theta_t as it is fine-tuned here; see `expert`."""
+        folder = self.cache / "experts" / self.signature_of(task, member)
+        label = f"fine-tune {task}" + (f" (member {member})" if member else "")
+        seed = keyed(self.seed, "member", member) if member else self.seed
+        self._once(folder, {task: 1.0}, label, seed)
+        return self.recipe.open(folder, self.pretrained)
 
     def joint(self, shares: Mapping[str, float]) -> Weights:
         """Return a model fine-tuned on several tasks together, the batches of each as frequent as its share.
@@ -123,13 +139,13 @@ class Lab:
         parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
         key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []))
         folder = self.cache / "joint" / key
-        if not (folder / "training.json").is_file():
-            self._train(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
+        self._once(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
         return self.recipe.open(folder, self.pretrained)
 
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
-        return signature(self.backbone, self.tasks[task], self.recipe, self.seed, *([member] if member else []))
+        of = self.recipe if self.experts.trained else self.experts.identify(self.tasks[task])
+        return signature(self.backbone, self.tasks[task], of, self.seed, *([member] if member else []))
 
     def statistics(self, task: str, wanted: Mapping[str, Statistic], member: int = 0) -> dict[str, Weights]:
         """Return statistics of a task's expert; those that are not cached are fitted together in one pass.
@@ -186,34 +202,41 @@ class Lab:
     def score(self, task: str, weights: Weights, split: str, head: Readout | None = None) -> Score:
         """Score weights on a task's split, with the task's own head or one that a variant changed."""
         self.fill(weights.state())
-        return evaluate(self.encoder, head or self.head(task), self.splits(task)[split], self.batch_size)
+        held, metric = self.splits(task)[split], self.tasks[task].metric
+        return evaluate(self.encoder, head or self.head(task), held, self.batch_size, metric)
 
     def hits(self, head: Readout, split: data.Split) -> Tensor:
         """Return which examples what the encoder holds gets right, bool ``[N]``."""
         return evaluate(self.encoder, head, split, self.batch_size).hits
 
     def single_task(self, task: str, split: str) -> float:
-        """Return the accuracy of a task's own expert: the denominator of normalised accuracy."""
+        """Return the score of a task's own expert: the denominator of normalised accuracy."""
         file = self.cache / "scores" / f"{self.signature_of(task)}-{split}.json"
         if not file.is_file():
-            write_json(file, {"accuracy": self.score(task, self.expert(task), split).accuracy})
-        return json.loads(file.read_text())["accuracy"]
+            score = self.score(task, self.expert(task), split)
+            write_json(file, {"accuracy" if score.metric == "accuracy" else "value": score.value})
+        return value_of(json.loads(file.read_text()))
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict into the encoder."""
         self.encoder.load_state_dict(dict(state))
 
-    def _cached_head(self, task: str) -> Head:
+    def _cached_head(self, task: str) -> Readout:
         file = self.cache / "heads" / f"{signature(self.backbone, self.tasks[task], self.seed)}.safetensors"
         if not file.is_file():
             self.fill(self.pretrained.state())
             head = self.backbone.head(self.encoder, self.tasks[task], self.splits(task)["shots"])
             file.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_file(
-                file, {"weight": head.weight, "temperature": torch.tensor(head.temperature)}, {"task": task}
-            )
-        stored = load_file(file)
-        return Head(stored["weight"], float(stored["temperature"]))
+            storage.write_file(file, heads.pack(head), {"task": task})
+        return heads.unpack(load_file(file))
+
+    def _once(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
+        """Train a model that is not there; of several processes that want it, one trains and the others wait."""
+        if (folder / "training.json").is_file():
+            return
+        with alone(folder):
+            if not (folder / "training.json").is_file():
+                self._train(folder, shares, label, seed)
 
     def _train(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
         lessons = [Lesson(self.head(task), self.splits(task)["train"], share) for task, share in shares.items()]
@@ -229,7 +252,8 @@ class Lab:
         shutil.rmtree(training, ignore_errors=True)
 
 
-def _device(name: str) -> torch.device:
+def resolve(name: str) -> torch.device:
+    """Return a device by its name; ``auto`` takes a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)

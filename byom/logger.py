@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from byom.errors import OptionError
+from byom.metric import value_of
 
 Record = Mapping[str, Any]
 
@@ -77,7 +78,7 @@ class Wandb(Logger):
 def metrics(record: Record) -> dict[str, float]:
     """Return a record's numbers under flat names such as ``test/mnist/accuracy``."""
     flat = {
-        f"{split}/{task}/accuracy": row["accuracy"]
+        f"{split}/{task}/{row.get('metric', 'accuracy')}": value_of(row)
         for split, rows in record["scores"].items()
         for task, row in rows.items()
     }
@@ -101,7 +102,7 @@ def headline(record: Record) -> str:
 def _table_artifact(wandb: Any, record: Record) -> Any:
     splits = list(record["scores"])
     tasks = list(record["scores"][splits[0]])
-    rows = [[task, *(record["scores"][split][task]["accuracy"] for split in splits)] for task in tasks]
+    rows = [[task, *(value_of(record["scores"][split][task]) for split in splits)] for task in tasks]
     artifact = wandb.Artifact(f"scores-{record['signature']}", type="table")
     artifact.add(wandb.Table(columns=["task", *splits], data=rows), "scores")
     return artifact

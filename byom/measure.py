@@ -9,6 +9,7 @@ from typing import Any
 from byom import storage
 from byom.lab import Lab
 from byom.merge.base import Problem
+from byom.metric import value_of
 from byom.packed import Served
 from byom.router.base import Routing
 from byom.weights import Weights
@@ -40,18 +41,20 @@ def _distance(a: Weights, b: Weights) -> float:
     return (a - b).norm()
 
 
-def stored(served: Served, problem: Problem) -> dict[str, Any]:
+def stored(served: Served, problem: Problem, frozen: int = 0) -> dict[str, Any]:
     """Account for what must be stored to serve all tasks.
 
     Args:
         served: Shared models, and one packed difference a task.
         problem: The models.
+        frozen: Parameters outside the encoder that published counts include and no expert changes.
 
     Returns:
         Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
         and the density: values stored a task relative to all parameters of one model, and to those that differ
         from the pre-trained model. Masks and signs are bytes and no values, so that the density of a variant that
-        stores masks is near 0, and ``task_bytes`` says what they take.
+        stores masks is near 0, and ``task_bytes`` says what they take. Where `frozen` is given, ``with_frozen``
+        holds model parameters, parameters and density with those counted in.
     """
     base, tasks = problem.pretrained, served.deltas
     shared = sum(weights.numel for weights in served.shared)
@@ -71,7 +74,13 @@ def stored(served: Served, problem: Problem) -> dict[str, Any]:
             "of_all": sum(kept.values()) / (len(kept) * base.numel),
             "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
         },
-    }
+    } | ({"with_frozen": _with_frozen(frozen, base.numel, shared, kept)} if frozen else {})
+
+
+def _with_frozen(frozen: int, model: int, shared: int, kept: Mapping[str, int]) -> dict[str, float]:
+    """Count as papers do whose checkpoints hold frozen parameters too, which are stored once."""
+    density = sum(kept.values()) / (len(kept) * (model + frozen))
+    return {"model_parameters": model + frozen, "parameters": shared + frozen + sum(kept.values()), "density": density}
 
 
 def _bytes(weights: Weights) -> int:
@@ -85,17 +94,17 @@ def _count_differing(a: Weights, b: Weights) -> int:
 
 
 def fingerprints(lab: Lab, experts: Mapping[str, Weights]) -> dict[str, Any]:
-    """Return what identifies the inputs: pre-trained and fine-tuned weights, and every split."""
+    """Return what identifies the inputs: pre-trained and fine-tuned weights, and every split read."""
     return {
         "pretrained": lab.pretrained.fingerprint(),
         "experts": {task: weights.fingerprint() for task, weights in experts.items()},
-        "data": {task: {name: s.fingerprint for name, s in lab.splits(task).items()} for task in lab.tasks},
+        "data": {task: {name: s.fingerprint for name, s in lab.splits(task).read.items()} for task in lab.tasks},
     }
 
 
 def summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str, float]:
     """Return absolute accuracy and normalised accuracy (the mean over tasks of the ratio to the task's own model)."""
-    accuracy = {task: row["accuracy"] for task, row in scores.items()}
+    accuracy = {task: value_of(row) for task, row in scores.items()}
     ratios = [ratio(accuracy[task], single[task]) for task in accuracy]
     return {"absolute": sum(accuracy.values()) / len(accuracy), "normalised": sum(ratios) / len(ratios)}
 

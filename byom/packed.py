@@ -13,7 +13,7 @@ from torch import Tensor
 
 from byom import storage
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.probe import Readout
+from byom.probe import Changed, Readout
 from byom.weights import Weights
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ class Delta:
 
     def readout(self, head: Readout) -> Readout:
         """Return the task's head, changed if the variant stores something for heads."""
-        return self.variant.readout(self.parts[READOUT], head) if READOUT in self.parts else head
+        if READOUT not in self.parts:
+            return head
+        return Changed(head, self.variant.readout(self.parts[READOUT], head))
 
     @property
     def stored_parameters(self) -> int:

@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 from byom import measure
 from byom.bundle import Bundle
+from byom.errors import OptionError
 from byom.evaluate import Score
 from byom.lab import Lab
+from byom.lock import alone
 from byom.merge.base import Member, MergeMethod, Problem
 from byom.merge.pretrained import Pretrained
+from byom.metric import metric
 from byom.packed import Served
 from byom.probing import LabProbe
 from byom.record import Stages, write_json
@@ -32,7 +35,7 @@ def execute(settings: Settings) -> dict[str, Any]:
     stages, lab = Stages(), laboratory(settings)
     made: dict[str, Path] = {}  # stage -> the cached folder it made or found
     with stages.stage("data"):
-        lab.read_all()
+        lab.read_all(settings.evaluate.splits)
     with stages.stage("experts"):
         experts = {task: lab.expert(task) for task in lab.tasks}
         single = {s: {task: lab.single_task(task, s) for task in lab.tasks} for s in settings.evaluate.splits}
@@ -58,13 +61,14 @@ def execute(settings: Settings) -> dict[str, Any]:
         "single_task": single,
         "summary": {s: measure.summary(scores[s], single[s]) for s in scores},
         "tuning": tuning,
-        "storage": measure.stored(served, problem) | measure.routing(routing),
+        "storage": measure.stored(served, problem, lab.backbone.frozen_parameters) | measure.routing(routing),
         "routed": routed,
         "norms": norms,
         "fallbacks": method.fallbacks(prepared),
         "cost": _cost(settings, lab, stages, made),
         "stages": stages.taken,
         "fingerprints": measure.fingerprints(lab, experts),
+        "experts": {"validation": lab.experts.validation} | lab.experts.notes(lab),
     }
 
 
@@ -88,8 +92,9 @@ def serve(settings: Settings) -> tuple[Lab, Served]:
 def laboratory(settings: Settings) -> Lab:
     """Return the lab of a run; runs of one process that agree in what makes it share it."""
     s = settings
-    key = signature(s.suite, s.backbone, s.finetune, s.seed, s.cache, s.device)
-    return _labs(key, lambda: Lab(s.suite, s.backbone, s.finetune, s.seed, s.cache, s.device, s.evaluate.batch_size))
+    key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device)
+    places: tuple[Any, ...] = (s.seed, s.cache, s.device, s.evaluate.batch_size)
+    return _labs(key, lambda: Lab(s.suite, s.backbone, s.finetune, s.experts, *places))
 
 
 _KEPT: dict[str, Lab] = {}
@@ -154,7 +159,7 @@ def _objective(lab: Lab, problem: Problem, label: str, total: int) -> Callable[[
         ratios = []
         for task in lab.tasks:
             ratios.append(
-                measure.ratio(lab.score(task, merged, "validation").accuracy, lab.single_task(task, "validation"))
+                measure.ratio(lab.score(task, merged, "validation").value, lab.single_task(task, "validation"))
             )
             bar.update()
         return sum(ratios) / len(ratios)
@@ -199,10 +204,13 @@ def _once(folder: Path, make: Callable[[], Any]) -> None:
     """Make a cached folder if it is not there, and note beside it what that took; without a note it is made again."""
     if folder.is_dir() and _note(folder).is_file():
         return
-    stages = Stages()
-    with stages.stage("made"):
-        make()
-    write_json(_note(folder), stages.taken["made"])
+    with alone(folder):
+        if folder.is_dir() and _note(folder).is_file():
+            return
+        stages = Stages()
+        with stages.stage("made"):
+            make()
+        write_json(_note(folder), stages.taken["made"])
 
 
 def _note(folder: Path) -> Path:
@@ -241,6 +249,7 @@ def _evaluated(
         return Score.from_json(json.loads(file.read_text()))
 
     if routing is not None and isinstance(settings.router, LearnedRouter):
+        _require_hits(lab)
         splits = settings.evaluate.splits
         scores, routed = evaluate_routed(lab, served, routing, settings.router, splits, known)
         return scores, {}, routed
@@ -251,6 +260,15 @@ def _evaluated(
         for split, by_task in scores.items():
             by_task[task] = known(task, split).to_json()
     return scores, norms, {}
+
+
+def _require_hits(lab: Lab) -> None:
+    """A misrouted example counts as wrong, which a correlation cannot express."""
+    if odd := [task.name for task in lab.suite.tasks if not metric(task.metric).decomposes]:
+        raise OptionError(
+            f"a router sends some examples to no head of theirs, and task {odd[0]} has a score that is "
+            f"no mean over examples ({lab.tasks[odd[0]].metric}); use router=oracle, or metric=accuracy"
+        )
 
 
 def _described(option: Any) -> Any:

@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from byom.weights import Weights
 
 State = Mapping[str, Tensor]
-Readout = Callable[[Tensor], Tensor]  # features [B, D] -> logits [B, C]
+Readout = Callable[[Tensor], Tensor]
+"""A head: features ``[B, D]`` to logits ``[B, C]``. It may have ``predict`` (logits to predictions ``[B]``, the arg max
+by default) and ``loss`` (logits and labels ``[B]`` to a number, cross entropy by default)."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A head whose logits are computed in another way, and read as before.
+
+    Args:
+        head: Says how logits become predictions and losses.
+        compute: Features to logits.
+    """
+
+    head: Readout
+    compute: Readout
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return logits of features."""
+        return self.compute(features)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
 
 
 class Batch(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from byom.bootstrap import gain_interval
 from byom.comparable import check_comparable
-from byom.comparison import interval, unpack_hits
 from byom.labels import labels
+from byom.metric import value_of
 from byom.table import Record, Row, rows
 
 FAMILIES = (
@@ -85,7 +86,7 @@ def _numbers(name: str, row: Row) -> dict[str, Any]:
     out: dict[str, Any] = {"method": name, "family": family(row), "merge": row.merge}
     out |= {"rank": _rank(row) or np.nan, "density": row.density}
     for task in tests[0]:
-        out |= _spread(f"accuracy_{task}", [test[task]["accuracy"] for test in tests])
+        out |= _spread(f"accuracy_{task}", [value_of(test[task]) for test in tests])
     out |= _spread("mean", [_mean(record) for record in row.records])
     out |= _spread("normalised", [record["summary"]["test"]["normalised"] for record in row.records])
     out |= {f"error_{task}": float(np.mean([error[task] for error in errors])) for task in tests[0]}
@@ -169,14 +170,9 @@ def difference(row: Row, other: Row) -> dict[str, float]:
     pairs = [(record, theirs[seed]) for record, seed in seeds if seed in theirs]
     if not pairs:
         return NO_DIFFERENCE
-    gains = [[_hits(one, task) - _hits(two, task) for one, two in pairs] for task in pairs[0][0]["scores"]["test"]]
-    lower, upper = interval([np.mean(gain, axis=0) for gain in gains])
+    lower, upper = gain_interval([(one["scores"]["test"], two["scores"]["test"]) for one, two in pairs])
     spread = _spread("difference", [_mean(one) - _mean(two) for one, two in pairs])
     return spread | {"lower": lower, "upper": upper, "pairs": len(pairs)}
-
-
-def _hits(record: Record, task: str) -> np.ndarray:
-    return unpack_hits(record["scores"]["test"][task], task)
 
 
 def recipes(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:

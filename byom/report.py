@@ -17,6 +17,7 @@ from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError, OptionError, suggest
 from byom.methods_table import NOTES as METHOD_NOTES
 from byom.methods_table import costed, display_methods, methods
+from byom.metric import METRICS
 from byom.table import Record, best, display, kind, name_method, numbers, percent, table, task_names
 
 __all__ = ["Report", "Runs", "generate", "read_runs", "table"]
@@ -33,6 +34,11 @@ NOTES = (
     "no part in the choice. Several values are those of different seeds.",
     "Bold: the best of each column among the merged models alone, and among the rows of each m %.",
 )
+VALIDATED = {
+    "unseen": "They were not trained on the validation examples that hyperparameters were selected on.",
+    "seen": "They were trained on the validation examples that hyperparameters were selected on.",
+    "unknown": "Nobody says whether they were trained on the validation examples that hyperparameters were selected on.",
+}
 COMPARISON_NOTES = (
     "Distance ratio: mean over tasks of ‖θₜ − θ*‖ / ‖θₜ − θ₀‖ (θₜ: the task's own model, θ*: merged, θ₀: "
     "pre-trained); below 1, merging has moved towards the tasks and less is left to put back.",
@@ -250,10 +256,29 @@ def header(runs: Runs) -> list[str]:
     seeds = sorted({record["choices"]["seed"] for record in runs.done})
     skipped = sorted({_skipped(task) for record in runs.done for task in record.get("skipped_tasks") or ()})
     dirty = sum(bool((record.get("provenance") or {}).get("dirty")) for record in runs.done)
-    lines = [f"Seeds: {', '.join(map(str, seeds))}. Runs: {len(runs.done)} done, {len(runs.failed)} failed."]
+    lines = [f"**{note}**" for note in sorted({record["note"] for record in runs.done if record.get("note")})]
+    lines += [f"Seeds: {', '.join(map(str, seeds))}. Runs: {len(runs.done)} done, {len(runs.failed)} failed."]
     lines += [f"Failed: {_failure(record)}" for record in runs.failed]
     lines += [f"Skipped tasks ({len(skipped)}): {', '.join(skipped) or 'none'}."]
-    return lines + [f"{dirty} runs came from code with uncommitted changes."] * bool(dirty)
+    lines += [f"{dirty} runs came from code with uncommitted changes."] * bool(dirty)
+    return [*lines, *_metrics(runs), *_experts(runs)]
+
+
+def _metrics(runs: Runs) -> list[str]:
+    """Say which columns are no accuracies."""
+    rows = {task: row["metric"] for task, row in runs.done[0]["scores"]["test"].items() if "metric" in row}
+    told = [f"{task}: {METRICS[name].title}" for task, name in rows.items()]
+    return [f"Scores that are no accuracy, times 100: {'; '.join(told)}."] * bool(told)
+
+
+def _experts(runs: Runs) -> list[str]:
+    """Say whose checkpoints these are, and whether hyperparameters were selected on what they were trained on."""
+    record = runs.done[0]
+    if (family := record.get("family", "trained")) == "trained":
+        return []
+    tuned = any((record.get("tuning") or {}).get("searched") for record in runs.done)
+    known = (record.get("experts") or {}).get("validation", "unknown")
+    return [f"Experts: {family}. {VALIDATED[known]}" if tuned else f"Experts: {family}."]
 
 
 def _skipped(task: str | Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def evaluate_routed(
         tasks = list(lab.tasks)
         alone = router.mix == "sample" and router.heads == "routed"
         hits = _right(shares, known, split) if alone else _hits(lab, served, router, split, shares)
-        scores[split] = {task: Score(hits[task]).to_json() for task in tasks}
+        scores[split] = {task: Score.of(hits[task]).to_json() for task in tasks}
         right[split] = {t: float((shares[t].argmax(1) == i).double().mean()) for i, t in enumerate(tasks)}
     return scores, {"accuracy": right, "mix": router.mix, "heads": router.heads}
 

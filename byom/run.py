@@ -9,6 +9,7 @@ from typing import Any
 
 from byom.backbone.base import Backbone
 from byom.errors import OptionError, suggest
+from byom.experts.base import Experts
 from byom.finetune.base import Recipe
 from byom.logger import Logger
 from byom.merge.base import MergeMethod
@@ -54,7 +55,8 @@ class Settings:
     Args:
         suite: The tasks.
         backbone: The encoder.
-        finetune: How experts are trained.
+        finetune: How models are trained here.
+        experts: Where the tasks' own models come from.
         merge: The merge method.
         byom: The variant.
         tune: How hyperparameters of the merge method are chosen.
@@ -68,11 +70,13 @@ class Settings:
         cache: Where everything goes that can be made again.
         names: Group to the name of the option chosen.
         resolved: The configuration as plain containers.
+        note: Shown above every table made of this run's record.
     """
 
     suite: Suite
     backbone: Backbone
     finetune: Recipe
+    experts: Experts
     merge: MergeMethod
     byom: Variant
     tune: Tuner
@@ -86,6 +90,7 @@ class Settings:
     cache: Path
     names: Mapping[str, str]
     resolved: Mapping[str, Any]
+    note: str = ""
 
     @property
     def merges(self) -> bool:
@@ -119,6 +124,7 @@ class Settings:
         chosen = [self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed]
         later = [self.wanted()] if self.wanted() else []
         later += [self.router] if self.routed else []
+        later += [] if self.experts.trained else [self.experts]
         return signature(*chosen, *later)  # what is added later must not rename what was there before
 
     @property
@@ -128,7 +134,9 @@ class Settings:
 
     def choices(self) -> dict[str, Any]:
         """Return the names of the options, as they appear in tables."""
-        names = {k: v for k, v in self.names.items() if k != "router" or self.routed} | {"seed": self.seed}
+        default = {"router": not self.routed, "experts": self.experts.trained}
+        names = {k: v for k, v in self.names.items() if not default.get(k)} | {"seed": self.seed}
+        names |= {"suite": self.suite.name}
         return names if self.merges else names | {"merge": "pretrained", "tune": "none"}
 
     def titles(self) -> dict[str, str]:
@@ -193,6 +201,8 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         },
         "needs": {"words": settings.needs.words, "sees_test": settings.needs.sees_test},
         "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
+        "family": settings.experts.family,
         "skipped_tasks": list(settings.suite.missing),
+        **({"note": settings.note} if settings.note else {}),
         "provenance": provenance(),
     }

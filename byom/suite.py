@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
 
 from byom.errors import DataError, OptionError, suggest
+from byom.metric import metric
+from byom.seeding import keyed
 from byom.source.base import Source
 from byom.source.package import PackageMissing
 
 MODALITIES = ("image", "text")
+HOLDOUTS = ("drawn", "task_vectors")
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,16 @@ class Task:
             readable names is accepted too; labels that share a name are one class.
         labels: The data's own label to readable name; filled from `classes` and identical to it otherwise.
         templates: Sentences with ``{}`` for the class name, for heads made from words.
-        metric: What the score is.
-        train: How many examples are drawn to train on.
-        validation: How many to select hyperparameters on.
-        test: How many to report; the same ones for every seed.
+        prompt: For texts, how an example is put to a model that answers in words: a sentence with the columns of the
+            data in braces, such as ``{sentence1}``.
+        metric: What the score is, one of `byom.metric.METRICS`; labels of a correlation are numbers.
+        train: How many examples are drawn to train on; None takes all that are left.
+        validation: How many to select hyperparameters on; None takes all that are held out.
+        test: How many to report, the same ones for every seed; None takes all.
         shots: How many per class make a head of prototypes.
+        holdout: How validation examples are held out of training data: ``drawn`` by seed, without contents that
+            occur in the test split; or ``task_vectors``: the last tenth, 5,000 at most, of a permutation that is the
+            same for every seed, as the fine-tunes of the task vectors' code held them out.
         licence: Of the data, for people.
         homepage: Where the data is described.
     """
@@ -39,11 +50,13 @@ class Task:
     classes: tuple[str, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
+    prompt: str = ""
     metric: str = "accuracy"
-    train: int = 600
-    validation: int = 100
-    test: int = 300
+    train: int | None = 600
+    validation: int | None = 100
+    test: int | None = 300
     shots: int = 5
+    holdout: Literal["drawn", "task_vectors"] = "drawn"
     licence: str = field(default="", metadata={"signature": False})
     homepage: str = field(default="", metadata={"signature": False})
 
@@ -54,18 +67,34 @@ class Task:
         object.__setattr__(self, "templates", tuple(self.templates))
         self._check()
 
-    def index(self, label: str) -> int:
-        """Return the class number of one of the data's own labels.
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers."""
+        return metric(self.metric).regression
+
+    def index(self, label: str) -> float:
+        """Return the class number of one of the data's own labels, or the label as a number.
 
         Raises:
             DataError: If the task does not know the label.
         """
+        if self.regression:
+            return self._number(label)
         if label not in self.labels:
             raise DataError(
                 f"the data of task {self.name} has the label {label!r}, which is none of its classes: "
                 f"{suggest(label, self.labels)}. Add it to `classes` or filter it out in `source`"
             )
         return self.classes.index(self.labels[label])
+
+    def _number(self, label: str) -> float:
+        try:
+            return float(label)
+        except ValueError:
+            raise DataError(
+                f"task {self.name} is scored by {self.metric}, but has the label {label!r}, which is no number; "
+                "correct `label` of its source, or its metric"
+            ) from None
 
     def _check(self) -> None:
         if self.modality not in MODALITIES:
@@ -75,11 +104,12 @@ class Task:
         unnamed = sorted(set(self.labels.values()) - set(self.classes))
         if unnamed:
             raise OptionError(f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}")
-        if self.metric != "accuracy":
-            raise OptionError(f"task {self.name} has metric {self.metric!r}; Known: accuracy")
+        metric(self.metric)
+        if self.holdout not in HOLDOUTS:
+            raise OptionError(f"task {self.name} has holdout={self.holdout!r}; {suggest(self.holdout, HOLDOUTS)}")
         for size in ("train", "validation", "test", "shots"):
-            if getattr(self, size) < 1:
-                raise OptionError(f"task {self.name} has {size}={getattr(self, size)}; give at least 1 example")
+            if (given := getattr(self, size)) is not None and given < 1:
+                raise OptionError(f"task {self.name} has {size}={given}; give at least 1 example")
 
 
 def _named(
@@ -99,12 +129,17 @@ class Suite:
     Args:
         name: A short name; records use it.
         tasks: The tasks in order; a mapping from name to task is accepted too.
+        size: Cut the suite to so many of its tasks; None keeps all. The suite is then called
+            ``<name>-<size>-<draw>``.
+        draw: Which tasks are kept: a permutation keyed by suite and draw, so that the subsets of one draw are nested.
         skip_missing: Whether `available` drops tasks whose data is not installed.
         missing: Names of the tasks that `available` dropped.
     """
 
     name: str
     tasks: tuple[Task, ...]
+    size: int | None = None
+    draw: int = 0
     skip_missing: bool = field(default=False, metadata={"signature": False})
     missing: tuple[str, ...] = field(default=(), metadata={"signature": False})
 
@@ -116,6 +151,18 @@ class Suite:
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
         object.__setattr__(self, "tasks", tasks)
+        if self.size is not None:
+            self._cut(self.size)
+
+    def _cut(self, size: int) -> None:
+        """Keep some tasks; what is left is a suite of its own, with neither size nor draw."""
+        if not 1 <= size <= len(self.tasks):
+            raise OptionError(f"suite.size={size}: suite {self.name} has {len(self.tasks)} tasks")
+        generator = torch.Generator().manual_seed(keyed(self.draw, "subset", self.name))
+        kept = sorted(torch.randperm(len(self.tasks), generator=generator)[:size].tolist())
+        cut = {"tasks": tuple(self.tasks[i] for i in kept), "name": f"{self.name}-{size}-{self.draw}"}
+        for name, value in {**cut, "size": None, "draw": 0}.items():
+            object.__setattr__(self, name, value)
 
     def available(self) -> Suite:
         """Return the suite of the tasks whose data is there.

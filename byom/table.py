@@ -13,6 +13,7 @@ import pandas as pd
 
 from byom.errors import ByomError
 from byom.labels import labels
+from byom.metric import value_of
 
 Record = Mapping[str, Any]
 
@@ -164,7 +165,7 @@ def _numbers(row: Row, label: str) -> dict[str, Any]:
     out: dict[str, Any] = {"method": label, "merge": row.merge, "variant": row.variant}
     out["density"] = row.density
     for task in test[0]:
-        out |= _spread(f"accuracy_{task}", [scores[task]["accuracy"] for scores in test])
+        out |= _spread(f"accuracy_{task}", [value_of(scores[task]) for scores in test])
     out |= _spread("mean", _summary(row, "test", "absolute"))
     out |= _spread("normalised", _summary(row, "test", "normalised"))
     out["validation"] = _validation(row)

@@ -195,7 +195,7 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
 
     def score(weights: Weights) -> float:
         held = weights.materialise()
-        return sum(lab.score(task, held, "test").accuracy for task in lab.tasks) / len(lab.tasks)
+        return sum(lab.score(task, held, "test").value for task in lab.tasks) / len(lab.tasks)
 
     rows = measure(experts, score)
     record = {"suite": suite, "overrides": list(overrides), "density": DENSITY, "rows": rows, "finished": now()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 
 from byom.data import Split
 from byom.errors import CheckpointError, DataError
+from byom.hub import Download
+from byom.probe import Readout
 from byom.suite import Task
 
 
@@ -49,9 +51,18 @@ class Backbone(ABC):
     def encoding(self) -> Mapping[str, Any]:
         """What determines `encode`, as JSON: part of the signature of cached inputs."""
 
+    def encoding_for(self, task: Task) -> Mapping[str, Any]:
+        """Return what determines `encode` for a task; the same for all of them unless inputs are put into prompts."""
+        return self.encoding
+
     @abstractmethod
-    def encode(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
-        """Turn raw inputs (PIL images or strings) into tensors with a leading axis of examples."""
+    def encode(self, inputs: Sequence[Any], task: Task | None = None) -> dict[str, Tensor]:
+        """Turn raw inputs into tensors with a leading axis of examples.
+
+        Args:
+            inputs: PIL images, strings, or rows of strings (column to text).
+            task: Whose inputs they are; needed only where inputs are put into prompts.
+        """
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -61,7 +72,7 @@ class Backbone(ABC):
             CheckpointError: If the weights cannot be had or do not fit.
         """
 
-    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Head:
+    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Readout:
         """Make the frozen head of a task from the pre-trained encoder and a few labelled examples.
 
         The row of a class is its normalised mean of normalised features (a prototype).
@@ -75,6 +86,30 @@ class Backbone(ABC):
             The head.
         """
         return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
+
+    def own_head(self, task: Task, tensors: Mapping[str, Tensor]) -> Readout | None:
+        """Make a task's head from the classifier that came with its fine-tuned checkpoint.
+
+        Args:
+            task: The task.
+            tensors: What the checkpoint holds beside the encoder.
+
+        Returns:
+            The head, or None if such checkpoints of this backbone have none.
+        """
+        return None
+
+    def downloads(self) -> Iterator[Download]:
+        """Say what would have to be fetched from a hub; nothing where the weights are on this machine."""
+        yield from ()
+
+    def fetch(self) -> None:  # noqa: B027 - most kinds need none
+        """Bring the weights to this machine; nothing where they are there."""
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Parameters that published counts include although no expert differs in them; they are not in the encoder."""
+        return 0
 
     def require(self, task: Task) -> None:
         """Refuse a task of the other modality.

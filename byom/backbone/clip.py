@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from byom import hub
 from byom.backbone.base import Backbone, Head
 from byom.backbone.vit import PixelEncoder
 from byom.data import Split
 from byom.errors import CheckpointError, DataError
+from byom.hub import Download
 from byom.suite import Task
 
 
@@ -25,11 +27,14 @@ class Clip(Backbone):
     Args:
         model: open_clip's architecture name.
         pretrained: open_clip's weight tag or a file; ``random`` for untrained weights (tests).
+        quick_gelu: Whether the weights were trained with the sigmoid approximation of GELU, as OpenAI's were;
+            open_clip warns only where this does not fit, and its features are then others.
         learning_rate: For full fine-tuning; 1e-5 in the benchmark.
     """
 
     model: str = "ViT-B-32"
     pretrained: str = "openai"
+    quick_gelu: bool = True
     learning_rate: float = 1e-5
 
     modality = "image"
@@ -40,7 +45,7 @@ class Clip(Backbone):
         """The model's own resize and crop."""
         return {"kind": "clip", "model": self.model}
 
-    def encode(self, inputs: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[Image.Image], task: Task | None = None) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``: shorter side resized, centre cropped."""
         from open_clip import get_model_config, image_transform
 
@@ -52,6 +57,34 @@ class Clip(Backbone):
         )
         rows = [transform(image.convert("RGB")) for image in inputs]
         return {"pixels": (255 * torch.stack(rows)).round().to(torch.uint8)}
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Token embedding, final norm, projection and scale of the text tower.
+
+        The checkpoints of the task vectors' code keep them, and published counts include them (113 M for ViT-B/32).
+        """
+        from open_clip import get_model_config
+
+        config: Any = get_model_config(self.model)
+        width, text = config["text_cfg"]["width"], config["text_cfg"]
+        return width * (text["vocab_size"] + text["context_length"] + 2 + config["embed_dim"]) + 1
+
+    def downloads(self) -> Iterator[Download]:
+        """Say what would have to be fetched from a hub."""
+        if where := self._repository():
+            yield hub.download(f"backbone {self.model} {self.pretrained}", where, [("open_clip_model.safetensors", "open_clip_pytorch_model.bin")])
+
+    def fetch(self) -> None:
+        """Bring the weights to this machine."""
+        if self._repository():
+            self._full()
+
+    def _repository(self) -> hub.Repository | None:
+        from open_clip.pretrained import get_pretrained_cfg
+
+        name = get_pretrained_cfg(self.model, self.pretrained).get("hf_hub", "")
+        return hub.Repository(name.rstrip("/")) if name else None
 
     def load(self) -> nn.Module:
         """Return the image tower with normalisation; see `Backbone.load`."""
@@ -91,7 +124,7 @@ class Clip(Backbone):
         tag = None if self.pretrained == "random" else self.pretrained
         torch.manual_seed(0)
         try:
-            return open_clip.create_model(self.model, pretrained=tag).eval()
+            return open_clip.create_model(self.model, pretrained=tag, force_quick_gelu=self.quick_gelu).eval()
         except Exception as error:
             raise CheckpointError(
                 f"open_clip cannot load {self.model} with pretrained='{self.pretrained}' ({type(error).__name__}: "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from byom.backbone.base import Backbone, fill
 from byom.errors import CheckpointError
 from byom.source.package import Package
+from byom.suite import Task
 
 
 class PixelEncoder(nn.Module):
@@ -69,7 +70,7 @@ class Vit(Backbone):
         """Square size and resampling."""
         return {"kind": "pixels", "image_size": self.image_size, "resample": "bicubic"}
 
-    def encode(self, inputs: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def encode(self, inputs: Sequence[Image.Image], task: Task | None = None) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``."""
         side = (self.image_size, self.image_size)
         rows = [np.asarray(image.convert("RGB").resize(side, Image.Resampling.BICUBIC)) for image in inputs]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from byom.errors import DataError, OptionError, suggest
+from byom.hub import Download
 from byom.source.root import Folder, Root
 
 SPLITS = ("train", "validation", "test")
@@ -54,6 +55,17 @@ class Source(ABC):
         """
         self.digest(cache)
         return self.read()
+
+    def downloads(self, what: str) -> Iterator[Download]:
+        """Say what would have to be fetched from a hub; nothing where the data is on this machine.
+
+        Args:
+            what: What a list of downloads calls the data.
+        """
+        yield from ()
+
+    def fetch(self) -> None:  # noqa: B027 - most kinds need none
+        """Bring the data to this machine; nothing where it is there."""
 
     @abstractmethod
     def check(self) -> None:

@@ -205,7 +205,13 @@ def _initial(problem: Problem, task: str, start: Mapping[str, Tensor], names: li
     if names:
         return {name: start[name].detach().clone().requires_grad_() for name in names}
     device = next(iter(start.values())).device
-    weight = cast(Cosine, problem.inputs().readout(task)).weight.detach().float().to(device)
+    head = problem.inputs().readout(task)
+    if not hasattr(head, "temperature"):
+        raise OptionError(
+            f"byom=tinting with byom.layer={HEAD} starts from a cosine head, and that of task {task} is a "
+            f"{type(head).__name__}; name a layer of the encoder instead, as in byom.layer=visual.ln_post"
+        )
+    weight = cast(Cosine, head).weight.detach().float().to(device)
     return {
         "weight": weight.clone().requires_grad_(),
         "bias": torch.zeros(len(weight), device=device, requires_grad=True),

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from byom import config
-from byom.comparison import unpack_hits
+from byom.bootstrap import unpack_hits
 from byom.methods_table import display_methods, methods
 from byom.pipeline import laboratory
 from byom.report import generate

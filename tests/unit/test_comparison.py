@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from byom.comparison import against_post_pruning, display_comparison, interval, unpack_hits
+from byom.bootstrap import interval, unpack_hits
+from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError
 from tests.unit import synthetic_runs as synthetic
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from byom.data import Split, load
-from byom.draw import content, draw
+from byom import data
+from byom.data import Split
+from byom.draw import SPLITS, content, draw
 from byom.errors import DataError
 from byom.source.base import Pool
 from byom.source.images import ImageFolder
@@ -23,7 +24,10 @@ class Words:
         self.encoding = {"kind": "letters", "length": LENGTH}
         self.seen = []
 
-    def encode(self, inputs):
+    def encoding_for(self, task):
+        return self.encoding
+
+    def encode(self, inputs, task=None):
         self.seen += inputs
         ids = torch.zeros(len(inputs), LENGTH, dtype=torch.int64)
         for row, text in enumerate(inputs):
@@ -33,11 +37,19 @@ class Words:
 
 
 class Squares:
-    encoding = "squares"
+    def encoding_for(self, task):
+        return "squares"
 
-    def encode(self, inputs):
+    def encode(self, inputs, task=None):
         arrays = [np.asarray(image.convert("RGB").resize((4, 4))) for image in inputs]
         return {"pixels": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}
+
+
+def load(*arguments):
+    """Encode every split at once; the lab reads them one by one."""
+    splits = data.load(*arguments)
+    assert set(dict(splits)) == set(SPLITS)
+    return splits
 
 
 def texts(path, count, prefix=""):
@@ -142,6 +154,37 @@ def test_only_drawn_examples_are_encoded(folder):
     assert len(backbone.seen) == 5 + 2 + 3 + 2
 
 
+def test_a_split_is_encoded_when_it_is_asked_for(folder):
+    backbone = Words()
+    splits = data.load(task(folder, train=5, validation=2, test=3, shots=1), backbone, 0, folder / "cache")
+    assert not backbone.seen
+    assert len(splits["test"]) == len(backbone.seen) == 3
+    assert [path.stem.rpartition("-")[2] for path in folder.glob("cache/data/*.safetensors")] == ["test"]
+
+
+def test_sizes_may_take_all_there_is(folder):
+    texts(folder / "test.csv", 12, prefix="t")
+    splits = load(
+        task(folder, ("train", "test"), train=None, validation=None, test=None, holdout="task_vectors"),
+        Words(),
+        0,
+        folder / "cache",
+    )
+    assert {name: len(splits[name]) for name in ("train", "validation", "test")} == {
+        "train": 54,
+        "validation": 6,
+        "test": 12,
+    }
+    lines = (folder / "train.csv").read_text().splitlines()[1:]
+    held = torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist()[54:]
+    assert {row.rstrip(b"\0") for row in rows(splits["validation"])} == {lines[i].split(",")[0].encode() for i in held}
+
+
+def test_rows_of_several_columns_differ_where_their_texts_do():
+    assert content({"a": "x", "b": "y"}) == content({"a": "x", "b": "y"})
+    assert len({content(row) for row in ({"a": "x", "b": "y"}, {"a": "xy", "b": ""}, {"a": "y", "b": "x"})}) == 3
+
+
 def test_images_that_are_not_drawn_are_not_decoded(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -178,7 +221,6 @@ def test_equal_pixels_are_equal_content_whatever_the_file(tmp_path):
 def test_too_few_examples_are_refused(folder, sizes, message):
     with pytest.raises(DataError, match=message):
         load(task(folder, **sizes), Words(), 0, folder / "cache")
-    assert not list(folder.glob("cache/data/*.safetensors"))
 
 
 def test_unknown_label_is_refused_even_if_it_would_not_be_drawn(folder):
@@ -222,7 +264,7 @@ def damage_middle(content):
 )
 def test_damaged_cache_is_made_again(folder, damage):
     first = load(task(folder), Words(), 0, folder / "cache")
-    (path,) = folder.glob("cache/data/*.safetensors")
+    (path,) = folder.glob("cache/data/*-train.safetensors")
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     again = load(task(folder), Words(), 0, folder / "cache")
@@ -235,10 +277,10 @@ def test_cache_without_labels_is_made_again(folder):
     from safetensors.torch import load_file, save_file
 
     load(task(folder), Words(), 0, folder / "cache")
-    (path,) = folder.glob("cache/data/*.safetensors")
+    (path,) = folder.glob("cache/data/*-train.safetensors")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    tensors = {name: value.clone() for name, value in load_file(path).items() if name != "train/labels"}
+    tensors = {name: value.clone() for name, value in load_file(path).items() if name != "labels"}
     path.unlink()
     save_file(tensors, path, metadata)
     assert len(load(task(folder), Words(), 0, folder / "cache")["train"].labels) == 20
@@ -246,7 +288,7 @@ def test_cache_without_labels_is_made_again(folder):
 
 def test_changed_data_sizes_encoding_and_classes_miss_the_cache(folder):
     def count():
-        return len(list(folder.glob("cache/data/*.safetensors")))
+        return len(list(folder.glob("cache/data/*-train.safetensors")))
 
     load(task(folder), Words(), 0, folder / "cache")
     longer = Words()
@@ -268,7 +310,7 @@ def test_changed_data_sizes_encoding_and_classes_miss_the_cache(folder):
 
 def test_cache_file_follows_the_umask(folder):
     load(task(folder), Words(), 0, folder / "cache")
-    (path,) = folder.glob("cache/data/*.safetensors")
+    path = next(folder.glob("cache/data/*.safetensors"))
     assert path.stat().st_mode == (folder / "train.csv").stat().st_mode
 
 

@@ -50,9 +50,9 @@ def same(a, b):
 
 def test_it_learns(split, head, tmp_path):
     net = Net()
-    before = evaluate(net, head, split).accuracy
+    before = evaluate(net, head, split).value
     net.load_state_dict(train(split, head, tmp_path, epochs=8).state())
-    assert evaluate(net, head, split).accuracy > max(before, 0.9)
+    assert evaluate(net, head, split).value > max(before, 0.9)
 
 
 def test_same_seed_same_bits_other_seed_other_bits(split, head, tmp_path):
@@ -84,7 +84,7 @@ def contrary(split, head, folder, first):
     other = Split(split.inputs, (split.labels + 1) % 3)
     net, recipe = Net(), Full(epochs=8, batch_size=4)
     finetune(net, [Lesson(head, split, first), Lesson(head, other, 2 - first)], recipe, 1e-2, 0, folder, "test")
-    return [evaluate(net, head, each).accuracy for each in (split, other)]
+    return [evaluate(net, head, each).value for each in (split, other)]
 
 
 def test_a_larger_share_wins_where_tasks_contradict_each_other(split, head, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from byom import rank_display as display
 from byom import rank_table as table
-from byom.comparison import unpack_hits
+from byom.bootstrap import unpack_hits
 from byom.errors import ByomError
 from byom.table import rows
 from tests.unit import synthetic_ranks as synthetic

@@ -144,7 +144,8 @@ def test_values_that_print_the_same_are_bold_together():
     [
         (lambda r: r["choices"].update(backbone="other"), "backbone"),
         (lambda r: r["fingerprints"]["data"]["svhn"].update(test="t2"), "test data"),
-        (lambda r: r["fingerprints"]["data"]["svhn"].update(train="r2"), "data"),
+        (lambda r: r["fingerprints"]["data"]["svhn"].update(train="r2"), r"data \(svhn, train\)"),
+        (lambda r: r.update(family="hf"), "checkpoint family"),
         (lambda r: r["choices"].update(finetune="lora"), "fine-tuning recipe"),
         (lambda r: r["config"]["finetune"].update(steps=501), "fine-tuning recipe"),
         (lambda r: r["scores"]["test"].pop("dtd"), "tasks"),

@@ -219,9 +219,10 @@ def examples(tmp_path, monkeypatch):
 
 
 class Anything:
-    encoding = "constant"
+    def encoding_for(self, task):
+        return "constant"
 
-    def encode(self, inputs):
+    def encode(self, inputs, task=None):
         import torch
 
         return {"pixels": torch.zeros(len(inputs), 1)}

@@ -1,0 +1,100 @@
+"""What gives a task's expert: a family of checkpoints, which of them is whose, and what is known of their training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from byom.errors import CheckpointError, OptionError, suggest
+from byom.hub import Download
+
+if TYPE_CHECKING:
+    from byom.lab import Lab
+    from byom.probe import Readout
+    from byom.suite import Task
+    from byom.weights import Weights
+
+Validation = Literal["seen", "unseen", "unknown"]
+VALIDATIONS = ("seen", "unseen", "unknown")
+UNRELATED = 0.5
+
+
+class Experts(ABC):
+    """Where the fine-tuned weights of a suite's tasks come from."""
+
+    family: str
+    """Who fine-tuned them, and how; models of two families are never in one table."""
+    validation: Validation
+    """Whether the experts were trained on the validation examples."""
+
+    trained: ClassVar[bool] = False
+    """Whether they are fine-tuned here."""
+
+    @abstractmethod
+    def identify(self, task: Task) -> Any:
+        """Return what determines a task's expert, as JSON."""
+
+    @abstractmethod
+    def open(self, lab: Lab, task: str, member: int) -> Weights:
+        """Return a task's expert in the names and shapes of the lab's pre-trained model.
+
+        Args:
+            lab: Encoder, tasks, caches.
+            task: The task.
+            member: 0 for the expert; others are further fine-tunes of the same task.
+
+        Raises:
+            CheckpointError: If it cannot be had, or does not fit the backbone.
+        """
+
+    def head(self, lab: Lab, task: str) -> Readout | None:
+        """Return the head that came with a task's expert; None lets the backbone make it."""
+        return None
+
+    def notes(self, lab: Lab) -> dict[str, Any]:
+        """Return what a record says of the experts beside their family."""
+        return {}
+
+    def downloads(self, tasks: Iterable[Task]) -> Iterator[Download]:
+        """Say what would have to be fetched; nothing where nothing would."""
+        yield from ()
+
+    def fetch(self, task: Task) -> None:  # noqa: B027 - most kinds need none
+        """Bring a task's expert to this machine; nothing where it comes from none other."""
+
+
+def check_family(family: str, validation: str) -> None:
+    """Refuse experts of which nobody says where they come from.
+
+    Raises:
+        OptionError: If the family has no name or the word for validation is unknown.
+    """
+    if not family or family == "trained":
+        raise OptionError("experts.family must name who fine-tuned the checkpoints, for example experts.family=mine")
+    if validation not in VALIDATIONS:
+        raise OptionError(f"experts.validation={validation!r}; {suggest(validation, VALIDATIONS)}")
+
+
+def named(names: Mapping[str, str], task: str) -> str:
+    """Return what a family calls a task."""
+    return names.get(task, task)
+
+
+def require_related(expert: Weights, pretrained: Weights, task: str) -> Weights:
+    """Refuse weights that are no fine-tune of the pre-trained model.
+
+    Returns:
+        The expert.
+
+    Raises:
+        CheckpointError: If they differ by more than half the pre-trained model's norm, as models that were trained
+            apart do; merging them would give numbers that look like a bad method.
+    """
+    ratio = (expert - pretrained).norm() / max(pretrained.norm(), 1e-30)
+    if not ratio <= UNRELATED:
+        raise CheckpointError(
+            f"{expert.origin} (task {task}) is {ratio:.2f} times the pre-trained model's norm away from it, so it was "
+            f"hardly fine-tuned from {pretrained.origin}; give the backbone that it started from"
+        )
+    return expert

@@ -1,0 +1,70 @@
+"""What experts that somebody else fine-tuned have in common: reading, checking, their own heads."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from byom.checkpoint import Checkpoint, read
+from byom.errors import CheckpointError, OptionError
+from byom.experts.base import Experts, require_related
+from byom.weights import Weights
+
+if TYPE_CHECKING:
+    from byom.lab import Lab
+    from byom.probe import Readout
+
+
+@dataclass(frozen=True)
+class Checkpoints(Experts):
+    """Experts read from files; see `byom.checkpoint` for the formats."""
+
+    heads: Literal["backbone", "checkpoint"]
+
+    @abstractmethod
+    def path(self, task: str) -> Path:
+        """Return the file or folder of a task's expert."""
+
+    def open(self, lab: Lab, task: str, member: int) -> Weights:
+        """Return a task's expert; see `Experts.open`."""
+        if member:
+            raise OptionError(
+                f"a method asks for several experts a task, and {self.family} has one; use experts=trained for it"
+            )
+        return require_related(self._read(lab, task).weights, lab.pretrained, task)
+
+    def head(self, lab: Lab, task: str) -> Readout | None:
+        """Return the head in the checkpoint, if heads are taken from there.
+
+        Raises:
+            CheckpointError: If it holds none that the backbone knows.
+        """
+        if self.heads == "backbone":
+            return None
+        checkpoint = self._read(lab, task)
+        head = lab.backbone.own_head(lab.tasks[task], checkpoint.extra)
+        if head is None:
+            raise CheckpointError(
+                f"{self.path(task)} holds no classifier that {type(lab.backbone).__name__} knows (it has "
+                f"{', '.join(sorted(checkpoint.extra)) or 'nothing'} beside the encoder); set experts.heads=backbone"
+            )
+        return head
+
+    def notes(self, lab: Lab) -> dict[str, Any]:
+        """Return formats, and whether frozen left-overs were in the files."""
+        read = {task: self._read(lab, task) for task in lab.tasks}
+        return {
+            "formats": sorted({checkpoint.format for checkpoint in read.values()}),
+            "frozen_parameters": max((c.frozen.numel if c.frozen else 0) for c in read.values()),
+        }
+
+    def _read(self, lab: Lab, task: str) -> Checkpoint:
+        return _cached(self.path(task), lab.pretrained)
+
+
+@lru_cache(maxsize=64)
+def _cached(path: Path, base: Weights) -> Checkpoint:
+    return read(path, base)

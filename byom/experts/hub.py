@@ -1,0 +1,119 @@
+"""Experts that somebody published on a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from byom import hub
+from byom.errors import CheckpointError, OptionError, suggest
+from byom.experts.base import Validation, check_family, named
+from byom.experts.checkpoints import Checkpoints
+from byom.hub import Download
+
+if TYPE_CHECKING:
+    from byom.lab import Lab
+    from byom.suite import Task
+
+
+@dataclass(frozen=True)
+class Hub(Checkpoints):
+    """A repository a task, or one repository with a file a task.
+
+    Args:
+        family: Who fine-tuned them, and how: what tables call the checkpoints.
+        repositories: Task to repository; the entry ``"*"`` is that of all tasks without one, with ``{task}`` in it
+            if it differs by task.
+        file: The file or folder within the repository, with ``{task}`` in it if it differs by task; empty takes the
+            repository's own weights.
+        names: Our name of a task to the one in `repositories` and `file`, where they differ.
+        revisions: Commit, tag or branch by task; the entry ``"*"`` is that of all others. Give commits for results
+            that can be had again.
+        heads: ``backbone`` makes heads from the pre-trained model, ``checkpoint`` takes those in the files.
+        validation: Whether the experts were trained on the validation examples: seen, unseen or unknown.
+        source: Where the checkpoints are described.
+
+    Raises:
+        OptionError: If there is no repository, or the family has no name.
+    """
+
+    family: str
+    repositories: Mapping[str, str]
+    file: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=lambda: {"*": "main"})
+    heads: Literal["backbone", "checkpoint"] = "backbone"
+    validation: Validation = "unknown"
+    source: str = field(default="", metadata={"signature": False})
+
+    def __post_init__(self) -> None:
+        check_family(self.family, self.validation)
+        if not self.repositories:
+            raise OptionError('experts.repositories is empty; give e.g. experts.repositories={"*":"me/model_{task}"}')
+
+    def repository(self, task: str) -> hub.Repository:
+        """Return a task's repository.
+
+        Raises:
+            OptionError: If the family has none for it.
+        """
+        if not {task, "*"} & set(self.repositories):
+            raise OptionError(
+                f"{self.family} has no expert for task {task}; {suggest(task, self.repositories)}. Cut the suite, or "
+                f"add experts.repositories.{task}"
+            )
+        name = self.repositories.get(task, self.repositories.get("*", ""))
+        revision = self.revisions.get(task, self.revisions.get("*", "main"))
+        return hub.Repository(name.format(task=named(self.names, task)), revision)
+
+    def path(self, task: str) -> Path:
+        """Return the file or folder of a task's expert, fetched if need be."""
+        folder = self._folder(task)
+        found = folder / self._file(task) if self.file else folder
+        if not found.exists():
+            raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
+        return found
+
+    def identify(self, task: Task) -> Any:
+        """Return the repository at the commit that is used, and the file in it."""
+        return {
+            "family": self.family,
+            "repository": self.repository(task.name).name,
+            "commit": hub.commit(self._folder(task.name)),
+            "file": self._file(task.name),
+            "heads": self.heads,
+        }
+
+    def notes(self, lab: Lab) -> dict[str, Any]:
+        """Return formats, and repository and commit by task."""
+        commits = {task: hub.commit(self._folder(task)) for task in lab.tasks}
+        names = {task: self.repository(task).name for task in lab.tasks}
+        return super().notes(lab) | {"repositories": names, "commits": commits, "source": self.source}
+
+    def downloads(self, tasks: Iterable[Task]) -> Iterator[Download]:
+        """Say what would have to be fetched."""
+        for task in tasks:
+            yield hub.download(f"expert {task.name}", self.repository(task.name), self._patterns(task.name))
+
+    def fetch(self, task: Task) -> None:
+        """Bring a task's expert to this machine."""
+        self._folder(task.name)
+
+    def _file(self, task: str) -> str:
+        return self.file.format(task=named(self.names, task))
+
+    def _patterns(self, task: str) -> list[tuple[str, ...]]:
+        """Return what to look for, in order: files that execute nothing come first."""
+        if self.file:
+            return [(self._file(task), f"{self._file(task)}/*")]
+        return [hub.WEIGHTS, (*hub.PICKLED, "*.json")]
+
+    def _folder(self, task: str) -> Path:
+        """Return the folder of a repository with weights in it."""
+        repository, (first, *rest) = self.repository(task), self._patterns(task)
+        folder = hub.fetch(repository, first)
+        if rest and not list(folder.glob("*.safetensors")):
+            folder = hub.fetch(repository, rest[0])
+        return folder

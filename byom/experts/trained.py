@@ -1,0 +1,30 @@
+"""Experts that are fine-tuned here, and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from byom.experts.base import Experts
+
+if TYPE_CHECKING:
+    from byom.lab import Lab
+    from byom.suite import Task
+    from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class Trained(Experts):
+    """Fine-tune every task's expert from the pre-trained model by ``finetune=``, once."""
+
+    family = "trained"
+    validation = "unseen"
+    trained = True
+
+    def identify(self, task: Task) -> Any:
+        """Return nothing: the recipe and the task say it all."""
+        return None
+
+    def open(self, lab: Lab, task: str, member: int) -> Weights:
+        """Return the cached expert, fine-tuned first if there is none; see `Experts.open`."""
+        return lab.trained(task, member)

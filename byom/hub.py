@@ -1,0 +1,146 @@
+"""Repositories of a model or data hub: what they hold, what is here already, and bringing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from byom.errors import CheckpointError, DataError
+
+WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
+class Repository(NamedTuple):
+    """A repository at a revision.
+
+    Args:
+        name: ``organisation/name``.
+        revision: A branch, tag or commit.
+        kind: ``model`` or ``dataset``.
+    """
+
+    name: str
+    revision: str = "main"
+    kind: str = "model"
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}"
+
+
+class Download(NamedTuple):
+    """Something that a run needs and that may have to be fetched.
+
+    Args:
+        what: What it is.
+        place: Where it comes from.
+        local: Whether it is on this machine.
+        bytes: Its size where it is known: of what is here, or as the hub says.
+    """
+
+    what: str
+    place: str
+    local: bool
+    bytes: int | None
+
+
+def download(what: str, repository: Repository, patterns: Sequence[Sequence[str]]) -> Download:
+    """Describe the files of a repository that match the first of some kinds of patterns that any file matches."""
+    here = next((kind for kind in patterns if local(repository, kind)), None)
+    kinds = [here] if here else patterns
+    return Download(
+        what, str(repository), here is not None, next((s for k in kinds if (s := size(repository, k))), None)
+    )
+
+
+def local(repository: Repository, patterns: Sequence[str]) -> Path | None:
+    """Return the folder of a repository's files if files of that kind are on this machine, else None."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = _snapshot(repository, patterns, offline=True)
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
+    return folder if _held(folder, patterns) else None
+
+
+def fetch(repository: Repository, patterns: Sequence[str]) -> Path:
+    """Bring a repository's files to this machine, if they are not here.
+
+    Args:
+        repository: Which.
+        patterns: Which of its files.
+
+    Returns:
+        The folder that holds them.
+
+    Raises:
+        CheckpointError: If a model repository cannot be had, or holds no such file.
+        DataError: If a data repository cannot.
+    """
+    error_type = DataError if repository.kind == "dataset" else CheckpointError
+    try:
+        folder = local(repository, patterns) if _pinned(repository) else None
+        folder = folder or _snapshot(repository, patterns, offline=False)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise error_type(
+            f"{repository} cannot be had ({reason}). Check the name and the network; on a machine without one, run "
+            "`byom fetch` where there is one and copy the hub's cache (HF_HOME)"
+        ) from error
+    if not _held(folder, patterns):
+        raise error_type(f"{repository} holds no file that matches {', '.join(patterns)}")
+    return folder
+
+
+def size(repository: Repository, patterns: Sequence[str]) -> int | None:
+    """Return the bytes of a repository's files: of those that are here, or as the hub says; None if nobody says."""
+    folder = local(repository, patterns)
+    if folder:
+        return sum(path.stat().st_size for path in _held(folder, patterns))
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().repo_info(
+            repository.name, revision=repository.revision, repo_type=repository.kind, files_metadata=True, timeout=10
+        )
+    except Exception:  # whatever keeps the hub from answering, the size stays unknown
+        return None
+    siblings: Any = getattr(info, "siblings", None) or ()
+    files = [file for file in siblings if _matches(file.rfilename, patterns)]
+    return sum(file.size or 0 for file in files) if files else None
+
+
+def commit(folder: Path) -> str | None:
+    """Return the commit that a folder in the hub's cache holds."""
+    parts = folder.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def _pinned(repository: Repository) -> bool:
+    return len(repository.revision) == 40 and all(c in "0123456789abcdef" for c in repository.revision)
+
+
+def _snapshot(repository: Repository, patterns: Sequence[str], *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            repo_type=repository.kind,
+            allow_patterns=list(patterns),
+            local_files_only=offline,
+        )
+    )
+
+
+def _held(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if _matches(path.relative_to(folder).as_posix(), patterns)]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,36 @@
+"""Locks: of several processes that share a cache, one makes a folder and the others wait for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+PATIENCE = 3.0
+"""Seconds after which a process says what it waits for."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder (or file) that many processes may want to make; whoever comes second waits.
+
+    The operating system drops the lock with the process that holds it, however that ends, so none is ever stale. Look
+    again, inside the block, whether what you want is there: another process may have made it while you waited.
+
+    Args:
+        folder: What is going to be made; it need not exist. The lock is a hidden file beside it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        sys.stderr.write(f"byom: waiting for {folder} (another process makes it)\n")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
