@@ -37,7 +37,7 @@ NOTES = (
 VALIDATED = {
     "unseen": "They were not trained on the validation examples that hyperparameters were selected on.",
     "seen": "They were trained on the validation examples that hyperparameters were selected on.",
-    "unknown": "Nobody says whether they were trained on the validation examples that hyperparameters were selected on.",
+    "unknown": "Whether they were trained on the validation examples of that selection is not known.",
 }
 COMPARISON_NOTES = (
     "Distance ratio: mean over tasks of ‖θₜ − θ*‖ / ‖θₜ − θ₀‖ (θₜ: the task's own model, θ*: merged, θ₀: "

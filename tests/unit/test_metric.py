@@ -1,0 +1,120 @@
+"""Metrics equal their definitions, scores survive JSON, and intervals of correlations are real resamples."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from byom.bootstrap import RESAMPLES, gain_interval, interval, unpack_hits
+from byom.errors import DataError, OptionError
+from byom.evaluate import Score, evaluate
+from byom.metric import METRICS, metric, value_of
+from byom.source.table import Table
+from byom.suite import Suite, Task
+
+
+def pair(seed=0, count=40):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.rand(count, generator=generator)
+    return labels + 0.3 * torch.randn(count, generator=generator), labels
+
+
+def test_correlations_are_those_of_the_definitions():
+    predictions, labels = pair()
+    pearson, spearman = np.corrcoef(predictions, labels)[0, 1], spearmanr(predictions, labels).statistic
+    assert metric("spearman")(predictions, labels) == pytest.approx(spearman)
+    assert metric("pearson_spearman")(predictions, labels) == pytest.approx((pearson + spearman) / 2, abs=1e-6)
+
+
+def test_matthews_is_the_correlation_of_two_binary_vectors():
+    predictions, labels = torch.tensor([0, 1, 1, 0, 1, 1]), torch.tensor([0, 1, 0, 0, 1, 0])
+    assert metric("matthews")(predictions, labels) == pytest.approx(np.corrcoef(predictions, labels)[0, 1])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_perfect_is_one_and_a_constant_prediction_of_a_correlation_is_none(name):
+    labels = torch.tensor([0.0, 1.0, 2.0, 1.0]) if METRICS[name].regression else torch.tensor([0, 1, 1, 0])
+    assert metric(name)(labels, labels) == pytest.approx(1)
+    if not METRICS[name].decomposes:
+        assert metric(name)(torch.zeros_like(labels), labels) == 0
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(OptionError, match="no metric 'acuracy'; did you mean 'accuracy'"):
+        metric("acuracy")
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_scores_survive_json(name):
+    if METRICS[name].regression:
+        score = Score(*pair(), name)
+    else:
+        score = Score(torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 1, 1]), name)
+    row = json.loads(json.dumps(score.to_json()))
+    assert value_of(row) == pytest.approx(score.value)
+    assert Score.from_json(row).value == pytest.approx(score.value, abs=1e-5)
+    assert Score.from_json(row).hits.tolist() == score.hits.tolist() or METRICS[name].regression
+
+
+def test_a_head_may_say_what_its_logits_predict():
+    class Doubled:
+        def __call__(self, features):
+            return features
+
+        def predict(self, logits):
+            return 2 * logits[:, 0]
+
+    from byom.data import Split
+
+    net = torch.nn.Identity()
+    net.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    net.forward = lambda pixels: pixels
+    labels = torch.tensor([0.5, 1.0, 0.25])
+    split = Split({"pixels": labels[:, None] / 2}, labels)
+    assert evaluate(net, Doubled(), split, 2, "spearman").predictions.tolist() == labels.tolist()
+
+
+def correlated(seed, noise):
+    labels = torch.arange(60.0)
+    noisy = labels + noise * torch.randn(60, generator=torch.Generator().manual_seed(seed))
+    return Score(noisy, labels, "spearman").to_json()
+
+
+def test_a_correlations_interval_holds_its_gain_and_not_zero_where_one_model_is_far_better():
+    good, bad = {"stsb": correlated(0, 1)}, {"stsb": correlated(1, 60)}
+    low, high = gain_interval([(good, bad)])
+    assert 0 < low < value_of(good["stsb"]) - value_of(bad["stsb"]) < high
+    assert gain_interval([(good, good)]) == (0, 0)
+    assert gain_interval([(good, bad)]) == (low, high)
+
+
+def test_hits_and_correlations_share_an_interval():
+    hits = [Score.of(torch.rand(50, generator=torch.Generator().manual_seed(s)) > 0.4).to_json() for s in (0, 1)]
+    alone = gain_interval([({"a": hits[0]}, {"a": hits[1]})])
+    assert alone == interval([unpack_hits(hits[0], "a") - unpack_hits(hits[1], "a")])
+    both = gain_interval([({"a": hits[0], "b": correlated(0, 5)}, {"a": hits[1], "b": correlated(0, 5)})])
+    assert both[1] - both[0] == pytest.approx((alone[1] - alone[0]) / 2, rel=0.15)
+    assert RESAMPLES >= 1000
+
+
+def task(name="stsb", **options):
+    return Task(name, Table("/nowhere", {"train": "x.csv"}), "text", ("low", "high"), **options)
+
+
+def test_labels_of_a_correlation_are_numbers():
+    assert task(metric="spearman").index("3.8") == 3.8
+    with pytest.raises(DataError, match="has the label 'high', which is no number"):
+        task(metric="spearman").index("high")
+
+
+def test_a_cut_suite_is_a_suite_of_its_own_and_its_subsets_are_nested():
+    tasks = tuple(task(f"t{i}") for i in range(6))
+    small, large = (Suite("six", tasks, size=size, draw=3) for size in (2, 4))
+    assert (small.name, large.name) == ("six-2-3", "six-4-3")
+    assert {t.name for t in small.tasks} < {t.name for t in large.tasks} < {t.name for t in tasks}
+    draws = {tuple(t.name for t in Suite("six", tasks, size=3, draw=d).tasks) for d in range(8)}
+    assert len(draws) > 3
+    with pytest.raises(OptionError, match=r"suite.size=7: suite six has 6 tasks"):
+        Suite("six", tasks, size=7)
