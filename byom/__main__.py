@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 HELP = """byom: build your own multi-task model.
 
@@ -15,6 +16,10 @@ Commands
            a sweep:    byom -m merge=average,ties byom=none,fft byom.density=0.01,0.1
   table    every missing cell of an experiment, then its table and figures:
                        byom table vision8_offline
+  plan     which cells of an experiment are missing, and what they cost in downloads, disk, memory and time:
+                       byom plan vision8_vitb32_fft
+  fetch    everything an experiment needs from hubs, ahead of time:
+                       byom fetch vision8_vitb32_fft
   report   tables and figures from the records alone:
                        byom report suite=vision8_offline
   preview  accuracy over task weights from merged models alone, beside a few jointly fine-tuned ones:
@@ -25,6 +30,8 @@ Commands
                        byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
   pack     everything that serves the tasks, as one folder that byom.Bundle opens:
                        byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1
+  convert  a checkpoint of another format (pickles run nothing) as safetensors:
+                       byom convert finetuned.pt FOLDER like=clip_vit_b32
   list     methods, variants, suites, backbones, and the experts in the cache
 
 Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
@@ -77,14 +84,12 @@ def _run(arguments: list[str]) -> int:
     return _command("sweep")(sweep) if len(sweep) < len(arguments) else _command("run")(arguments)
 
 
-def _command(name: str) -> Callable[[list[str]], int]:
-    """Return a function of `byom.commands` that is imported only when it is called."""
+def _command(name: str, module: str = "commands") -> Callable[[list[str]], int]:
+    """Return a function of a module of byom that is imported only when it is called."""
 
     def call(arguments: list[str]) -> int:
         _quiet()
-        from byom import commands
-
-        return getattr(commands, name)(arguments)
+        return getattr(import_module(f"byom.{module}"), name)(arguments)
 
     return call
 
@@ -99,6 +104,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     **{name: _command(name) for name in ("table", "report", "preview", "statistics", "export", "pack")},
     "list": _command("list_options"),
+    **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
 }
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from byom.errors import CheckpointError, DataError
 from byom.hub import Download
 from byom.suite import Task
 
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
 
 @dataclass(frozen=True)
 class Clip(Backbone):
@@ -73,7 +75,7 @@ class Clip(Backbone):
     def downloads(self) -> Iterator[Download]:
         """Say what would have to be fetched from a hub."""
         if where := self._repository():
-            yield hub.download(f"backbone {self.model} {self.pretrained}", where, [("open_clip_model.safetensors", "open_clip_pytorch_model.bin")])
+            yield hub.download(f"backbone {self.model} {self.pretrained}", where, [FILES])
 
     def fetch(self) -> None:
         """Bring the weights to this machine."""
