@@ -17,7 +17,7 @@ from byom.errors import OptionError, fraction
 from byom.merge.base import Group, PlannedMethod, Problem
 from byom.merge.ties import Ties
 from byom.needs import Needs
-from byom.probe import Batch, Probe
+from byom.probe import Batch, Probe, require_classes
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,11 @@ def entropy(logits: Tensor) -> Tensor:
 
     Args:
         logits: ``[B, C]``.
+
+    Raises:
+        OptionError: If C is 1.
     """
-    logs = log_softmax(logits.float(), dim=-1)
+    logs = log_softmax(require_classes(logits, "minimising entropy").float(), dim=-1)
     return -(logs.exp() * logs).sum(-1).mean()
 
 

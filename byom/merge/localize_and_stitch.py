@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from byom.adapt import require, shuffled, where
@@ -19,7 +19,7 @@ from byom.errors import OptionError, fraction
 from byom.linalg import patterns
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.needs import Needs
-from byom.probe import Batch
+from byom.probe import Batch, loss
 from byom.selection import Part, kept, locate
 from byom.tensors import wide
 from byom.trim import Cuts, cuts
@@ -173,8 +173,9 @@ class Scored:
         shares = {name: score.sigmoid() for name, score in self.scores.items()}
         state = {name: torch.addcmul(self.base[name], shares[name], self.delta[name]) for name in shares}
         state = {name: theta.requires_grad_() for name, theta in state.items()}
-        logits = probe.readout(task)(probe.encode(state, batch.inputs))
-        cross_entropy(logits, batch.labels.to(logits.device)).backward()
+        head = probe.readout(task)
+        logits = head(probe.encode(state, batch.inputs))
+        loss(head, logits, batch.labels.to(logits.device)).backward()
         for name, share in shares.items():
             gradient = state[name].grad
             slope = penalty if gradient is None else (wanted * gradient).mul_(self.delta[name]).add_(penalty)

@@ -109,7 +109,9 @@ class FisherFitter(Fitter):
 
     def _rows(self, batch: Batch) -> Rows:
         if self.what.estimate == "empirical":
-            return Rows(torch.arange(len(batch.labels)).to(batch.labels), batch.labels, torch.ones(len(batch.labels)))
+            return Rows(
+                torch.arange(len(batch.labels), device=batch.labels.device), batch.labels, torch.ones(len(batch.labels))
+            )
         with torch.no_grad():
             likely = self.head(self.encoder(**batch.inputs)).double().softmax(-1)
         if self.what.estimate == "sampled":
@@ -147,7 +149,18 @@ class FisherFitter(Fitter):
         kwargs = {name: value.unsqueeze(0) for name, value in inputs.items()}
         filled = {place: values[name] for place, name in self.places.items() if name in values}
         logits = self.head(functional_call(self.encoder, filled, kwargs=kwargs, tie_weights=False))
+        if logits.shape[-1] == 1:
+            return self._gaussian(logits, label)
         return cross_entropy(logits, label.unsqueeze(0))
+
+    def _gaussian(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Return what has the score of a Gaussian of unit variance around one prediction as its gradient.
+
+        The expectation over its labels is taken in closed form: that of the squared residual is 1.
+        """
+        if self.what.estimate == "empirical":
+            return (logits - label).square().sum() / 2
+        return logits.sum()
 
 
 def _places(module: nn.Module) -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from byom.errors import OptionError
-from byom.probe import Batch, Readout
+from byom.probe import Batch, Readout, loss
 from byom.seeding import keyed
 from byom.statistics.base import Fitter, Statistic, parameters
 
@@ -129,8 +129,8 @@ class IvonFitter(Fitter):
             chosen = torch.randperm(len(batch.labels))[: what.batch_size].to(batch.labels.device)
             with torch.enable_grad(), optimiser.sampled_params(train=True):
                 features = self.encoder(**{name: value[chosen] for name, value in batch.inputs.items()})
-                loss = cross_entropy(self.head(features), batch.labels[chosen])
-                gradients = torch.autograd.grad(loss, found, allow_unused=True, materialize_grads=True)
+                error = loss(self.head, self.head(features), batch.labels[chosen])
+                gradients = torch.autograd.grad(error, found, allow_unused=True, materialize_grads=True)
                 for value, gradient in zip(found, gradients, strict=True):
                     value.grad = gradient
             optimiser.step()

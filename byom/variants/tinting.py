@@ -16,7 +16,7 @@ from byom.errors import OptionError, fraction, listed
 from byom.merge.base import Problem
 from byom.needs import Needs
 from byom.packed import READOUT, Delta, Parts, Readout, Served, Shared
-from byom.probe import Batch
+from byom.probe import Batch, require_classes
 from byom.seeding import keyed
 from byom.variants.base import Variant
 from byom.weights import Weights
@@ -196,6 +196,7 @@ def trusted(logits: Tensor, teacher: Predictions) -> Tensor:
 def _predictions(problem: Problem, task: str, split: str) -> Predictions:
     probe = problem.inputs()
     found = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
+    require_classes(found, "byom=tinting")
     confidence, labels = found.float().softmax(-1).max(-1)
     return Predictions(labels, confidence)
 

@@ -498,3 +498,23 @@ def test_ivon_without_its_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ivon", None)
     with pytest.raises(OptionError, match="pip install ivon-opt"):
         Ivon().start(nn.Linear(2, 2), lambda x: x)
+
+
+def test_fisher_of_a_regression_is_the_squared_gradient_of_its_prediction():
+
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    net.forward = lambda pixels, call=net.forward: call(pixels)
+    head = torch.nn.Linear(2, 1)
+    inputs, labels = torch.randn(5, 3), torch.randn(5)
+    split = Split({"pixels": inputs}, labels)
+    expected = torch.stack([torch.outer(head.weight[0], x).square() for x in inputs]).mean(0).detach()
+    for estimate in ("exact", "sampled"):
+        found = fit(net, head, split, {"fisher": Fisher(estimate=estimate)}, 2)["fisher"]
+        assert torch.allclose(found["weight"], expected, rtol=1e-5)
+    residuals = (head(net(inputs))[:, 0] - labels).detach().square()
+    empirical = fit(net, head, split, {"fisher": Fisher(estimate="empirical")}, 2)["fisher"]["weight"]
+    weighted = torch.stack(
+        [r * torch.outer(head.weight[0], x).square() for r, x in zip(residuals, inputs, strict=True)]
+    ).mean(0)
+    assert torch.allclose(empirical, weighted.detach(), rtol=1e-5)
