@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byom.adapter_config import CONFIG, AdapterConfig
 from byom.adapter_file import PICKLED, SAFE, Layer, equal, read
-from byom.adapter_site import Shift, found, shift, site
+from byom.adapter_site import found, shift, site, spelling
 from byom.errors import CheckpointError
 from byom.fused import Rows
 from byom.lowrank import Adapted, Piece
@@ -102,8 +102,13 @@ class Adapter:
         moved = self._shift(base)
         return {name: value for name, value in self.saved.items() if found(moved(name), base) is None}
 
-    def _shift(self, base: Weights) -> Shift:
-        moved = shift(list(self.layers), base, self.origin, self._other)
+    def _shift(self, base: Weights) -> Callable[[str], str]:
+        spelled = spelling(base)
+        placed = shift([spelled(path) for path in self.layers], base, self.origin, self._other)
+
+        def moved(name: str) -> str:
+            return placed(spelled(name))
+
         for name in self.saved:
             if found(moved(name), base) is None and _within(moved(name), base):
                 raise CheckpointError(f"{self.origin} holds '{name}', which {base.origin} has not. {self._other}")
@@ -113,7 +118,7 @@ class Adapter:
     def _other(self) -> str:
         return f"It was trained on another base: its configuration names {self.config.base!r}. Give that one"
 
-    def _factored(self, base: Weights, moved: Shift) -> dict[str, list[Piece]]:
+    def _factored(self, base: Weights, moved: Callable[[str], str]) -> dict[str, list[Piece]]:
         sites = {path: rows for path in sorted(self.layers) if (rows := site(moved(path), base))}
         turned = self.config.transposed or any(_is_turned(self.layers[p], _shape(r, base)) for p, r in sites.items())
         factored: dict[str, list[Piece]] = {}
@@ -159,7 +164,7 @@ class Adapter:
                 )
         return united
 
-    def _replaced(self, base: Weights, moved: Shift) -> dict[str, Tensor]:
+    def _replaced(self, base: Weights, moved: Callable[[str], str]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, value in self._wholes(base, moved):
             rows = found(moved(name), base)
@@ -173,7 +178,7 @@ class Adapter:
             values[rows.name] = _written(value, rows, values.get(rows.name, base[rows.name]))
         return self._untied({n: v for n, v in values.items() if not equal(v, base[n])}, base, equal)
 
-    def _wholes(self, base: Weights, moved: Shift) -> Iterator[tuple[str, Tensor]]:
+    def _wholes(self, base: Weights, moved: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
         """Give every value that was trained whole; to the bias of a module, the bias of its factors is added."""
         values = dict(self.saved)
         for path, layer in sorted(self.layers.items()):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from byom.checkpoint.clip import open_clip_name
 from byom.errors import CheckpointError, listed
 from byom.fused import PARTS, Rows, located
 from byom.weights import Weights
@@ -24,6 +25,13 @@ class Shift(NamedTuple):
     def __call__(self, name: str) -> str:
         """Return an adapter's name as the base has it; one that starts otherwise stays as it is."""
         return self.added + name.removeprefix(self.dropped) if name.startswith(self.dropped) else name
+
+
+def spelling(base: Weights) -> Callable[[str], str]:
+    """Return how a name of transformers' CLIP image tower is spelt in a base; any other name stays as it is."""
+    if any(".resblocks." in name for name in base):
+        return open_clip_name
+    return lambda name: name
 
 
 def site(path: str, base: Weights) -> Rows | None:

@@ -1,0 +1,194 @@
+"""Whatever format a checkpoint has: read into the names and shapes of a backbone, with nothing lost unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from byom.checkpoint.clip import from_hugging_face
+from byom.checkpoint.files import open_raw
+from byom.errors import CheckpointError, listed
+from byom.weights import Weights
+
+HEADS = ("classifier.", "pooler.", "score.", "lm_head.", "qa_outputs.", "visual_projection.", "text_projection.")
+TEXT = (
+    "positional_embedding", "text_projection", "logit_scale", "logit_bias", "token_embedding.", "ln_final.",
+    "attn_mask", "transformer.",
+)  # fmt: skip
+"""What is left of the text tower in the image encoders of the task vectors' code."""
+BUFFERS = ("position_ids", "token_type_ids")
+CLIP_MARK = "pre_layrnorm.weight"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in a backbone's names.
+
+    Args:
+        weights: The encoder: names, shapes and dtypes of the pre-trained one.
+        format: What the checkpoint was.
+        extra: Tensors of heads that came with it, under their own names.
+        frozen: What is left of a text tower that fine-tuning never touches.
+        notes: What a reader should know.
+    """
+
+    weights: Weights
+    format: str
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    frozen: Weights | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def conventions(self) -> dict[str, int]:
+        """Parameters as they are counted here, and with frozen left-overs, as published counts have them."""
+        return {"encoder": self.weights.numel, "with frozen": self.weights.numel + self._left}
+
+    @property
+    def _left(self) -> int:
+        return self.frozen.numel if self.frozen else 0
+
+
+def read(path: str | Path, base: Weights) -> Checkpoint:
+    """Read a checkpoint, whatever its format, into the names of a backbone.
+
+    Args:
+        path: A file or folder: safetensors, a PyTorch state dict, a pickled module (nothing in it is run), shards of
+            these, or a PEFT adapter.
+        base: The backbone's pre-trained weights.
+
+    Returns:
+        The checkpoint; lazy where the format allows it.
+
+    Raises:
+        CheckpointError: If tensors are missing, unknown or of another shape, or the file cannot be read safely.
+    """
+    path = Path(path)
+    if (path / ADAPTER).is_file():
+        return Checkpoint(Weights.adapted(base, path), "PEFT adapter")
+    raw, container = open_raw(path)
+    if tower := _tower(raw, base):
+        return _clip(raw, base, tower, container)
+    return _renamed(raw, base, container)
+
+
+def _tower(raw: Weights, base: Weights) -> str | None:
+    """Return what the names of an open_clip image tower start with, if `raw` is one of transformers."""
+    if not any(name.endswith(CLIP_MARK) for name in raw):
+        return None
+    mark = "conv1.weight"
+    return next((name.removesuffix(mark) for name in base if name.endswith(mark)), None)
+
+
+def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint:
+    weights, borrowed, used = from_hugging_face(raw, base, tower)
+    rest = [name for name in raw if name not in used and not name.startswith(("text_model.", *HEADS))]
+    unknown = [name for name in rest if not name.endswith((*BUFFERS, "logit_scale"))]
+    if unknown:
+        raise CheckpointError(f"{raw.origin} holds tensors that no CLIP image tower has: {listed(unknown)}")
+    notes = tuple(f"{name} is the pre-trained model's: the checkpoint has none" for name in borrowed)
+    return Checkpoint(weights, f"Hugging Face CLIP ({container})", notes=notes)
+
+
+def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
+    places, start = _places(raw, base)
+    wrong = [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]
+    if wrong:
+        ours, theirs = base.shape(wrong[0]), raw.shape(places[wrong[0]])
+        raise CheckpointError(
+            f"{raw.origin}: '{places[wrong[0]]}' has shape {list(theirs)} where the backbone has {list(ours)} "
+            f"({len(wrong)} such tensors); choose the backbone of the same size"
+        )
+    used = set(places.values())
+    left = [name for name in raw if name not in used and raw.ties.get(name) not in used]
+    frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
+    heads = [name for name in left if name not in frozen and _is_head(name)]
+    unknown = [n for n in left if n not in frozen and n not in heads and not n.endswith(BUFFERS)]
+    if unknown:
+        raise CheckpointError(
+            f"{raw.origin} holds tensors that are neither the backbone's nor a head's: {listed(unknown)}; "
+            "choose the backbone that it was made from"
+        )
+    view = base.derived(lambda name: raw[places[name]] if name in places else base[name], raw.origin)
+    kept = frozenset(frozen)
+    return Checkpoint(
+        view,
+        f"{'ImageEncoder, ' if frozen else ''}{container}",
+        {name.removeprefix(start) if name.startswith(start) else name: raw[name] for name in heads},
+        raw.select(lambda name: name in kept) if frozen else None,
+    )
+
+
+def _places(raw: Weights, base: Weights) -> tuple[dict[str, str], str]:
+    """Return where every tensor of the backbone is, by one change of the names' start; and that start."""
+    candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
+    wanted = base.mergeable()
+    places, added = max(candidates, key=lambda found: (len(found[0]), -len(found[1])), default=({}, ""))
+    if lost := [name for name in wanted if name not in places]:
+        known = f"; it has, for example, {listed(raw.keys(), 3)}" if not places else ""
+        raise CheckpointError(
+            f"{raw.origin} lacks {len(lost)} of {len(wanted)} tensors of {base.origin}: {listed(lost)}{known}. "
+            "Choose the backbone that it was made from"
+        )
+    return places, added
+
+
+def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:
+    """Return the changes of start under which some names could agree."""
+    ours = {"", *(f"{name.split('.')[0]}." for name in base)}
+    found = {(dropped, "") for dropped in ours}
+    for name in base.mergeable()[:8]:
+        for dropped in ours:
+            tail = name.removeprefix(dropped)
+            found |= {(dropped, theirs.removesuffix(tail)) for theirs in raw if theirs.endswith(f".{tail}")}
+    return found
+
+
+def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str, str]:
+    """Return canonical names of the backbone to names in the file; of tied names any will do."""
+    aliases: dict[str, list[str]] = {name: [name] for name in base.canonical()}
+    for alias, name in base.ties.items():
+        aliases[name].append(alias)
+    found = {}
+    for name, every in aliases.items():
+        theirs = (added + each.removeprefix(dropped) for each in every if each.startswith(dropped))
+        place = next((each for each in theirs if each in raw), None)
+        if place is not None:
+            found[name] = place
+    return found
+
+
+def _is_text(name: str, base: Weights) -> bool:
+    return any(each.endswith("visual.proj") or ".resblocks." in each for each in base) and name.startswith(TEXT)
+
+
+def _is_head(name: str) -> bool:
+    return any(part in f".{name}" for part in (f".{head}" for head in HEADS))
+
+
+def same_left_overs(checkpoints: Iterable[tuple[str, Checkpoint]]) -> Weights | None:
+    """Return the frozen tensors that all checkpoints of a set share, so that they are stored once.
+
+    Args:
+        checkpoints: Task and checkpoint.
+
+    Returns:
+        The left-overs of any of them; None if none has any.
+
+    Raises:
+        CheckpointError: If two differ, so that they are not frozen after all.
+    """
+    first: tuple[str, Weights] | None = None
+    for task, checkpoint in checkpoints:
+        if checkpoint.frozen is None:
+            continue
+        first = first or (task, checkpoint.frozen)
+        if checkpoint.frozen.fingerprint() != first[1].fingerprint():
+            raise CheckpointError(
+                f"the text tower's tensors of {task} differ from those of {first[0]}, so they were trained; "
+                "the image encoder alone does not hold these models"
+            )
+    return first[1] if first else None
