@@ -84,9 +84,9 @@ class Draws(Mapping[str, Draw]):
 
     @cached_property
     def shots(self) -> Draw:
-        """A few examples of each class."""
+        """A few examples of each class; where labels are numbers, the training examples."""
         if self.task.regression:
-            return "train", []
+            return self.train
         found: Counter[float] = Counter()
         classes, chosen = self._classes["train"], []
         # a class that is complete is passed over before its examples are decoded

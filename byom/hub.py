@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,14 @@ def fetch(repository: Repository, patterns: Sequence[str]) -> Path:
         CheckpointError: If a model repository cannot be had, or holds no such file.
         DataError: If a data repository cannot.
     """
+    from huggingface_hub import constants
+
+    return _fetched(repository, tuple(patterns), constants.HF_HUB_CACHE)
+
+
+@lru_cache(maxsize=256)
+def _fetched(repository: Repository, patterns: tuple[str, ...], cache: str) -> Path:
+    """Fetch once a process; a hub is asked what a branch points to whenever this is called."""
     error_type = DataError if repository.kind == "dataset" else CheckpointError
     try:
         folder = local(repository, patterns) if _pinned(repository) else None

@@ -225,7 +225,8 @@ class Lab:
         file = self.cache / "heads" / f"{signature(self.backbone, self.tasks[task], self.seed)}.safetensors"
         if not file.is_file():
             self.fill(self.pretrained.state())
-            head = self.backbone.head(self.encoder, self.tasks[task], self.splits(task)["shots"])
+            shots = self.splits(task)["shots"] if self.backbone.reads_shots else None
+            head = self.backbone.head(self.encoder, self.tasks[task], shots)
             file.parent.mkdir(parents=True, exist_ok=True)
             storage.write_file(file, heads.pack(head), {"task": task})
         return heads.unpack(load_file(file))

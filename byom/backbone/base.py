@@ -43,6 +43,8 @@ class Backbone(ABC):
     """Learning rate of full fine-tuning that keeps the experts mergeable."""
     temperature: float
     """Factor on the cosine of prototype heads."""
+    reads_shots: ClassVar[bool] = True
+    """Whether heads are made from labelled examples."""
     inner: ClassVar[str] = ""
     """What the names of the encoder's parameters start with before the library's own names; that module is adapted."""
 
@@ -72,7 +74,7 @@ class Backbone(ABC):
             CheckpointError: If the weights cannot be had or do not fit.
         """
 
-    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Readout:
+    def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Readout:
         """Make the frozen head of a task from the pre-trained encoder and a few labelled examples.
 
         The row of a class is its normalised mean of normalised features (a prototype).
@@ -80,11 +82,12 @@ class Backbone(ABC):
         Args:
             encoder: The pre-trained encoder.
             task: The task.
-            shots: Labelled examples, at least one a class.
+            shots: Labelled examples, at least one a class; None where `reads_shots` is False.
 
         Returns:
             The head.
         """
+        assert shots is not None
         return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
 
     def own_head(self, task: Task, tensors: Mapping[str, Tensor]) -> Readout | None:

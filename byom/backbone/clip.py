@@ -41,6 +41,7 @@ class Clip(Backbone):
 
     modality = "image"
     inner = "visual."
+    reads_shots = False
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class Clip(Backbone):
         return PixelEncoder(model.visual, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD).eval()
 
     @torch.no_grad()
-    def head(self, encoder: nn.Module, task: Task, shots: Split) -> Head:
+    def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Head:
         """Make the zero-shot head: the normalised mean of the templates' normalised text features per class.
 
         Args:
