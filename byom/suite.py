@@ -129,8 +129,9 @@ class Suite:
     Args:
         name: A short name; records use it.
         tasks: The tasks in order; a mapping from name to task is accepted too.
-        size: Cut the suite to so many of its tasks; None keeps all. The suite is then called
-            ``<name>-<size>-<draw>``.
+        only: Cut the suite to the tasks of these names; empty keeps all. The suite is then called
+            ``<name>-<names>``.
+        size: Cut what is left to so many tasks; None keeps all. The suite is then called ``<name>-<size>-<draw>``.
         draw: Which tasks are kept: a permutation keyed by suite and draw, so that the subsets of one draw are nested.
         skip_missing: Whether `available` drops tasks whose data is not installed.
         missing: Names of the tasks that `available` dropped.
@@ -138,6 +139,7 @@ class Suite:
 
     name: str
     tasks: tuple[Task, ...]
+    only: tuple[str, ...] = ()
     size: int | None = None
     draw: int = 0
     skip_missing: bool = field(default=False, metadata={"signature": False})
@@ -151,8 +153,19 @@ class Suite:
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
         object.__setattr__(self, "tasks", tasks)
+        if self.only:
+            self._name_tasks(tuple(self.only))
         if self.size is not None:
             self._cut(self.size)
+
+    def _name_tasks(self, only: tuple[str, ...]) -> None:
+        """Keep the tasks that are named; what is left is a suite of its own."""
+        known = {task.name: task for task in self.tasks}
+        if unknown := [name for name in only if name not in known]:
+            raise OptionError(f"suite.only names {unknown[0]!r}; {suggest(unknown[0], known)}")
+        cut = {"tasks": tuple(known[name] for name in only), "name": f"{self.name}-{'-'.join(only)}"[:120], "only": ()}
+        for name, value in cut.items():
+            object.__setattr__(self, name, value)
 
     def _cut(self, size: int) -> None:
         """Keep some tasks; what is left is a suite of its own, with neither size nor draw."""

@@ -118,3 +118,11 @@ def test_a_cut_suite_is_a_suite_of_its_own_and_its_subsets_are_nested():
     assert len(draws) > 3
     with pytest.raises(OptionError, match=r"suite.size=7: suite six has 6 tasks"):
         Suite("six", tasks, size=7)
+
+
+def test_a_suite_is_cut_to_named_tasks():
+    tasks = tuple(task(f"t{i}") for i in range(4))
+    cut = Suite("four", tasks, only=("t3", "t1"))
+    assert (cut.name, [t.name for t in cut.tasks]) == ("four-t3-t1", ["t3", "t1"])
+    with pytest.raises(OptionError, match=r"suite.only names 't9'"):
+        Suite("four", tasks, only=("t9",))
