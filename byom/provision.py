@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from byom import config
-from byom.errors import OptionError
+from byom.errors import OptionError, suggest
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -63,6 +63,8 @@ def convert(arguments: Sequence[str]) -> int:
     from byom import convert as converter
 
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    if unknown := sorted(set(options) - {"like", "to"}):
+        raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
     for line in converter.convert(Path(places[0]), Path(places[1]), **options):
         sys.stdout.write(f"{line}\n")
     return 0

@@ -87,7 +87,7 @@ def from_hugging_face(raw: Weights, base: Weights, tower: str) -> tuple[Weights,
         The view, the names that were taken from `base`, and the names of `raw` that were used.
 
     Raises:
-        CheckpointError: If a tensor is missing.
+        CheckpointError: If a tensor is missing or has another shape.
     """
     start = MODEL[0] if any(name.startswith(MODEL[0]) for name in raw) else MODEL[1]
     places: dict[str, Source] = {}
@@ -98,29 +98,35 @@ def from_hugging_face(raw: Weights, base: Weights, tower: str) -> tuple[Weights,
             raise CheckpointError(f"{base.origin} has '{name}', which no CLIP image tower of transformers has")
         full = Source(tuple(n if n == PROJECTION else start + n for n in source.names), source.transposed)
         if all(n in raw for n in full.names):
-            places[name] = full
+            places[name] = _fitting(raw, full, base.shape(name))
         elif name.removeprefix(tower) == "proj":
             borrowed.append(name)
         else:
             raise CheckpointError(f"{raw.origin} lacks {', '.join(n for n in full.names if n not in raw)}")
 
     def read(name: str) -> Tensor:
-        return _joined(raw, places[name], base.shape(name)) if name in places else base[name]
+        return _joined(raw, places[name]) if name in places else base[name]
 
     used = [n for source in places.values() for n in source.names]
     return base.derived(read, raw.origin), borrowed, used
 
 
-def _joined(raw: Weights, source: Source, shape: tuple[int, ...]) -> Tensor:
+def _fitting(raw: Weights, source: Source, shape: tuple[int, ...]) -> Source:
+    upright = shape[::-1] if source.transposed else shape
+    wanted = (upright[0] // len(source.names), *upright[1:])
+    for name in source.names:
+        if raw.shape(name) != wanted:
+            raise CheckpointError(
+                f"{raw.origin}: '{name}' has shape {list(raw.shape(name))} where the backbone has {list(wanted)}; "
+                "choose the backbone of the same size"
+            )
+    return source
+
+
+def _joined(raw: Weights, source: Source) -> Tensor:
     parts = [raw[name] for name in source.names]
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-    tensor = tensor.T if source.transposed else tensor
-    if tensor.shape != torch.Size(shape):
-        raise CheckpointError(
-            f"{raw.origin}: '{source.names[0]}' has shape {list(tensor.shape)} where the backbone has {list(shape)}; "
-            "choose the backbone of the same size"
-        )
-    return tensor.contiguous()
+    return (tensor.T if source.transposed else tensor).contiguous()
 
 
 def to_hugging_face(weights: Weights, tower: str = "visual.") -> Weights:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from byom.weights import Weights
 INDEX = "pytorch_model.bin.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HOLDERS = ("state_dict", "model_state_dict", "model")
+BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state(_\d+)?")
+"""What a trainer leaves beside the weights."""
 
 
 def open_raw(path: Path) -> tuple[Weights, str]:
@@ -47,7 +53,7 @@ def _folder(path: Path) -> tuple[Weights, str]:
     if list(path.glob("*.safetensors")):
         shards = list(path.glob("*.safetensors.index.json"))
         return Weights.open(path), "sharded safetensors" if shards else "safetensors"
-    files = sorted(file for file in path.iterdir() if file.suffix in PICKLED and file.stem != "training_args")
+    files = sorted(file for file in path.iterdir() if file.suffix in PICKLED and not BESIDE.fullmatch(file.stem))
     if len(files) != 1:
         what = f"{len(files)} files of weights ({', '.join(f.name for f in files)})" if files else "no file of weights"
         raise CheckpointError(f"{path} holds {what}; name one file")
@@ -69,11 +75,19 @@ def _sharded(path: Path) -> Weights:
 def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read a state dict through PyTorch's own restricted reader, and whatever it refuses through ours."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _loaded(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, ImportError):
         return read_pickled(path), "pickled module"
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path} holds one {type(found).__name__} without a name; it is no state dict")
     inner = next((found[name] for name in HOLDERS if isinstance(found.get(name), Mapping)), found)
     state = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{path} holds no tensor by name; it is no state dict")
     return state, "PyTorch state dict"
+
+
+def _loaded(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it then cannot read, we read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

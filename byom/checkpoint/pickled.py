@@ -9,14 +9,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError
 
-MODULES = ("src.", "modeling.", "heads.", "open_clip.", "clip.", "torch.nn.", "timm.", "transformers.", "__main__.")
+MODULES = (
+    "src.", "modeling.", "heads.", "open_clip.", "clip.", "torch.nn.", "torchvision.", "timm.", "transformers.",
+    "__main__.",
+)  # fmt: skip
 """Whose classes become inert stand-ins. What is in none of them has no place in a checkpoint of a vision encoder."""
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -98,8 +101,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             could run), is damaged, or holds no module.
     """
     try:
-        found = _read(io.BytesIO(path.read_bytes()))
-        return _state(found)
+        with path.open("rb") as file:
+            return _state(_read(file))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
@@ -110,7 +113,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read(file: io.BytesIO) -> Any:
+def _read(file: BinaryIO) -> Any:
     if zipfile.is_zipfile(file):
         return _from_zip(file)
     file.seek(0)
@@ -121,12 +124,14 @@ def _read(file: io.BytesIO) -> Any:
     return _from_legacy(file)
 
 
-def _from_zip(file: io.BytesIO) -> Any:
+def _from_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         inner = next((name for name in names if name.endswith("data.pkl")), None)
         if inner is None or any(name.endswith("constants.pkl") for name in names):
             raise CheckpointError("it is a zip file, but none of torch.save")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError("it is compressed, which torch.save does not do; it may unpack to any size")
         prefix = inner.removesuffix("data.pkl")
         order = f"{prefix}byteorder"
         if order in names and archive.read(order) != b"little":
@@ -138,7 +143,7 @@ def _from_zip(file: io.BytesIO) -> Any:
     return found
 
 
-def _from_legacy(file: io.BytesIO) -> Any:
+def _from_legacy(file: BinaryIO) -> Any:
     for _ in ("protocol", "system"):
         Restricted(file, {}).load()
     storages: dict[str, Storage] = {}
@@ -146,8 +151,8 @@ def _from_legacy(file: io.BytesIO) -> Any:
     for key in Restricted(file, {}).load():
         count = int.from_bytes(file.read(8), "little", signed=True)
         storage = storages[key]
-        if count < 0:
-            raise CheckpointError("a storage has a negative size")
+        if count != storage.numel:
+            raise CheckpointError(f"a storage of {storage.numel} values is stored as {count}; the file is damaged")
         _fill(storage, file.read(count * storage.dtype.itemsize))
     return found
 
@@ -162,15 +167,17 @@ def _fill(storage: Storage, content: bytes) -> None:
     )
 
 
-class Restricted(pickle.Unpickler):
+class Restricted(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
     """An unpickler that imports no class and knows the few functions that tensors are rebuilt with.
+
+    It is Python's own in Python: the one in C allocates as much as the largest index in a file asks for.
 
     Args:
         file: What is read.
         storages: Filled with what tensors are views of, by their key in the file.
     """
 
-    def __init__(self, file: io.BytesIO, storages: dict[str, Storage]) -> None:
+    def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
         super().__init__(file)
         self.storages = storages
 

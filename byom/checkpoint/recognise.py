@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from byom.checkpoint.clip import from_hugging_face
 from byom.checkpoint.files import open_raw
 from byom.errors import CheckpointError, listed
-from byom.weights import Weights
+from byom.weights import Spec, Weights
 
-HEADS = ("classifier.", "pooler.", "score.", "lm_head.", "qa_outputs.", "visual_projection.", "text_projection.")
+HEADS = ("classifier.", "pooler.", "score.", "lm_head.", "cls.", "qa_outputs.")
 TEXT = (
     "positional_embedding", "text_projection", "logit_scale", "logit_bias", "token_embedding.", "ln_final.",
-    "attn_mask", "transformer.",
+    "transformer.",
 )  # fmt: skip
 """What is left of the text tower in the image encoders of the task vectors' code."""
-BUFFERS = ("position_ids", "token_type_ids")
+HUGGING_FACE_TEXT = ("text_model.", "text_projection.", "logit_scale")
+BUFFERS = ("position_ids", "token_type_ids", "attn_mask")
+"""Ends of names of what is computed, not learned."""
 CLIP_MARK = "pre_layrnorm.weight"
 ADAPTER = "adapter_config.json"
 
@@ -32,7 +35,7 @@ class Checkpoint:
         weights: The encoder: names, shapes and dtypes of the pre-trained one.
         format: What the checkpoint was.
         extra: Tensors of heads that came with it, under their own names.
-        frozen: What is left of a text tower that fine-tuning never touches.
+        frozen: What is left of a text tower that fine-tuning never touches, in open_clip's names.
         notes: What a reader should know.
     """
 
@@ -68,11 +71,13 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
     """
     path = Path(path)
     if (path / ADAPTER).is_file():
-        return Checkpoint(Weights.adapted(base, path), "PEFT adapter")
+        from byom.adapter import Adapter  # which needs the names of this package
+
+        adapter = Adapter.open(path)
+        return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))
     raw, container = open_raw(path)
-    if tower := _tower(raw, base):
-        return _clip(raw, base, tower, container)
-    return _renamed(raw, base, container)
+    tower = _tower(raw, base)
+    return _renamed(raw, base, container) if tower is None else _clip(raw, base, tower, container)
 
 
 def _tower(raw: Weights, base: Weights) -> str | None:
@@ -85,16 +90,22 @@ def _tower(raw: Weights, base: Weights) -> str | None:
 
 def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint:
     weights, borrowed, used = from_hugging_face(raw, base, tower)
-    rest = [name for name in raw if name not in used and not name.startswith(("text_model.", *HEADS))]
-    unknown = [name for name in rest if not name.endswith((*BUFFERS, "logit_scale"))]
-    if unknown:
+    left = [name for name in raw if name not in used and not name.endswith(BUFFERS)]
+    text = [name for name in left if name.startswith(HUGGING_FACE_TEXT)]
+    heads = [name for name in left if name not in text and name.startswith(HEADS)]
+    if unknown := [name for name in left if name not in text and name not in heads]:
         raise CheckpointError(f"{raw.origin} holds tensors that no CLIP image tower has: {listed(unknown)}")
-    notes = tuple(f"{name} is the pre-trained model's: the checkpoint has none" for name in borrowed)
-    return Checkpoint(weights, f"Hugging Face CLIP ({container})", notes=notes)
+    notes = [f"{name} is the pre-trained model's: the checkpoint has none" for name in borrowed]
+    if text:
+        notes.append(f"left out: {len(text)} tensors of the text tower; zero-shot heads come from the pre-trained one")
+    return Checkpoint(
+        weights, f"Hugging Face CLIP ({container})", {name: raw[name] for name in heads}, notes=tuple(notes)
+    )
 
 
 def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
-    places, start = _places(raw, base)
+    found, start = _places(raw, base)
+    places = {name: every[0] for name, every in found.items()}
     wrong = [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]
     if wrong:
         ours, theirs = base.shape(wrong[0]), raw.shape(places[wrong[0]])
@@ -102,7 +113,8 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
             f"{raw.origin}: '{places[wrong[0]]}' has shape {list(theirs)} where the backbone has {list(ours)} "
             f"({len(wrong)} such tensors); choose the backbone of the same size"
         )
-    used = set(places.values())
+    _require_alike(raw, found)
+    used = {theirs for every in found.values() for theirs in every}
     left = [name for name in raw if name not in used and raw.ties.get(name) not in used]
     frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
     heads = [name for name in left if name not in frozen and _is_head(name)]
@@ -113,16 +125,20 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
             "choose the backbone that it was made from"
         )
     view = base.derived(lambda name: raw[places[name]] if name in places else base[name], raw.origin)
-    kept = frozenset(frozen)
     return Checkpoint(
         view,
         f"{'ImageEncoder, ' if frozen else ''}{container}",
         {name.removeprefix(start) if name.startswith(start) else name: raw[name] for name in heads},
-        raw.select(lambda name: name in kept) if frozen else None,
+        _named(raw, {name.removeprefix(start): name for name in frozen}) if frozen else None,
     )
 
 
-def _places(raw: Weights, base: Weights) -> tuple[dict[str, str], str]:
+def _named(raw: Weights, places: Mapping[str, str]) -> Weights:
+    specs = {name: Spec(raw.shape(theirs), raw.dtype(theirs)) for name, theirs in places.items()}
+    return Weights(specs, lambda name: raw[places[name]], origin=raw.origin)
+
+
+def _places(raw: Weights, base: Weights) -> tuple[dict[str, list[str]], str]:
     """Return where every tensor of the backbone is, by one change of the names' start; and that start."""
     candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
     wanted = base.mergeable()
@@ -147,18 +163,29 @@ def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:
     return found
 
 
-def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str, str]:
-    """Return canonical names of the backbone to names in the file; of tied names any will do."""
+def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str, list[str]]:
+    """Return canonical names of the backbone to their names in the file: several where tensors are tied."""
     aliases: dict[str, list[str]] = {name: [name] for name in base.canonical()}
     for alias, name in base.ties.items():
         aliases[name].append(alias)
     found = {}
     for name, every in aliases.items():
         theirs = (added + each.removeprefix(dropped) for each in every if each.startswith(dropped))
-        place = next((each for each in theirs if each in raw), None)
-        if place is not None:
-            found[name] = place
+        if present := [each for each in theirs if each in raw]:
+            found[name] = present
     return found
+
+
+def _require_alike(raw: Weights, found: Mapping[str, list[str]]) -> None:
+    """Refuse a file with several values for what is one tensor in the backbone: all but one would be lost."""
+    for first, *others in found.values():
+        for other in others:
+            one = raw.ties.get(first, first) == raw.ties.get(other, other)
+            if not one and not torch.equal(raw[first], raw[other]):
+                raise CheckpointError(
+                    f"{raw.origin}: '{first}' and '{other}' differ, and the backbone ties them; choose a backbone "
+                    "that does not"
+                )
 
 
 def _is_text(name: str, base: Weights) -> bool:

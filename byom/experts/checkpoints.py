@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.checkpoint import Checkpoint, read
+from byom.checkpoint.recognise import same_left_overs
 from byom.errors import CheckpointError, OptionError
 from byom.experts.base import Experts, require_related
 from byom.weights import Weights
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from byom.probe import Readout
 
 
-@dataclass(frozen=True)
 class Checkpoints(Experts):
     """Experts read from files; see `byom.checkpoint` for the formats."""
 
@@ -54,11 +53,12 @@ class Checkpoints(Experts):
         return head
 
     def notes(self, lab: Lab) -> dict[str, Any]:
-        """Return formats, and whether frozen left-overs were in the files."""
-        read = {task: self._read(lab, task) for task in lab.tasks}
+        """Return formats, and how many frozen left-overs all of the files share; it is an error if they differ."""
+        found = {task: self._read(lab, task) for task in lab.tasks}
+        frozen = same_left_overs(found.items())
         return {
-            "formats": sorted({checkpoint.format for checkpoint in read.values()}),
-            "frozen_parameters": max((c.frozen.numel if c.frozen else 0) for c in read.values()),
+            "formats": sorted({checkpoint.format for checkpoint in found.values()}),
+            "frozen_parameters": frozen.numel if frozen else 0,
         }
 
     def _read(self, lab: Lab, task: str) -> Checkpoint:
