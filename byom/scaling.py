@@ -80,9 +80,9 @@ def display(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the printed form of `summarised`: a column a number of tasks."""
     rows = []
     for _, part in frame.groupby(["method", "density"], sort=False, dropna=False):
-        by_size, method, density = part.set_index("tasks"), part["method"].iloc[0], float(part["density"].iloc[0])
+        by_size, method, density = part.set_index("tasks"), part["method"].iloc[0], part["density"].iloc[0]
         cells = {f"{size} tasks": _cell(by_size, size) for size in sorted(set(frame["tasks"]))}
-        rows.append({"Method": method, "m %": percent(density), **cells})
+        rows.append({"Method": method, "m %": percent(float(density)), **cells})
     return pd.DataFrame(rows)
 
 

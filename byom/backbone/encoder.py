@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byom.backbone.base import Backbone
-from byom.errors import CheckpointError
+from byom.backbone.transformer import Pretrained
+from byom.data import Split
+from byom.errors import CheckpointError, DataError, listed
+from byom.heads import Classifier, Regression
+from byom.probe import Readout
 from byom.source.package import Package
+from byom.suite import Task
+
+Row = str | Mapping[str, str]
+HEADS = (
+    ("classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"),
+    ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"),
+)
+"""Classifiers of RoBERTa's and BERT's kind: a layer with tanh on the first token's state, and a linear one."""
 
 
 class PooledEncoder(nn.Module):
@@ -27,9 +38,9 @@ class PooledEncoder(nn.Module):
         self.model = model
         self.pooling = pooling
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return features ``[B, D]`` of token ids ``[B, L]`` with mask ``[B, L]``."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Tensor) -> Tensor:
+        """Return features ``[B, D]`` of token ids ``[B, L]`` with mask ``[B, L]``; `more` are segments of pairs."""
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
         if self.pooling == "cls":
             return states[:, 0]
         weight = attention_mask.unsqueeze(-1).to(states.dtype)
@@ -37,7 +48,7 @@ class PooledEncoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Encoder(Backbone):
+class Encoder(Pretrained):
     """A transformers encoder without its pooler and classifier.
 
     Args:
@@ -64,39 +75,107 @@ class Encoder(Backbone):
         """Tokenizer and length."""
         return {"kind": "tokens", "tokenizer": self._where(), "max_length": self.max_length}
 
-    def encode(self, inputs: Sequence[str]) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``attention_mask``, int64 ``[N, max_length]``."""
+    def encode(self, inputs: Sequence[Row], task: Task | None = None) -> dict[str, Tensor]:
+        """Tokenise texts, or pairs of texts.
+
+        Args:
+            inputs: Strings, or rows of one or two columns; of a pair that is too long, the longer text is cut.
+            task: Not used: all tasks are encoded alike.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 ``[N, max_length]``; for pairs also ``token_type_ids``,
+            where the model tells the two texts apart by them.
+
+        Raises:
+            DataError: If a row has more columns.
+        """
         from transformers import AutoTokenizer
 
-        tokenizer = self._from(AutoTokenizer)
-        rows = tokenizer(
-            list(inputs), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        texts, pairs = _columns(inputs)
+        rows = self._from(AutoTokenizer)(
+            texts or [""],
+            pairs,
+            padding="max_length",
+            truncation="longest_first",
+            max_length=self.max_length,
+            return_tensors="pt",
         )
-        return {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+        names = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
+        return {name: rows[name][: len(texts)] for name in names if name in rows}
 
     def load(self) -> nn.Module:
         """Build the encoder with its pre-trained weights; see `Backbone.load`."""
         from transformers import AutoModel
 
-        model = self._from(AutoModel, add_pooling_layer=False, dtype=torch.float32)
-        return PooledEncoder(model, self.pooling).eval()
+        return PooledEncoder(self._model(AutoModel, add_pooling_layer=False), self.pooling).eval()
 
-    def _where(self) -> str:
-        if isinstance(self.checkpoint, Package):
-            return f"{self.checkpoint.name}=={self.checkpoint.version}"
-        return f"{self.checkpoint}@{self.revision}"
+    def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Readout:
+        """Make a head of prototypes or, where labels are numbers, a ridge regression; see `Backbone.head`.
 
-    def _from(self, auto: Any, **options: Any) -> Any:
-        place = self.checkpoint
-        if isinstance(place, Package):
-            place.digest(["model.safetensors"])
-            place = str(place.folder())
-        else:
-            options |= {"revision": self.revision}
-        try:
-            return auto.from_pretrained(place, **options)
-        except (OSError, ValueError) as error:
+        Raises:
+            DataError: If labels are numbers and there are fewer than two examples.
+        """
+        if not task.regression:
+            return super().head(encoder, task, shots)
+        if shots is None or len(shots) < 2:
+            raise DataError(
+                f"the labels of task {task.name} are numbers, and its head is fitted to examples, of which there are "
+                f"{len(shots or ())}; take experts with heads of their own (experts.heads=checkpoint)"
+            )
+        return Regression.fit(_features(encoder, shots), shots.labels)
+
+    def own_head(self, task: Task, tensors: Mapping[str, Tensor]) -> Readout | None:
+        """Make the head of RobertaForSequenceClassification or BertForSequenceClassification.
+
+        Raises:
+            CheckpointError: If tensors are missing or have odd shapes, the outputs are not as many as the task's
+                classes (1 where labels are numbers), or `pooling` is not ``cls``.
+        """
+        found = next((names for names in HEADS if set(names) & set(tensors)), None)
+        if found is None:
+            return None
+        if self.pooling != "cls":
             raise CheckpointError(
-                f"transformers cannot load '{place}' ({error}). Check the name and the network, "
-                "or set backbone.checkpoint to a local folder"
-            ) from error
+                f"the classifier of task {task.name} reads the first token, and backbone.pooling={self.pooling}; "
+                "set backbone.pooling=cls, or experts.heads=backbone"
+            )
+        if lost := [name for name in found if name not in tensors]:
+            raise CheckpointError(
+                f"the classifier of task {task.name} lacks {listed(lost)} (the checkpoint has {listed(tensors)}); "
+                "set experts.heads=backbone"
+            )
+        return _classifier(task, [tensors[name].float() for name in found])
+
+
+def _columns(inputs: Sequence[Row]) -> tuple[list[str], list[str] | None]:
+    rows = [[row] if isinstance(row, str) else list(row.values()) for row in inputs]
+    if odd := [len(row) for row in rows if len(row) != len(rows[0]) or not 1 <= len(row) <= 2]:
+        raise DataError(f"a row of {odd[0]} columns cannot be encoded; name one or two columns of text in the source")
+    first, *second = (list(column) for column in zip(*rows, strict=True)) if rows else ([],)
+    return first, second[0] if second else None
+
+
+@torch.no_grad()
+def _features(encoder: nn.Module, split: Split) -> Tensor:
+    device = next(encoder.parameters()).device
+    encoder.eval()
+    rows: dict[int, Tensor] = {}
+    for inputs, _, places in split.batches(64):
+        found = encoder(**{name: value.to(device) for name, value in inputs.items()}).float().cpu()
+        rows |= dict(zip(places.tolist(), found, strict=True))
+    return torch.stack([rows[place] for place in range(len(split))])
+
+
+def _classifier(task: Task, tensors: Sequence[Tensor]) -> Classifier:
+    dense, shift, weight, bias = tensors
+    outputs = 1 if task.regression else len(task.classes)
+    fits = dense.ndim == weight.ndim == 2 and shift.shape == dense.shape[:1] == weight.shape[1:]
+    if not fits or bias.shape != weight.shape[:1]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise CheckpointError(f"the classifier of task {task.name} has the shapes {shapes}, which do not fit together")
+    if len(weight) != outputs:
+        raise CheckpointError(
+            f"the classifier of task {task.name} has {len(weight)} outputs where the task has {outputs}; "
+            "choose the checkpoint of this task"
+        )
+    return Classifier(*tensors)
