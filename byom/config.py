@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -12,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from byom import sweeps
 from byom.errors import ByomError, OptionError, suggest
 
 PLACES = ("results", "cache")
@@ -82,8 +87,14 @@ def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
     places: dict[str, Any] = {key: Path(resolved[key]).expanduser() for key in PLACES}
-    rest = {key: resolved[key] for key in ("seed", "device", "note")}
+    rest = {key: resolved[key] for key in ("seed", "device")} | {"note": resolved.get("note", "")}
     return Settings(**groups, **places, **rest, names=chosen, resolved=resolved)
+
+
+def made(config: DictConfig, group: str) -> Any:
+    """Build what one group of a configuration configures, and nothing else of it."""
+    with explained():
+        return instantiate(config[group], _convert_="all")
 
 
 def option(group: str, name: str) -> Any:
@@ -96,29 +107,97 @@ def option(group: str, name: str) -> Any:
     Returns:
         What the option configures.
     """
-    config = compose([f"{group}={name}"])
-    with explained():
-        return instantiate(config[group], _convert_="all")
+    return made(compose([f"{group}={name}"]), group)
 
 
+PLUGINS = ("hydra/launcher", "hydra/sweeper")
 GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate", "logger")
 BUILT = (*GROUPS, "statistics")
 
 
-def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> None:
+def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> list[Path]:
     """Run a sweep through Hydra's own sweeper and launcher.
 
     Args:
         overrides: Hydra overrides with comma-separated or other sweeps.
         job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
+
+    Returns:
+        The results of every sweeper that searches, such as Optuna; none where all combinations ran.
+
+    Raises:
+        OptionError: If a launcher or sweeper is not installed, or one that searches would see the test score.
     """
+    _require_plugins(overrides)
+    found: list[Path] = []
+    for number, sweep in enumerate(fitting(overrides)):
+        arguments = [*sweeps.shared(number), *sweep]
+        with explained(), sweeps.arguments(["-m", *arguments]):
+            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
+        found += _searched(arguments)
+    return found
 
+
+def launch(cells: Sequence[Sequence[str]], job: Callable[[Any], float], overrides: Sequence[str]) -> list[Any]:
+    """Run cells, which need not have anything in common, through one of Hydra's launchers.
+
+    Args:
+        cells: Overrides of single runs.
+        job: Runs one cell's settings; other processes must be able to import it.
+        overrides: Hydra's own, for example ``hydra/launcher=joblib``.
+
+    Returns:
+        What each cell raised, or None.
+
+    Raises:
+        OptionError: If the launcher is not installed.
+    """
+    _require_plugins(overrides)
+    # the launcher's logs go below the cells' results; the bars of many processes would write over one another
+    own = [*sweeps.shared(), "++hydra.job.env_set.TQDM_DISABLE='1'", *(o for o in cells[0] if o.startswith("results="))]
+    with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+        core: Any = GlobalHydra.instance().hydra
+        config = core.compose_config("run", [*own, *overrides], RunMode.MULTIRUN, with_log_configuration=False)
+        context = HydraContext(core.config_loader, Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(context, _task(job), config)
+        return [_raised(done) for done in launcher.launch(cells, initial_job_idx=0)]
+
+
+def _require_plugins(overrides: Sequence[str]) -> None:
+    """Refuse a launcher or sweeper that is not installed, and let our presets stand for those that are."""
+    Plugins.instance()  # they store their own configurations, which Hydra would mix with presets of the same name
+    stored = ConfigStore.instance().repo["hydra"]
+    for group in PLUGINS:
+        for name in options(group):
+            stored[group.partition("/")[2]].pop(f"{name}.yaml", None)
+            target = OmegaConf.select(OmegaConf.load(folder() / group / f"{name}.yaml"), "_target_")
+            if f"{group}={name}" in overrides and not sweeps.installed(target):
+                raise OptionError(f"{group}={name} needs a package that is not installed: pip install 'byom[sweeps]'")
+
+
+def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
     def task(config: DictConfig) -> float:
-        return job(build(config, HydraConfig.get().runtime.choices))
+        choices = HydraConfig.get().runtime.choices
+        settings = build(config, choices)
+        if choices["hydra/sweeper"] != "basic" and "validation" not in settings.evaluate.splits:
+            raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
+        return job(settings)
 
-    for sweep in fitting(overrides):
-        with explained(), _arguments(["-m", *sweep]):
-            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(task)()
+    return task
+
+
+def _searched(arguments: Sequence[str]) -> list[Path]:
+    asked = compose([o for o in arguments if sweeps.for_hydra(o) or o.startswith("results=")])
+    file = Path(asked.hydra.sweep.dir) / "optimization_results.yaml"
+    return [file] if asked.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
+
+
+def _raised(done: JobReturn) -> Exception | None:
+    try:
+        done.return_value  # noqa: B018 - raises what the job raised
+    except Exception as error:
+        return error
+    return None
 
 
 def fitting(overrides: Sequence[str]) -> list[list[str]]:
@@ -132,47 +211,25 @@ def fitting(overrides: Sequence[str]) -> list[list[str]]:
     Returns:
         Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
     """
-    sweeps = [list(overrides)]
+    found = [list(overrides)]
     for group in GROUPS:
-        sweeps = [part for sweep in sweeps for part in _split(sweep, group)]
-    return sweeps
+        parts = [sweeps.split(each, group, _values, _fields) for each in found]
+        found = [part for some in parts for part in some]
+    return found
 
 
-def _split(overrides: list[str], group: str) -> list[list[str]]:
-    fields = {o: o.partition("=")[0].removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")}
-    swept = next((o for o in overrides if o.startswith(f"{group}=") and "," in o), None)
-    if swept is None or not fields:
-        return [overrides]
-    by_fields: dict[tuple[str, ...], list[str]] = {}
-    for option in swept.partition("=")[2].split(","):
-        by_fields.setdefault(tuple(o for o, name in fields.items() if _has(group, option, name)), []).append(option)
-    nobody = [o for o in fields if not any(o in had for had in by_fields)]
-    rest = [o for o in overrides if o not in fields and o != swept]
-    return [[*rest, f"{group}={','.join(names)}", *had, *nobody] for had, names in by_fields.items()]
+def _values(override: str) -> list[str]:
+    return [one.partition("=")[2] for [one] in _expand([override])]
 
 
-def _has(group: str, option: str, name: str) -> bool:
-    file = folder() / group / f"{option}.yaml"
-    return not file.is_file() or name.split(".", maxsplit=1)[0] in _fields(OmegaConf.load(file))
-
-
-def _fields(option: Any) -> set[str]:
+def _fields(group: str, name: str) -> set[str] | None:
     """Return an option's fields, those that hold another option included (``/merge@then: ties``)."""
+    file = folder() / group / f"{name}.yaml"
+    if not file.is_file():
+        return None
+    option: Any = OmegaConf.load(file)
     nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
     return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
-
-
-@contextmanager
-def _arguments(arguments: Sequence[str]) -> Iterator[None]:
-    """Give Hydra the command line it insists on reading itself, and let its errors reach us."""
-    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
 
 
 def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
@@ -216,9 +273,10 @@ def _choices(override: Any) -> list[str]:
 
 def _sentence(error: Exception) -> str:
     text = str(error)
-    if match := re.search(r"Could not find '([\w@]+)/([^']+)'", text):
+    if match := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
         group, given = match.groups()
-        return f"there is no {group}={given}; {suggest(given, options(group.split('@')[0]))}"
+        hint = "; others need a plugin of Hydra's (pip install 'byom[sweeps]' has ours)" if group in PLUGINS else ""
+        return f"there is no {group}={given}; {suggest(given, options(group.split('@')[0]))}{hint}"
     if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
         return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
     if match := re.search(r"Could not override '([^']+)'", text):

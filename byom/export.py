@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from byom import storage
@@ -32,11 +31,11 @@ from byom.packed import Served
 from byom.weights import Spec, Weights
 
 if TYPE_CHECKING:
-    from byom.backbone.base import Head
+    from byom.probe import Readout
 
 ROOT = "base_model.model"
 REFERENCE = "reference"
-Heads = Mapping[str, "tuple[Head, Sequence[str]]"]
+Heads = Mapping[str, "tuple[Readout, Sequence[str]]"]
 
 
 def adapters(
@@ -185,9 +184,10 @@ def _plain(weights: Weights, prefix: str) -> Weights:
     return Weights(specs, lambda short: weights[names[short]], ties=ties, origin=weights.origin)
 
 
-def _write_head(folder: Path, head: Head, task: str, classes: Sequence[str]) -> None:
-    values = {"weight": head.weight, "temperature": torch.tensor(head.temperature)}
-    storage.write_file(folder / "head.safetensors", values, {"task": task, "classes": list(classes)})
+def _write_head(folder: Path, head: Readout, task: str, classes: Sequence[str]) -> None:
+    from byom import heads
+
+    storage.write_file(folder / "head.safetensors", heads.pack(head), {"task": task, "classes": list(classes)})
 
 
 def _nameable(served: Served) -> Served:

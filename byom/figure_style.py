@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -15,6 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from byom.lock import owner
 
 COLUMN = 3.5
 # the width of a letter, of the axes
@@ -168,7 +169,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def _save(figure: Figure, stem: Path, ending: str, stamp: str) -> Path:
     path = stem.with_name(f"{stem.name}.{ending}")
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{owner()}")
     with mpl.rc_context(STYLE):
         figure.savefig(fresh, format=ending, metadata={stamp: None})
     fresh.replace(path)

@@ -157,10 +157,17 @@ class Lab:
         """
         key = self.signature_of(task, member)
         folders = {name: self.cache / "statistics" / signature(key, what) for name, what in wanted.items()}
+        if not all((folder / "cost.json").is_file() for folder in folders.values()):
+            with alone(self.cache / "statistics" / key):
+                self._fit_missing(task, member, wanted, folders)
+        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
+
+    def _fit_missing(
+        self, task: str, member: int, wanted: Mapping[str, Statistic], folders: Mapping[str, Path]
+    ) -> None:
         missing = {name: wanted[name] for name, folder in folders.items() if not (folder / "cost.json").is_file()}
         for split in sorted({what.split for what in missing.values()}):
             self._fit(task, member, {n: w for n, w in missing.items() if w.split == split}, split, folders)
-        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
 
     def statistics_cost(self, wanted: Mapping[str, Statistic], members: int = 1) -> float:
         """Return the seconds that fitting took, for all tasks, whenever that was."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,11 @@ from filelock import FileLock, Timeout
 
 PATIENCE = 3.0
 """Seconds after which a process says what it waits for."""
+
+
+def owner() -> str:
+    """Return what tells this process from every other that may write to the same disk."""
+    return f"{platform.node()}-{os.getpid()}"
 
 
 @contextmanager

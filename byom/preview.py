@@ -173,7 +173,7 @@ def execute(preview: Preview, settings: Mapping[str, Settings]) -> dict[str, Any
     lab, splits = laboratory(first), first.evaluate.splits
     scorer = Scorer(lab, splits, preview.examples)
     with stages.stage("data"):
-        lab.read_all()
+        lab.read_all(first.evaluate.splits)
     with stages.stage("experts"):
         experts = {task: lab.expert(task) for task in lab.tasks}
     with stages.stage("statistics"):

@@ -111,7 +111,7 @@ def read(name: str) -> Published:
     if name not in options("published"):
         raise OptionError(f"there is no published table '{name}'; {suggest(name, options('published'))}")
     given = yaml.safe_load((folder() / "published" / f"{name}.yaml").read_text(encoding="utf-8"))
-    lines = tuple(Line(**{**row, "values": tuple(row["values"])}) for row in given.pop("rows"))
+    lines = tuple(Line(**{**row, "values": tuple(map(float, row["values"]))}) for row in given.pop("rows"))
     return Published(name=name, **{**given, "tasks": tuple(given["tasks"])}, rows=lines)
 
 

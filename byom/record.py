@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from byom.errors import OptionError
+from byom.lock import owner
 
 FORMAT = 1
 PACKAGES = (
@@ -105,7 +106,7 @@ class Place:
         Raises:
             OptionError: Naming the folder.
         """
-        probe = self._folder / f".writable-{os.getpid()}"
+        probe = self._folder / f".writable-{owner()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
@@ -134,7 +135,7 @@ class Place:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{owner()}")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from byom import render
 from byom.comparable import check_comparable
 from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError, OptionError, suggest
+from byom.lock import owner
 from byom.methods_table import NOTES as METHOD_NOTES
 from byom.methods_table import costed, display_methods, methods
 from byom.metric import METRICS
@@ -129,7 +129,7 @@ def read_runs(
     folder = results / "runs" / suite / backbone
     records = [_read(path) for path in sorted(folder.glob("*.json"))]
     kept = [r for r in records if _wanted(r["choices"], seeds, finetune)]
-    done = [r for r in kept if r["status"] != "failed"]
+    done = [r for r in kept if r["status"] != "failed" and "test" in r["scores"]]  # a search scores validation alone
     if not done:
         raise OptionError(
             f"{folder} holds no finished record of the seeds and fine-tuning asked for; run "
@@ -194,7 +194,7 @@ def _write_tables(folder: Path, stem: str, runs: Runs, frame: pd.DataFrame, comp
 def write(path: Path, text: str) -> Path:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{owner()}")
     fresh.write_text(text, encoding="utf-8", newline="\n")
     fresh.replace(path)
     return path

@@ -38,8 +38,8 @@ def accuracy_by_tasks(frame: pd.DataFrame) -> Figure:
 
 
 def _name(row: pd.Series) -> str:
-    density = float(row["density"])
-    return str(row["method"]) if np.isnan(density) else f"{row['method']}, {percent(density)} %"
+    density = float(row.at["density"])
+    return str(row["method"]) if np.isnan(density) else f"{row.at['method']}, {percent(density)} %"
 
 
 def _family(row: pd.Series) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from byom.data import Split
+from byom.evaluate import evaluate
 from byom.lab import Lab
 from byom.record import write_json
 from byom.signature import signature
@@ -79,9 +80,10 @@ class Scorer:
         return {"weights": list(job.weights), "accuracy": accuracy, "seconds": seconds}
 
     def _accuracy(self, task: str, split: str, bar: tqdm) -> float:
-        hits = self.lab.hits(self.lab.head(task), self.split(task, split))
+        lab, held = self.lab, self.split(task, split)
+        score = evaluate(lab.encoder, lab.head(task), held, lab.batch_size, lab.tasks[task].metric)
         bar.update()
-        return float(hits.double().mean())
+        return score.value
 
 
 def _first(split: Split, examples: int | None) -> Split:

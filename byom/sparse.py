@@ -10,10 +10,13 @@ from torch import Tensor
 
 from byom import encoding
 from byom.errors import CheckpointError, OptionError, fraction
+from byom.selection import Cut
 from byom.tensors import wide
 from byom.trim import Cuts, cuts
 from byom.variants.base import PackingVariant, Parts, Shared
 from byom.weights import Weights
+
+PIECE = 1 << 18  # elements of a difference formed at a time: a whole one would be a copy of the tensor
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,31 @@ class TopMagnitude(PackingVariant):
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Cuts) -> Parts:
         """Store the target's values at the kept positions, and the positions."""
         cut, offset = plan[name]
-        return gather(target, cut.mask(wide(target) - wide(shared.reference), offset))
+        return gather(target, survivors(cut, target, shared.reference, offset))
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Assign the stored values at their positions in a copy of the reference."""
         return assign(parts, shared.reference)
+
+
+def survivors(cut: Cut, target: Tensor, reference: Tensor, offset: int) -> Tensor:
+    """Say which entries of ``target - reference`` a cut keeps, forming `PIECE` of the difference at a time.
+
+    Args:
+        cut: Where the stream of differences is cut.
+        target: ``[*shape]``.
+        reference: ``[*shape]``.
+        offset: Flat index in the stream of the first entry.
+
+    Returns:
+        Bool ``[*shape]``.
+    """
+    mask = torch.empty(target.numel(), dtype=torch.bool, device=target.device)
+    flat = target.reshape(-1), reference.reshape(-1)
+    for start in range(0, len(mask), PIECE):
+        left, right = (wide(each[start : start + PIECE]) for each in flat)
+        mask[start : start + PIECE] = cut.mask(left - right, offset + start)
+    return mask.reshape(target.shape)
 
 
 def gather(values: Tensor, mask: Tensor) -> Parts:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byom.errors import CheckpointError
+from byom.lock import owner
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -134,7 +135,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     """
     tensors = _apart(tensors)
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{owner()}")
     try:
         save_file(tensors, temporary, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
         _settle(temporary)
@@ -166,7 +167,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()  # what a link points at is replaced, and the link stays
     _refuse_foreign(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}.partial-{owner()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
         partial.mkdir(parents=True)
@@ -225,14 +226,13 @@ def _damaged(path: Path, why: str, what: str = "a safetensors file") -> Checkpoi
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy what shares its memory with another tensor, which safetensors refuses to write."""
-    apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, given in tensors.items():
-        tensor = given.detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
+    """Copy what overlaps another tensor, which safetensors refuses to write; not what merely shares a mapped file."""
+    apart = {name: given.detach().cpu().contiguous() for name, given in tensors.items()}
+    end = 0
+    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     return apart
 
 
@@ -287,7 +287,7 @@ def _ours(file: Path) -> bool:
 
 
 def _swap(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{owner()}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.replace(old)

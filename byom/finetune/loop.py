@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from byom import storage
-from byom.backbone.base import Head
+from byom import processes, storage
 from byom.data import Split
 from byom.finetune.base import Recipe
+from byom.probe import Readout
+from byom.probe import loss as task_loss
 from byom.seeding import keyed
 
 
@@ -32,7 +33,7 @@ class Lesson:
             nothing: clipped gradients and Adam's steps forget it where a batch is of one task.
     """
 
-    head: Head
+    head: Readout
     split: Split
     share: float = 1.0
 
@@ -50,7 +51,8 @@ def finetune(
 
     With several lessons the batches of all of them are mixed in one order, each batch from one task. The order of
     examples and the dropout of an epoch depend on (seed, epoch) alone, so a resumed run ends in the same bits as an
-    uninterrupted one.
+    uninterrupted one. Under ``accelerate launch`` each batch is divided among the processes, so that the result is the
+    same up to rounding, and up to which neurons dropout drops.
 
     Args:
         encoder: The encoder with pre-trained weights; modified, where its parameters ask for gradients.
@@ -61,43 +63,73 @@ def finetune(
         folder: Where the state after each epoch is kept until training ends.
         label: Shown beside the progress bar.
     """
+    processes.require_device(encoder)
+    processes.together(_train, folder, encoder, lessons, recipe, rate, seed, folder, label)
+
+
+def _train(
+    encoder: nn.Module,
+    lessons: Sequence[Lesson],
+    recipe: Recipe,
+    rate: float,
+    seed: int,
+    folder: Path,
+    label: str,
+) -> None:
+    team = processes.team()
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
     steps = sum(_turns(lessons, recipe.batch_size))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _warm_cosine(step, steps * recipe.epochs, recipe.warmup)
     )
     done = _resume(folder, encoder, optimizer, schedule)
-    with tqdm(
-        total=steps * recipe.epochs, initial=steps * done, desc=label, unit="step", leave=False, mininterval=1
-    ) as bar:
+    shared, stepper = team.prepare(encoder, optimizer)
+    with _bar(steps * recipe.epochs, steps * done, label, team) as bar:
         for epoch in range(done, recipe.epochs):
-            for loss in _epoch(encoder, lessons, recipe, optimizer, seed, epoch):
+            for loss in _epoch(shared, stepper, lessons, recipe, seed, epoch):
                 schedule.step()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
-            if epoch + 1 < recipe.epochs:
+            if epoch + 1 < recipe.epochs and team.is_main_process:
                 _keep(folder, encoder, optimizer, schedule, epoch + 1)
+
+
+def _bar(total: int, done: int, label: str, team: Any) -> tqdm:
+    hidden = not team.is_main_process
+    return tqdm(total=total, initial=done, desc=label, unit="step", leave=False, mininterval=1, disable=hidden)
 
 
 def _epoch(
     encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
     lessons: Sequence[Lesson],
     recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
     seed: int,
     epoch: int,
 ) -> Iterator[float]:
+    team = processes.team()
     encoder.train()
-    torch.manual_seed(keyed(seed, "dropout", epoch))
+    torch.manual_seed(keyed(seed, "dropout", epoch, *([team.process_index] if team.process_index else [])))
     device = next(encoder.parameters()).device
-    for lesson, inputs, labels in _batches(lessons, recipe.batch_size, seed, epoch):
+    for lesson, batch, batch_labels in _batches(lessons, recipe.batch_size, seed, epoch):
+        inputs, labels, weight = _part(batch, batch_labels, team)
         logits = lesson.head(encoder(**{k: v.to(device) for k, v in inputs.items()}))
-        loss = cross_entropy(logits, labels.to(device))
+        loss = task_loss(lesson.head, logits, labels.to(device))
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), recipe.clip)
+        team.backward(weight * loss)
+        team.clip_grad_norm_(encoder.parameters(), recipe.clip)
         optimizer.step()
         yield float(loss.detach())
+
+
+def _part(inputs: dict[str, Tensor], labels: Tensor, team: Any) -> tuple[dict[str, Tensor], Tensor, float]:
+    """Return this process's rows of a batch, and the weight that makes the mean over processes that over the batch."""
+    if team.num_processes == 1:
+        return inputs, labels, 1.0
+    rows = torch.arange(len(labels)).tensor_split(team.num_processes)[team.process_index]
+    weight = len(rows) * team.num_processes / len(labels)
+    rows = rows if len(rows) else torch.tensor([0])  # of weight 0: gradients are exchanged by all or nobody
+    return {name: value[rows] for name, value in inputs.items()}, labels[rows], weight
 
 
 def _batches(

@@ -16,7 +16,7 @@ from byom.probe import Probe
 from byom.tensors import wide
 from byom.weights import Weights, require_match
 
-BLOCK = 1 << 20  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
+BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 
 
 @dataclass(frozen=True)

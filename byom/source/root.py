@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from byom.errors import DataError
+from byom.lock import owner
 
 
 class Root(ABC):
@@ -111,7 +111,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: Its bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         draft.write_bytes(content)
         draft.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,7 @@ __all__ = [
     "READOUT",
     "WHOLE",
     "Delta",
+    "Packing",
     "PackingVariant",
     "Parts",
     "Preparation",
@@ -117,11 +119,30 @@ class PackingVariant(Variant):
             (positions, masks) as bytes only.
         """
 
+    def suited(self, problem: Problem, reference: Weights) -> PackingVariant:
+        """Return the variant that packs these tasks: this one, or one that depends on how many or what they are."""
+        return self
+
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Pack every task; see `Variant.serve`."""
+        lazy = self.streamed(problem, reference)
+        return Served(reference, dict(lazy.deltas), lazy.base)
+
+    def streamed(self, problem: Problem, reference: Weights) -> Served:
+        """Return what `serve` returns, but pack a task each time its difference is asked for, and keep none.
+
+        Saving it as a bundle holds two packed differences at a time, whatever the number of tasks.
+
+        Args:
+            problem: The models.
+            reference: theta_merged or theta_0.
+
+        Returns:
+            Shared models and differences that are not packed yet.
+        """
         base = problem.pretrained if self.shares_base else None
-        deltas = {task: self.delta(expert, reference, base) for task, expert in problem.finetuned.items()}
-        return Served(reference, deltas, base)
+        packing = Packing(self.suited(problem, reference), problem.finetuned, reference, base)
+        return Served(reference, packing, base)
 
     def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
         """Pack one task's difference.
@@ -148,3 +169,32 @@ class PackingVariant(Variant):
     def _packed(self, name: str, target: Weights, reference: Weights, base: Weights | None, plan: Any) -> Parts:
         shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
         return self.pack(name, target.read_finite(name), shared, plan)
+
+
+@dataclass(frozen=True)
+class Packing(Mapping[str, Delta]):
+    """The packed differences of several tasks, each packed when it is asked for.
+
+    Args:
+        variant: How a difference is packed.
+        finetuned: Task name to theta_t.
+        reference: theta_merged or theta_0.
+        base: theta_0, for variants that share it beside a merged reference.
+    """
+
+    variant: PackingVariant
+    finetuned: Mapping[str, Weights]
+    reference: Weights
+    base: Weights | None = None
+
+    def __getitem__(self, task: str) -> Delta:
+        return self.variant.delta(self.finetuned[task], self.reference, self.base)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.finetuned  # the inherited one would pack the task
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.finetuned)
+
+    def __len__(self) -> int:
+        return len(self.finetuned)

@@ -10,7 +10,7 @@ from torch import Tensor
 from byom.lowrank import Adapted, Piece, add
 from byom.merge.base import Problem
 from byom.tensors import finite
-from byom.variants.base import Delta, PackingVariant, Parts, Served, Shared
+from byom.variants.base import Delta, PackingVariant, Parts, Shared
 from byom.weights import Weights, require_match
 
 
@@ -26,11 +26,10 @@ class SingleTask(PackingVariant):
     reference = "pretrained"
     shares_reference = False
 
-    def serve(self, problem: Problem, reference: Weights) -> Served:
-        """Store every task's adapter, or every model if one of them has none; see `Variant.serve`."""
-        if type(self) is SingleTask and all(adapts(expert, reference) for expert in problem.finetuned.values()):
-            return SingleTaskAdapters().serve(problem, reference)
-        return super().serve(problem, reference)
+    def suited(self, problem: Problem, reference: Weights) -> SingleTask:
+        """Store every task's adapter, or every model if one of them has none; see `PackingVariant.suited`."""
+        thin = all(adapts(expert, reference) for expert in problem.finetuned.values())
+        return SingleTaskAdapters() if thin else self
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store all values."""

@@ -13,7 +13,7 @@ from byom.linalg import is_matrix
 from byom.merge.base import Problem
 from byom.selection import kept
 from byom.tensors import wide
-from byom.variants.base import PackingVariant, Parts, Served, Shared
+from byom.variants.base import PackingVariant, Parts, Shared
 from byom.weights import Weights
 
 
@@ -51,11 +51,9 @@ class TaskSingularVectorsCompress(PackingVariant):
         if self.share is not None and not fraction("byom.share", self.share):
             raise OptionError("byom.share=0 would keep nothing; use a fraction above 0, or null for 1 / tasks")
 
-    def serve(self, problem: Problem, reference: Weights) -> Served:
-        """Pack every task with its share of the singular values; see `Variant.serve`."""
-        if self.share is None:
-            return replace(self, share=1 / len(problem.tasks)).serve(problem, reference)
-        return super().serve(problem, reference)
+    def suited(self, problem: Problem, reference: Weights) -> TaskSingularVectorsCompress:
+        """Give every task its share of the singular values; see `PackingVariant.suited`."""
+        return replace(self, share=1 / len(problem.tasks)) if self.share is None else self
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store a matrix's factors, or all values of what is no matrix."""

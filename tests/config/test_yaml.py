@@ -75,16 +75,29 @@ def test_a_suite_builds_and_brings_its_backbone(name):
     composed = config.compose([f"suite={name}"])
     suite = instantiate(composed.suite, _convert_="all")
     assert suite.name == name
-    assert len(suite.tasks) == 8
+    assert len(suite.tasks) == {"flan4": 4, "vision14": 14, "vision20": 20}.get(name, 8)
     backbone = instantiate(composed.backbone, _convert_="all")
     for task in suite.tasks:
         backbone.require(task)
 
 
-@pytest.mark.parametrize("name", config.options("task"))
+@pytest.mark.parametrize("path", files("experts"))
+def test_experts_state_every_field_and_name_their_family(path):
+    given = yaml.safe_load(path.read_text())
+    kind = get_class(given["_target_"])
+    assert set(given) - {"_target_"} == {field.name for field in dataclasses.fields(kind)}
+    if "???" not in given.values():
+        built = instantiate(given, _convert_="all")
+        assert built.family and built.validation in ("seen", "unseen", "unknown")
+
+
+TASKS = [f"{folder}{name}" for folder in ("", "hub/") for name in config.options(f"task/{folder}")]
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_a_task_builds(name):
     task = instantiate(yaml.safe_load((ROOT / "conf" / "task" / f"{name}.yaml").read_text()), _convert_="all")
-    assert task.name == name
+    assert task.name == name.removeprefix("hub/")
     assert task.licence
 
 

@@ -396,9 +396,7 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch):
         raise ConnectionError("could not reach it\nand more lines")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(
-        DataError, match=r"cannot be had .*copy the hub's cache"
-    ) as caught:
+    with pytest.raises(DataError, match=r"cannot be had .*copy the hub's cache") as caught:
         Hub("someone/something").pools()
     assert "and more lines" not in str(caught.value)
 

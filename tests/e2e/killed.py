@@ -1,0 +1,80 @@
+"""A command, killed at its n-th change of a folder for each n: ``python -m tests.e2e.killed FOLDER N,N,0 COMMAND``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
+
+
+class Fatal:
+    """An audit hook that counts changes below a folder and kills its process in the middle of the n-th."""
+
+    def __init__(self, folder, number):
+        self.folder, self.left, self.seen, self.dying = str(folder), number, 0, False
+
+    def __call__(self, event, arguments):
+        if self.dying or not self.changes(event, arguments):
+            return
+        self.seen += 1
+        if self.seen == self.left:
+            self.dying = True
+            if event == "open":  # the worst moment: what was there is gone, and nothing is written yet
+                Path(arguments[0]).write_bytes(b"")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def changes(self, event, arguments):
+        if event == "open":
+            return isinstance(arguments[0], str) and self.below(arguments[0]) and writes(arguments[2])
+        return event in CHANGES and self.below(os.fspath(arguments[0]))
+
+    def below(self, path):
+        return path.startswith(self.folder) and not path.endswith(".lock")
+
+
+def writes(flags):
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+
+
+def attempt(folder, number, command):
+    """Run a command in a fork; return its status, negative if it was killed, and how many changes it made."""
+    from byom.__main__ import main
+
+    out, into = os.pipe()
+    if child := os.fork():
+        os.close(into)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status, int(os.read(out, 20) or 0)
+    fatal = Fatal(folder, number)
+    sys.addaudithook(fatal)
+    status = main(command)
+    os.write(into, str(fatal.seen).encode())
+    os._exit(status)
+
+
+def finished(folder):
+    """Return when each finished record below a folder was written; one that cannot be read is an error."""
+    records = [p for p in Path(folder).rglob("runs/**/*.json") if not p.name.endswith(".failed.json")]
+    assert all(json.loads(p.read_text())["status"] == "done" for p in records)
+    return {p.name: p.stat().st_mtime_ns for p in sorted(records)}
+
+
+def main(folder, numbers, *command):
+    """Run a command once for each number, killed at that change, and print what is finished after each."""
+    import byom.pipeline
+    import byom.report
+    import byom.run  # noqa: F401 - imported once, not in every fork
+
+    for number in map(int, numbers.split(",")):
+        status, seen = attempt(folder, number, list(command))
+        line = {"status": status, "seen": seen, "finished": finished(folder)}
+        sys.stdout.write(f"\n{json.dumps(line)}\n")  # what was killed may have left an unfinished line
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
