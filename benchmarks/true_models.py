@@ -75,18 +75,12 @@ def _roberta() -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=32128,
-        d_model=768,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=12,
-        num_decoder_layers=12,
-        num_heads=12,
-        feed_forward_proj="gated-gelu",
-    )
-    config.tie_word_embeddings = False
-    return Logits(T5ForConditionalGeneration(config))
+    sizes = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
+    flan = {"vocab_size": 32128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    model = T5ForConditionalGeneration(T5Config(**sizes, **flan))
+    own = torch.randn_like(model.lm_head.weight) / model.config.d_model**0.5
+    model.lm_head.weight = nn.Parameter(own)  # transformers 5 ties it unless a checkpoint holds another one
+    return Logits(model)
 
 
 def _images(generator: torch.Generator) -> Inputs:

@@ -14,6 +14,9 @@ WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
+_UNREACHABLE: list[str] = []
+
+
 class Repository(NamedTuple):
     """A repository at a revision.
 
@@ -109,13 +112,17 @@ def size(repository: Repository, patterns: Sequence[str]) -> int | None:
     folder = local(repository, patterns)
     if folder:
         return sum(path.stat().st_size for path in _held(folder, patterns))
+    if _UNREACHABLE:
+        return None
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().repo_info(
             repository.name, revision=repository.revision, repo_type=repository.kind, files_metadata=True, timeout=10
         )
-    except Exception:  # whatever keeps the hub from answering, the size stays unknown
+    except Exception as error:  # whatever keeps the hub from answering, the size stays unknown
+        if getattr(error, "response", None) is None:  # nobody answered, and nobody will the next time
+            _UNREACHABLE.append(str(error))
         return None
     siblings: Any = getattr(info, "siblings", None) or ()
     files = [file for file in siblings if _matches(file.rfilename, patterns)]

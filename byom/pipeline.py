@@ -48,6 +48,7 @@ def execute(settings: Settings) -> dict[str, Any]:
         reference = _merged(settings, lab, method, prepared, made)
     with stages.stage("variant"):
         served = _served(settings, lab, method, problem, reference, made)
+    _require_routable(settings, lab)
     with stages.stage("route"):
         routing = settings.router.fit(problem, served)
     with stages.stage("evaluate"):
@@ -249,7 +250,6 @@ def _evaluated(
         return Score.from_json(json.loads(file.read_text()))
 
     if routing is not None and isinstance(settings.router, LearnedRouter):
-        _require_hits(lab)
         splits = settings.evaluate.splits
         scores, routed = evaluate_routed(lab, served, routing, settings.router, splits, known)
         return scores, {}, routed
@@ -262,9 +262,13 @@ def _evaluated(
     return scores, norms, {}
 
 
-def _require_hits(lab: Lab) -> None:
-    """A misrouted example counts as wrong, which a correlation cannot express."""
-    if odd := [task.name for task in lab.suite.tasks if not metric(task.metric).decomposes]:
+def _require_routable(settings: Settings, lab: Lab) -> None:
+    """Refuse routers where they would see the task, or where a misrouted example cannot count as wrong."""
+    if settings.routed and lab.backbone.answers:
+        raise OptionError(
+            f"{type(lab.backbone).__name__} scores the answers of each task, which give it away; use router=oracle"
+        )
+    if settings.routed and (odd := [task.name for task in lab.suite.tasks if not metric(task.metric).decomposes]):
         raise OptionError(
             f"a router sends some examples to no head of theirs, and task {odd[0]} has a score that is "
             f"no mean over examples ({lab.tasks[odd[0]].metric}); use router=oracle, or metric=accuracy"

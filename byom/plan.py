@@ -33,6 +33,7 @@ class Plan:
         model_bytes: Size of one model, where the backbone's weights are here.
         examples: Examples that the missing cells evaluate, of the tasks whose sizes are known; None if none is.
         seconds: Estimated seconds of the missing cells, and what the estimate rests on.
+        pace: Seconds an example in a trial of the backbone on this machine.
     """
 
     cells: int
@@ -43,6 +44,7 @@ class Plan:
     model_bytes: int | None
     examples: int | None
     seconds: tuple[float, str] | None
+    pace: float | None = None
 
     @property
     def disk(self) -> int | None:
@@ -81,6 +83,7 @@ def plan(cells: Sequence[Settings]) -> Plan:
         model_bytes=size,
         examples=sum(known) if known else None,
         seconds=_seconds(done, len(missing), pace, sum(known) if len(known) == len(examples) else None),
+        pace=pace,
     )
 
 
@@ -122,15 +125,19 @@ def _examples(cell: Settings) -> list[int | None]:
 
 
 def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
-    """Return a model's bytes, and the seconds that this machine takes for an example, where the weights are here."""
-    if not cells or any(not each.local for each in cells[0].backbone.downloads()):
+    """Return a model's bytes, and the seconds that this machine takes for an example, as far as can be known here."""
+    if not cells:
         return None, None
     import torch
 
     from byom.lab import resolve
 
     backbone, device = cells[0].backbone, resolve(cells[0].device)
-    encoder = backbone.load().to(device).eval()
+    here = all(each.local for each in backbone.downloads())
+    encoder = backbone.load() if here else backbone.blank()
+    if encoder is None:
+        return None, None
+    encoder = encoder.to(device).eval()
     size = sum(p.numel() * p.element_size() for p in encoder.parameters())
     task = cells[0].suite.tasks[0]
     inputs = backbone.encode([_sample(task)] * BATCH, task)
@@ -183,6 +190,8 @@ def _totals(found: Plan) -> Iterator[str]:
     unknown = len(absent) - len(sizes)
     more = f", and {unknown} of a size that no hub could be asked for" if unknown else ""
     yield f"downloads  {_size(sum(sizes))} in {len(sizes)} places{more}"
+    if found.model_bytes and unknown:
+        yield f"           a model takes {_size(found.model_bytes)} in fp32, and so does an expert that is no adapter"
     models = f"{found.models} merged models" + (f" and {found.train} experts" if found.train else "")
     yield f"disk       {_size(found.disk)}: downloads, {models} in the cache; encoded examples come on top"
     yield f"memory     {_size(found.memory)}: {COPIES} models; examples and activations come on top"
@@ -191,8 +200,14 @@ def _totals(found: Plan) -> Iterator[str]:
 
 def _time(found: Plan) -> str:
     training = f"; {found.train} experts are fine-tuned first, of which nothing is known here" if found.train else ""
+    if found.seconds is None and found.pace:
+        missing = found.cells - found.finished
+        return (
+            f"{1000 * found.pace:.1f} ms an example in a trial on this machine, times {missing} cells; "
+            f"how many examples there are is known once the data is here{training}"
+        )
     if found.seconds is None:
-        return f"unknown until the backbone and the sizes of the data are here{training}"
+        return f"unknown until the backbone is here{training}"
     seconds, basis = found.seconds
     return f"about {seconds / 60:.0f} min: {basis}{training}"
 

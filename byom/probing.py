@@ -63,6 +63,7 @@ class LabProbe(Probe):
 
     def features(self, weights: Weights, task: str, split: str) -> Features:
         """Return the features of a whole split."""
+        self.lab.backbone.require_features()
         return self.lab.features(weights, task, split)
 
     def grams(

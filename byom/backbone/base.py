@@ -43,6 +43,8 @@ class Backbone(ABC):
     """Learning rate of full fine-tuning that keeps the experts mergeable."""
     temperature: float
     """Factor on the cosine of prototype heads."""
+    answers: ClassVar[bool] = False
+    """Whether its features are scores of the task's own answers, which give the task away."""
     reads_shots: ClassVar[bool] = True
     """Whether heads are made from labelled examples."""
     inner: ClassVar[str] = ""
@@ -101,6 +103,17 @@ class Backbone(ABC):
             The head, or None if such checkpoints of this backbone have none.
         """
         return None
+
+    def blank(self) -> nn.Module | None:
+        """Return the encoder with random weights, without fetching anything; None if only the hub knows its size."""
+        return None
+
+    def require_features(self) -> None:  # noqa: B027 - most backbones have features
+        """Refuse methods that compare features, where those of evaluation are others.
+
+        Raises:
+            OptionError: If they are.
+        """
 
     def downloads(self) -> Iterator[Download]:
         """Say what would have to be fetched from a hub; nothing where the weights are on this machine."""

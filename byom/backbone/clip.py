@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Clip(Backbone):
         config: Any = get_model_config(self.model)
         width, text = config["text_cfg"]["width"], config["text_cfg"]
         return width * (text["vocab_size"] + text["context_length"] + 2 + config["embed_dim"]) + 1
+
+    def blank(self) -> nn.Module:
+        """Return the image tower with random weights."""
+        return replace(self, pretrained="random").load()
 
     def downloads(self) -> Iterator[Download]:
         """Say what would have to be fetched from a hub."""

@@ -126,6 +126,7 @@ class Seq2Seq(Pretrained):
     max_new_tokens: int = 9
     learning_rate: float = 5e-5
 
+    answers = True
     modality = "text"
     inner = "model."
     reads_shots = False
@@ -174,6 +175,13 @@ class Seq2Seq(Pretrained):
         )
         answers = _answers(tokenizer, task).expand(len(texts), -1, -1)
         return {name: rows[name][: len(texts)] for name in ("input_ids", "attention_mask")} | {"answers": answers}
+
+    def require_features(self) -> None:
+        """Refuse comparisons of features where text is generated; see `Backbone.require_features`."""
+        if self.answer == "generated":
+            raise OptionError(
+                "this method compares features, and generated answers have none; set backbone.answer=scored"
+            )
 
     def load(self) -> nn.Module:
         """Build the model with its pre-trained weights; see `Backbone.load`."""

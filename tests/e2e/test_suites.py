@@ -7,6 +7,9 @@ from byom import config, data
 from byom.draw import Draws
 from tests.hub import SIZES, build, tasks, visit
 
+WORDS = {
+    "yes", "no", "entailment", "neutral", "contradiction", "acceptable", "unacceptable", "positive", "negative",
+}  # fmt: skip
 SUITES = ("vision8", "vision14", "vision20", "glue8", "glue8_text", "flan4")
 
 
@@ -78,8 +81,7 @@ def test_prompts_use_the_columns_that_are_read_and_answers_are_their_words(task)
     columns = {name for _, name, _, _ in Formatter().parse(task.prompt) if name}
     assert columns == set(task.source.input)
     if not task.regression:
-        assert set(task.classes) <= {"yes", "no", "entailment", "neutral", "contradiction", "acceptable", "unacceptable",
-                                     "positive", "negative"}  # fmt: skip
+        assert set(task.classes) <= WORDS
         assert task.name in ("qnli", "rte") or all(word in task.prompt for word in task.classes) or task.name == "sst2"
 
 
