@@ -18,6 +18,8 @@ CONFIDENCE = {
 }
 UNCHECKED = "not checked against the paper's PDF"
 RELATIVE = 2e-3  # densities are printed with few digits
+ROUNDING = {1: 0.06, 2: 0.011}  # of an average, by the decimals of what it is an average of
+MEASURES = ("absolute", "normalised")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Line:
         values: Per cent, one a task; empty where the average alone is published.
         mean: The published average.
         parameters: The published parameter count.
-        odd: What does not fit in the source itself.
+        odd: What does not fit in the source itself, such as an average that is not that of the values.
     """
 
     label: str
@@ -43,6 +45,18 @@ class Line:
     def fits(self, row: Row) -> bool:
         """Say whether one of our rows has the settings of this one."""
         return self.match is not None and all(_alike(row.settings.get(k), v) for k, v in self.match.items())
+
+    @property
+    def alone(self) -> bool:
+        """Whether it does not depend on which tasks are merged."""
+        match = self.match or {}
+        return match.get("byom") == "single_task" or match == {"merge": "pretrained", "byom": "none"}
+
+    @property
+    def decimals(self) -> tuple[int, int]:
+        """With how many decimals the values and the average are printed."""
+        of_values = decimals(self.values or [self.mean])
+        return of_values, max(of_values, decimals([self.mean]))
 
 
 @dataclass(frozen=True)
@@ -57,13 +71,15 @@ class Published:
         confidence: One of `CONFIDENCE`.
         family: Whose checkpoints; numbers of two families are not interchangeable.
         what: What the values are.
+        measure: What the averages are: ``absolute``, or ``normalised`` by each task's own model.
         tasks: Our names, in the order of the values.
         note: What a reader must know.
         dagger: Whether every row must carry a dagger.
         rows: The rows.
 
     Raises:
-        OptionError: If a row does not hold one value a task, or its average is not that of its values.
+        OptionError: If a row does not hold one value a task, if its average is not that of its values and nothing says
+            what is odd, or if a table that nobody checked has no dagger.
     """
 
     name: str
@@ -73,6 +89,7 @@ class Published:
     confidence: str
     family: str
     what: str
+    measure: str
     tasks: tuple[str, ...]
     note: str
     dagger: bool
@@ -81,20 +98,27 @@ class Published:
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCE or (self.confidence == "unverified") != self.dagger:
             raise OptionError(f"published table {self.name}: confidence {self.confidence!r}, dagger {self.dagger}")
+        if self.measure not in MEASURES or (self.measure == "normalised" and any(row.values for row in self.rows)):
+            raise OptionError(f"published table {self.name}: values of measure {self.measure!r} cannot be compared")
         for row in self.rows:
-            if row.values and len(row.values) != len(self.tasks):
-                raise OptionError(f"published table {self.name}: '{row.label}' has {len(row.values)} values")
-            if row.values and not row.odd and abs(sum(row.values) / len(row.values) - row.mean) > self._rounding:
-                raise OptionError(
-                    f"published table {self.name}: the values of '{row.label}' average "
-                    f"{sum(row.values) / len(row.values):.3f}, not {row.mean}; correct it, or say what is odd"
-                )
+            self._check(row)
 
-    @property
-    def _rounding(self) -> float:
-        """How far an average may be from that of the printed values."""
-        fine = all(round(value, 1) != value for row in self.rows[:1] for value in row.values)
-        return 0.011 if fine else 0.11
+    def _check(self, row: Line) -> None:
+        if not row.values:
+            return
+        if len(row.values) != len(self.tasks):
+            raise OptionError(f"published table {self.name}: '{row.label}' has {len(row.values)} values")
+        average = sum(row.values) / len(row.values)
+        if not row.odd and abs(average - row.mean) > ROUNDING[min(2, row.decimals[0])]:
+            raise OptionError(
+                f"published table {self.name}: the values of '{row.label}' average {average:.3f}, not {row.mean}; "
+                "correct it, or say what is odd"
+            )
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Return how many decimals the numbers were written with, at least one."""
+    return max(len(repr(value).partition(".")[2]) for value in values)
 
 
 def read(name: str) -> Published:
@@ -111,8 +135,12 @@ def read(name: str) -> Published:
     if name not in options("published"):
         raise OptionError(f"there is no published table '{name}'; {suggest(name, options('published'))}")
     given = yaml.safe_load((folder() / "published" / f"{name}.yaml").read_text(encoding="utf-8"))
-    lines = tuple(Line(**{**row, "values": tuple(map(float, row["values"]))}) for row in given.pop("rows"))
+    lines = tuple(_line(row) for row in given.pop("rows"))
     return Published(name=name, **{**given, "tasks": tuple(given["tasks"])}, rows=lines)
+
+
+def _line(given: Mapping[str, Any]) -> Line:
+    return Line(**{**given, "values": tuple(map(float, given["values"])), "mean": float(given["mean"])})
 
 
 def every(names: Iterable[str]) -> list[Published]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Pair:
         values: Ours in per cent, by task.
         mean: Our average over the published tasks, in per cent; NaN if we have other tasks.
         label: How our tables write the row.
+        apart: Why the two cannot be subtracted; empty if they can.
     """
 
     line: Line
@@ -35,6 +36,12 @@ class Pair:
     values: dict[str, float]
     mean: float
     label: str = ""
+    apart: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Ours less the published average, in points; NaN where the two cannot be subtracted."""
+        return np.nan if self.apart else self.mean - self.line.mean
 
 
 def generate(results: Path, suite: str, backbone: str, names: Sequence[str]) -> tuple[str, list[Path]]:
@@ -56,14 +63,14 @@ def generate(results: Path, suite: str, backbone: str, names: Sequence[str]) -> 
     texts = {
         f"{stem}.md": as_markdown(runs, compared),
         f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
-        f"{stem}.tex": "\n".join(render.latex(_cells(table, found)) for table, found in compared),
+        f"{stem}.tex": as_latex(runs, compared),
     }
     files = [write(results / "tables" / name, text) for name, text in texts.items()]
     from byom.figure_style import save
     from byom.published_figure import ours_against_published
 
     if any(not np.isnan(pair.mean) for _, found in compared for pair in found):
-        files += save(ours_against_published(compared), results / "figures" / stem)
+        files += save(ours_against_published(compared, _marks(runs)), results / "figures" / stem)
     return as_text(runs, compared), files
 
 
@@ -80,24 +87,38 @@ def pairs(runs: Runs, table: Published) -> list[Pair]:
     frame, found = numbers(runs.done), rows(runs.done)
     out: list[Pair] = []
     for line in table.rows:
-        same = [place for place, row in enumerate(found) if line.fits(row)]
-        out += [_pair(line, found[place], frame.iloc[place], table) for place in same]
+        same, apart = [place for place, row in enumerate(found) if line.fits(row)], _apart(runs, table, line)
+        out += [_pair(line, found[place], frame.iloc[place], table, apart) for place in same]
         out += [Pair(line, None, {}, np.nan)] * (not same)
     return out
 
 
-def _pair(line: Line, row: Row, measured: pd.Series, table: Published) -> Pair:
+def _pair(line: Line, row: Row, measured: pd.Series, table: Published, apart: str) -> Pair:
     values = {t: 100 * float(measured.at[f"accuracy_{t}"]) for t in table.tasks if f"accuracy_{t}" in measured}
-    if not line.values:
-        mean = 100 * float(measured.at["normalised"]) if len(values) == len(table.tasks) else np.nan
-        return Pair(line, row, {}, mean, str(measured["method"]))
     mean = float(np.mean(list(values.values()))) if len(values) == len(table.tasks) else np.nan
-    return Pair(line, row, values, mean, str(measured["method"]))
+    if table.measure == "normalised" and not np.isnan(mean):
+        mean = 100 * float(measured.at["normalised"])
+    return Pair(line, row, values if line.values else {}, mean, str(measured["method"]), apart)
+
+
+def _apart(runs: Runs, table: Published, line: Line) -> str:
+    if not same_family(runs, table):
+        return "other checkpoints"
+    return "" if line.alone or same_tasks(runs, table) else "other tasks merged"
 
 
 def same_family(runs: Runs, table: Published) -> bool:
     """Say whether our experts are the checkpoints that the published numbers were measured on."""
-    return runs.done[0].get("family", "trained") == table.family
+    return _family(runs) == table.family
+
+
+def same_tasks(runs: Runs, table: Published) -> bool:
+    """Say whether we merged the tasks that the published numbers were measured on."""
+    return set(runs.done[0]["scores"]["test"]) == set(table.tasks)
+
+
+def _family(runs: Runs) -> str:
+    return runs.done[0].get("family", "trained")
 
 
 def _full(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
@@ -105,7 +126,8 @@ def _full(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
     made = [
         {
             "published": table.name, "label": pair.line.label, "ours": pair.label, "task": task,
-            "our_value": ours, "published_value": theirs, "difference": ours - theirs,
+            "our_value": ours, "published_value": theirs, "difference": np.nan if pair.apart else ours - theirs,
+            "apart": pair.apart,
         }
         for pair in found
         for task, ours, theirs in _values(table, pair)
@@ -120,22 +142,23 @@ def _values(table: Published, pair: Pair) -> Iterator[tuple[str, float, float]]:
 
 
 def _cells(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
-    """Return the printed table: three lines a row that both have, one line where only the source has it."""
-    lines = [line for pair in found for line in _lines(table, pair)]
+    """Return the printed table: first rows that both have, then those that only the source has."""
+    ordered = sorted(found, key=lambda pair: pair.row is None)
+    lines = [line for pair in ordered for line in _lines(table, pair)]
     return pd.DataFrame(lines, columns=["Method", "", *table.tasks, "Mean", "Parameters"])
 
 
 def _lines(table: Published, pair: Pair) -> Iterator[list[str]]:
-    line, mark = pair.line, DAGGER * table.dagger
-    theirs = [f"{value:g}" for value in line.values] or [MISSING] * len(table.tasks)
-    if pair.row is None:
-        yield [line.label + mark, THEIRS, *theirs, f"{line.mean:g}", line.parameters or MISSING]
-        return
+    line, (digits, of_mean) = pair.line, pair.line.decimals
+    theirs = line.values or [np.nan] * len(table.tasks)
     ours = [pair.values.get(task, np.nan) for task in table.tasks]
-    gaps = [a - b for a, b in zip(ours, line.values, strict=True)] if line.values else [np.nan] * len(ours)
-    yield [_named(pair), OURS, *map(_plain, ours), _plain(pair.mean), _millions(pair.row)]
-    yield [line.label + mark, THEIRS, *theirs, f"{line.mean:g}", line.parameters or MISSING]
-    yield ["", GAP, *map(_signed, gaps), _signed(pair.mean - line.mean), ""]
+    if pair.row:
+        yield [_named(pair), OURS, *_plain(ours, digits), *_plain([pair.mean], of_mean), _millions(pair.row)]
+    name = line.label + DAGGER * table.dagger
+    yield [name, THEIRS, *_plain(theirs, digits), *_plain([line.mean], of_mean), line.parameters or MISSING]
+    if pair.row and not pair.apart:
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        yield ["", GAP, *_plain(gaps, digits, "+"), *_plain([pair.gap], of_mean, "+"), ""]
 
 
 def _named(pair: Pair) -> str:
@@ -149,29 +172,35 @@ def _millions(row: Row) -> str:
     return f"{count / 1e6:.0f}M"
 
 
-def _plain(value: float) -> str:
-    return MISSING if np.isnan(value) else f"{value:.1f}"
-
-
-def _signed(value: float) -> str:
-    return MISSING if np.isnan(value) else f"{value:+.1f}"
+def _plain(values: Iterable[float], digits: int, sign: str = "") -> list[str]:
+    return [MISSING if np.isnan(value) else f"{value:{sign}.{digits}f}" for value in values]
 
 
 def notes(runs: Runs, table: Published) -> list[str]:
     """Return what a reader must know of a published table, and of ours beside it."""
-    family = runs.done[0].get("family", "trained")
-    said = [
-        f"Published: {table.source} ({table.url}), {CONFIDENCE[table.confidence]}. Values: {table.what}, in per cent."
+    told = [
+        f"Published: {table.source} ({table.url}), {CONFIDENCE[table.confidence]}. Values: {table.what}, in per cent. "
+        "Differences are ours less published, in percentage points, with the decimals of the source."
     ]
-    said += [f"{DAGGER} {UNCHECKED}."] * table.dagger
-    if not same_family(runs, table):
-        said.append(
-            f"Our experts are of the family '{family}', the published numbers of '{table.family}': other "
-            "checkpoints, so that differences say little about methods."
-        )
-    said += [table.note] * bool(table.note)
-    said += [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
-    return said
+    told += [f"{DAGGER} {UNCHECKED}."] * table.dagger
+    told += [_checkpoints(runs, table), *_merged(runs, table), *[table.note] * bool(table.note)]
+    return told + [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
+
+
+def _checkpoints(runs: Runs, table: Published) -> str:
+    if same_family(runs, table):
+        return f"Checkpoints: '{table.family}', ours and published. Numbers of other families are not comparable."
+    return (
+        f"Our experts are of the family '{_family(runs)}', the published numbers of '{table.family}': other "
+        "checkpoints, not comparable, so no differences are printed."
+    )
+
+
+def _merged(runs: Runs, table: Published) -> list[str]:
+    if same_tasks(runs, table):
+        return []
+    ours = len(runs.done[0]["scores"]["test"])
+    return [f"We merge {ours} tasks, the source {len(table.tasks)}: no differences of merged models are printed."]
 
 
 def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
@@ -186,6 +215,15 @@ def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) ->
     return "".join(parts).rstrip("\n") + "\n"
 
 
+def as_latex(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
+    """Return all tables as LaTeX, each above what a reader must know of it."""
+    parts = [rf"\textbf{{{render.escape_latex(mark)}}}\par" "\n" for mark in _marks(runs)]
+    for table, found in compared:
+        told = " ".join(render.escape_latex(note) for note in notes(runs, table))
+        parts.append(f"{render.latex(_cells(table, found))}\\par{{\\footnotesize {told}\\par}}\n\n")
+    return "".join(parts)
+
+
 def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
     """Return the tables for a terminal: averages, as tasks are in the files."""
     lines = [f"{runs.suite}, {runs.backbone}: ours beside published numbers", *_marks(runs)]
@@ -197,8 +235,9 @@ def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str
 
 
 def _short(table: Published, pair: Pair) -> list[str]:
-    gap = _signed(pair.mean - pair.line.mean)
-    return [pair.line.label + DAGGER * table.dagger, _plain(pair.mean), f"{pair.line.mean:g}", gap]
+    digits = pair.line.decimals[1]
+    cells = [*_plain([pair.mean, pair.line.mean], digits), *_plain([pair.gap], digits, "+")]
+    return [pair.line.label + DAGGER * table.dagger, *cells]
 
 
 def _marks(runs: Runs) -> list[str]:

@@ -37,12 +37,16 @@ def sources() -> str:
 
 def _table(table: published.Published) -> str:
     mark = "†" * table.dagger
-    lines = [f"\n## {table.name}\n\n{table.title}. Family `{table.family}`. {table.what}.\n"]
-    lines.append(f"Source: {table.source} ({table.url}); {published.CONFIDENCE[table.confidence]}. {table.note}\n\n")
+    lines = [f"\n## {table.name}\n\n{table.title}. Family `{table.family}`. {table.what[0].upper()}{table.what[1:]}.\n"]
+    told = f"Source: {table.source} ({table.url}); {published.CONFIDENCE[table.confidence]}. {table.note}"
+    lines.append(f"{told.rstrip()}\n\n")
     lines.append(f"| | {' | '.join(table.tasks)} | mean | parameters |\n|---|{'--:|' * (len(table.tasks) + 2)}\n")
     for row in table.rows:
-        values = [f"{value:g}" for value in row.values] or ["—"] * len(table.tasks)
-        lines.append(f"| {row.label}{mark} | {' | '.join(values)} | {row.mean:g} | {row.parameters or '—'} |\n")
+        digits, of_mean = row.decimals
+        values = [f"{value:.{digits}f}" for value in row.values] or ["—"] * len(table.tasks)
+        lines.append(
+            f"| {row.label}{mark} | {' | '.join(values)} | {row.mean:.{of_mean}f} | {row.parameters or '—'} |\n"
+        )
     lines += [f"\n† {published.UNCHECKED}.\n"] * table.dagger
     lines += [f"\n{row.label}: {row.odd}.\n" for row in table.rows if row.odd]
     return "".join(lines)

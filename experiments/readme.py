@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import lora, selection
-from byom import config, methods_table, table
+from byom import config, methods_table, render, scaling, table
 from byom.comparison import against_post_pruning
 from byom.report import read_runs
 
@@ -120,7 +120,16 @@ def _costs(row: pd.Series) -> str:
     return f"{accuracy} | {row['bytes'] / 1e6:.0f} MB | {seconds:.1f}"
 
 
+SCALING = ROOT / "results" / "scaling" / "tables" / "vision8_offline--vit_small_dinov2--number-of-tasks.csv"
+
+
+def number_of_tasks(file: Path = SCALING) -> str:
+    """Return the Markdown table of normalised accuracy by number of tasks."""
+    return render.markdown(scaling.display(pd.read_csv(file))).rstrip("\n")
+
+
 PARTS = {
+    "number-of-tasks": number_of_tasks,
     "results": results,
     "comparison": comparison,
     "benchmark": benchmark,

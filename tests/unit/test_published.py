@@ -12,7 +12,7 @@ from byom.errors import OptionError
 from byom.figure_style import save
 from byom.published import CONFIDENCE, UNCHECKED, Line, Published, read
 from byom.published_figure import ours_against_published
-from byom.published_table import as_markdown, generate, pairs
+from byom.published_table import as_latex, as_markdown, generate, pairs
 from byom.report import read_runs
 from tests.unit.synthetic_runs import TASKS, records
 
@@ -28,29 +28,41 @@ def test_every_table_names_its_source_and_agrees_with_itself(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_matched_rows_name_options_that_exist(name):
+def test_matched_rows_name_options_and_fields_that_exist(name):
     for line in read(name).rows:
-        for group in {"merge", "byom"} & set(line.match or {}):
-            assert line.match[group] in config.options(group), line.label
+        match = line.match or {"byom": "none"}
+        assert "byom" in match, f"'{line.label}' would match a row with anything put back"
+        for group in {"merge", "byom"} & set(match):
+            stated = yaml.safe_load((config.folder() / group / f"{match[group]}.yaml").read_text())
+            asked = {key.split(".")[1] for key in match if key.startswith(f"{group}.")}
+            assert asked <= {*stated, "then"}, line.label
 
 
 def table(**changes):
-    line = Line("TIES", {"merge": "ties", "byom": "none"}, (90.0, 80.0), 85.0)
+    line = Line("TIES", {"merge": "ties", "byom": "none"}, (90.0,) * 8, 90.0)
     given = {
         "name": "x", "title": "two tasks", "source": "a paper", "url": "https://x", "confidence": "exact",
-        "family": "trained",
-        "what": "accuracy", "tasks": ("mnist", "svhn"), "note": "", "dagger": False, "rows": (line,),
+        "family": "trained", "what": "accuracy", "measure": "absolute", "tasks": TASKS, "note": "", "dagger": False,
+        "rows": (line,),
     }  # fmt: skip
     return Published(**{**given, **changes})
 
 
-def test_a_row_that_contradicts_itself_is_refused():
-    odd = Line("TIES", None, (90.0, 80.0), 87.0)
-    with pytest.raises(OptionError, match="values of 'TIES' average 85.000, not 87"):
-        table(rows=(odd,))
+@pytest.mark.parametrize(("values", "mean"), [((90.0, 80.0), 85.07), ((90.25, 80.25), 85.27)])
+def test_a_row_that_contradicts_itself_is_refused(values, mean):
+    two = {"tasks": ("mnist", "svhn")}
+    with pytest.raises(OptionError, match=f"values of 'TIES' average 85.[02][05]0, not {mean}"):
+        table(rows=(Line("TIES", None, values, mean),), **two)
     with pytest.raises(OptionError, match="'TIES' has 1 values"):
-        table(rows=(Line("TIES", None, (90.0,), 90.0),))
-    table(rows=(Line("TIES", None, (90.0, 80.0), 87.0, odd="the source prints it so"),))
+        table(rows=(Line("TIES", None, (90.0,), 90.0),), **two)
+    with pytest.raises(OptionError, match="values of measure 'normalised'"):
+        table(measure="normalised")
+    table(rows=(Line("TIES", None, values, mean, odd="the source prints it so"),), **two)
+
+
+def test_as_many_decimals_are_printed_as_the_source_has():
+    coarse, fine = Line("a", None, (75.0, 80.1), 77.5), Line("b", None, (75.2, 80.15), 77.7)
+    assert (coarse.decimals, fine.decimals) == ((1, 1), (2, 2))
 
 
 def test_unverified_rows_cannot_lose_their_dagger():
@@ -74,8 +86,9 @@ def test_ours_published_and_their_difference_stand_together(runs):
     assert found[0].values["mnist"] == pytest.approx(np.mean(ours))
     cells = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
     assert [row[1].strip() for row in cells] == ["ours", "published", "difference"]
-    mnist = [float(row[2]) for row in cells]
-    assert mnist[2] == pytest.approx(mnist[0] - mnist[1], abs=0.11)
+    for column in (2, -2):
+        one, other, gap = (float(row[column]) for row in cells)
+        assert gap == pytest.approx(one - other, abs=0.11)
 
 
 def _is(record, merge, variant):
@@ -83,18 +96,43 @@ def _is(record, merge, variant):
 
 
 def test_densities_match_within_their_digits(runs):
-    line = Line("BYOM-FFT (10%)", {"merge": "ties", "byom": "fft", "byom.density": 0.10004}, (90.0, 80.0), 85.0)
-    far = Line("BYOM-FFT (11%)", {"merge": "ties", "byom": "fft", "byom.density": 0.11}, (90.0, 80.0), 85.0)
+    line = Line("BYOM-FFT (10%)", {"merge": "ties", "byom": "fft", "byom.density": 0.10004}, (), 85.0)
+    far = Line("BYOM-FFT (11%)", {"merge": "ties", "byom": "fft", "byom.density": 0.11}, (), 85.0)
     near, other = pairs(runs, table(rows=(line, far)))
     assert near.row and near.row.density == 0.1 and other.row is None
 
 
-def test_other_checkpoints_are_said_to_be_others_and_daggers_explain_themselves(runs):
+def kinds(text):
+    return [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_nothing_is_subtracted_from_other_checkpoints_and_daggers_explain_themselves(runs):
     other = table(family="hf-clip", confidence="unverified", dagger=True)
-    text = as_markdown(runs, [(other, pairs(runs, other))])
+    text = as_markdown(runs, [(other, found := pairs(runs, other))])
+    assert kinds(text) == ["ours", "published"] and np.isnan(found[0].gap)
     assert "family 'trained', the published numbers of 'hf-clip': other checkpoints" in text
     assert "TIES†" in text and f"† {UNCHECKED}" in text
+    assert f"† {UNCHECKED}" in as_latex(runs, [(other, found)]).replace("\\", "")
     assert "other checkpoints" not in as_markdown(runs, [(table(), pairs(runs, table()))])
+
+
+def test_of_other_tasks_only_rows_that_merge_nothing_are_subtracted(runs):
+    lines = tuple(
+        Line(merge, {"merge": merge, "byom": byom}, (90.0, 80.0), 85.0)
+        for merge, byom in (("ties", "none"), ("pretrained", "none"), ("pretrained", "single_task"))
+    )
+    fewer = table(tasks=TASKS[:2], rows=lines)
+    text = as_markdown(runs, [(fewer, pairs(runs, fewer))])
+    assert kinds(text) == ["ours", "published", *["ours", "published", "difference"] * 2]
+    assert "We merge 8 tasks, the source 2" in text
+
+
+def test_averages_are_compared_with_what_the_source_averaged(runs):
+    line = Line("TIES", {"merge": "ties", "byom": "none"}, (), 85.0)
+    ours = [r["summary"]["test"] for r in runs.done if _is(r, "ties", "none")]
+    for measure in ("absolute", "normalised"):
+        (pair,) = pairs(runs, table(rows=(line,), measure=measure))
+        assert pair.mean == pytest.approx(100 * np.mean([one[measure] for one in ours]))
 
 
 def test_a_note_of_the_runs_stands_on_top(runs):
@@ -114,7 +152,7 @@ def test_the_figure_draws_what_both_have(runs, tmp_path):
     found = pairs(runs, table())
     figure = ours_against_published([(table(), found)])
     drawn = {line.get_label(): line.get_xdata()[0] for line in figure.axes[0].get_lines()}
-    assert drawn == {"published": 85.0, "ours": pytest.approx(found[0].mean)}
+    assert drawn == {"published": 90.0, "ours": pytest.approx(found[0].mean)}
     assert save(figure, tmp_path / "figure")[0].stat().st_size > 5000
 
 
@@ -125,4 +163,11 @@ def test_every_experiment_states_its_command_and_known_tables(name):
     assert re.match(rf"# byom table {name}\b", text), "the first comment is the command"
     for published in yaml.safe_load(text).get("published", []):
         assert set(read(published).tasks)
-    assert len(TASKS) == 8
+
+
+def test_the_pages_are_what_the_configs_say():
+    from experiments import catalogue
+
+    page = catalogue.PAGE.read_text()
+    assert catalogue.fill(page) == page, "run python -m experiments.catalogue"
+    assert catalogue.SOURCES.read_text() == catalogue.sources()

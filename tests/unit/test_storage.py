@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from byom import storage
 from byom.errors import CheckpointError
+from byom.lock import owner
 from byom.weights import Weights
 from tests.problems import bits, counted, model, same
 
@@ -193,7 +194,7 @@ def test_a_failure_while_swapping_puts_the_old_folder_back(weights, folder, monk
 
 
 def test_leftovers_of_a_killed_process_do_not_get_in(weights, folder):
-    for leftover in (f".model.partial-{os.getpid()}", f".model.old-{os.getpid()}"):
+    for leftover in (f".model.partial-{owner()}", f".model.old-{owner()}"):
         place = folder.parent / leftover
         place.mkdir(parents=True)
         (place / "model-00009-of-00009.safetensors").write_bytes(b"half")
