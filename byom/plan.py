@@ -88,22 +88,17 @@ def plan(cells: Sequence[Settings]) -> Plan:
 
 
 def _downloads(cells: Iterable[Settings]) -> Iterator[Download]:
-    """Yield every download once."""
-    found = (each for cell in cells for each in needed(cell))
+    """Yield every download of some runs once."""
+    alike = {repr((cell.backbone, cell.suite, cell.experts)): cell for cell in cells}
+    found = (each for cell in alike.values() for each in _needed(cell))
     yield from {(each.what, each.place): each for each in found}.values()
 
 
-def needed(cell: Settings) -> list[Download]:
+def _needed(cell: Settings) -> list[Download]:
     """Return what a run needs from hubs."""
-    key = repr((cell.backbone, cell.suite, cell.experts))
-    if key not in _NEEDED:
-        tasks = cell.suite.tasks
-        data = [each for task in tasks for each in task.source.downloads(f"data {task.name}")]
-        _NEEDED[key] = [*cell.backbone.downloads(), *cell.experts.downloads(tasks), *data]
-    return _NEEDED[key]
-
-
-_NEEDED: dict[str, list[Download]] = {}
+    tasks = cell.suite.tasks
+    data = [each for task in tasks for each in task.source.downloads(f"data {task.name}")]
+    return [*cell.backbone.downloads(), *cell.experts.downloads(tasks), *data]
 
 
 def _untrained(cells: Sequence[Settings]) -> set[Path]:

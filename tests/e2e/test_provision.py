@@ -1,0 +1,68 @@
+"""Plans and fetches see the hub as it is: what is here, what is missing, what nobody can say."""
+
+import re
+
+import pytest
+
+from byom import config, hub
+from byom.__main__ import main
+from tests.hub import build, visit
+from tests.published_models import add_experts
+from tests.tiny_clip import tiny_clip
+
+NAME = "vision8_vitb32_fft"
+ONLY = "suite.only=[eurosat,mnist]"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    build(folder, ["vision8"])
+    add_experts(folder, "clip_hf_b32", "vision8", folder / "work")
+    return folder
+
+
+def tiny(tmp_path):
+    places = [f"results={tmp_path}/results/scratch", f"cache={tmp_path}/cache", "device=cpu", ONLY]
+    return [*places, f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
+
+
+def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home, tmp_path, monkeypatch, capsys):
+    with visit(home, monkeypatch):
+        assert main(["fetch", NAME, *tiny(tmp_path)]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said == ["backbone: here", *(f"{w} {t}: here" for t in ("eurosat", "mnist") for w in ("expert", "data"))]
+        assert main(["plan", NAME, *tiny(tmp_path)]) == 0
+        plan = capsys.readouterr().out
+        assert plan.count(" here ") == 4 and "missing  " not in plan
+        assert re.search(r"(\d+) cells, 0 finished, \1 missing", plan) and "downloads  0 MB in 0 places" in plan
+        assert main(["run", "suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none", *tiny(tmp_path)]) == 0
+        capsys.readouterr()
+        assert (
+            main(["plan", "suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none", *tiny(tmp_path)]) == 0
+        )
+        assert "1 cells, 1 finished, 0 missing" in capsys.readouterr().out
+
+
+def test_what_is_not_here_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "_UNREACHABLE", ["tests have no network"])
+    with visit(tmp_path / "empty", monkeypatch):
+        assert main(["plan", NAME, *tiny(tmp_path)]) == 0
+        plan = capsys.readouterr().out
+        assert plan.count("missing  unknown") == 4 and "4 of a size that no hub could be asked for" in plan
+        assert main(["fetch", NAME, *tiny(tmp_path)]) == 1
+        assert "tanganke/clip-vit-base-patch32_eurosat@main cannot be had" in capsys.readouterr().err
+
+
+def test_records_say_whose_checkpoints_they_are(home, tmp_path, monkeypatch):
+    from byom.run import run
+
+    with visit(home, monkeypatch):
+        overrides = ["suite=vision8", "experts=clip_hf_b32", "merge=ties", "byom=fft", "evaluate=test", *tiny(tmp_path)]
+        record = run(config.build(config.compose(overrides)))
+    assert record["family"] == "hf-clip" and record["choices"]["experts"] == "clip_hf_b32"
+    told = record["experts"]
+    assert told["validation"] == "seen" and set(told["commits"]) == {"eurosat", "mnist"}
+    assert all(len(commit) == 40 for commit in told["commits"].values())
+    stored = record["storage"]
+    assert stored["with_frozen"]["parameters"] > stored["parameters"]
