@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import lora, selection
+from benchmarks import lora, selection, true_size
 from byom import config, methods_table, render, scaling, table
 from byom.comparison import against_post_pruning
 from byom.report import read_runs
@@ -128,7 +128,16 @@ def number_of_tasks(file: Path = SCALING) -> str:
     return render.markdown(scaling.display(pd.read_csv(file))).rstrip("\n")
 
 
+STAGES = ("merge task_arithmetic", "merge ties", "pack fft", "open fft", "encode fft")
+
+
+def true_sizes(file: Path = ROOT / "benchmarks" / "true_size.json") -> str:
+    """Return the Markdown table of the committed benchmark at true size, its bounded stages."""
+    return true_size.table(json.loads(file.read_text()), STAGES).partition("\n\n")[0]
+
+
 PARTS = {
+    "true-size": true_sizes,
     "number-of-tasks": number_of_tasks,
     "results": results,
     "comparison": comparison,
