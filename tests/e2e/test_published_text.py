@@ -10,7 +10,7 @@ from tests.published_models import add_experts, add_flan_t5, add_roberta
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:fisher: .* refuses vmap"),
+    pytest.mark.filterwarnings("ignore:fisher. .* refuses vmap"),
 ]
 NAMES = [n for n in config.options("experiment") if chosen(n, "suite").startswith(("glue", "flan"))]
 
