@@ -141,18 +141,15 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def bench(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one backbone."""
+def bench(name: str, options: argparse.Namespace, by: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure one backbone, giving what is known of it after every stage."""
     with written(name, options.tasks, options.folder.expanduser(), options.keep) as folder:
-        rows = dict(Bench(name, folder, options).rows())
-        size = true_models.size(true_models.problem(folder, options.tasks).pretrained)
-    return {
-        **size,
-        "bound_bytes": bound(size, options.tasks),
-        "stages": rows,
-        "provenance": provenance() | {"threads": options.threads},
-        **{key: getattr(options, key) for key in ("tasks", "limit", "device", "only")},
-    }
+        size, rows = true_models.size(true_models.problem(folder, options.tasks).pretrained), {}
+        facts = {**size, "bound_bytes": bound(size, options.tasks), "stages": rows, "provenance": by}
+        facts |= {key: getattr(options, key) for key in ("tasks", "limit", "device", "only")}
+        for stage, row in Bench(name, folder, options).rows():
+            rows[stage] = row
+            yield facts
 
 
 def bound(size: Mapping[str, int], tasks: int) -> int:
@@ -161,14 +158,16 @@ def bound(size: Mapping[str, int], tasks: int) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the backbones asked for, keeping what the figures' file says of others; write it after each."""
+    """Measure the backbones asked for, keeping what the figures' file says of others; write it after every stage."""
     known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
     result = {"shard_bytes": SHARD, "experts": true_models.EXPERTS, "not_run": left_out()}
     result["backbones"] = known.get("backbones", {})
+    by = provenance() | {"threads": options.threads}  # before the figures' file changes, which git would call dirty
     for name in options.backbones or MODELS:
-        result["backbones"][name] = bench(name, options)
-        if options.json:
-            write_json(options.json, result)
+        for facts in bench(name, options, by):
+            result["backbones"][name] = facts
+            if options.json:
+                write_json(options.json, result)
     return result
 
 
