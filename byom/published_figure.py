@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,13 +48,20 @@ def _part(axes: Axes, table: Published, pairs: Sequence[Pair]) -> None:
     axes.hlines(places, np.minimum(theirs, joined), np.maximum(theirs, joined), color="#bdbdbd", lw=0.9, zorder=1)
     for values, look, name in ((theirs, THEIRS, "published"), (ours, OURS, "ours")):
         axes.plot(values, places, label=name, **{**look.line, "linestyle": "none"})
-    mark = "†" * table.dagger
-    axes.set_yticks(places, labels=[pair.line.label + mark for pair in pairs])
+    axes.set_yticks(places, labels=list(_labels(table, pairs)))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.8, len(pairs) - 0.2)
     axes.set_xlabel("Average over tasks (%)" if table.measure == "absolute" else "Normalised average over tasks (%)")
     lines = [f"{table.title}, {table.family}", "; ".join(_remarks(table, pairs))]
     axes.set_title("\n".join(filter(None, lines)), fontsize=7, loc="left")
+
+
+def _labels(table: Published, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Yield the source's names; where several rows of ours stand beside one of its, ours tell them apart."""
+    often = Counter(pair.line.label for pair in pairs)
+    for pair in pairs:
+        ours = f" beside {pair.label}" if often[pair.line.label] > 1 and pair.label else ""
+        yield f"{pair.line.label}{'†' * table.dagger}{ours}"
 
 
 def _remarks(table: Published, pairs: Sequence[Pair]) -> list[str]:

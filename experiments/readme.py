@@ -131,13 +131,18 @@ def number_of_tasks(file: Path = SCALING) -> str:
 STAGES = ("merge task_arithmetic", "merge ties", "pack fft", "open fft", "encode fft")
 
 
-def true_sizes(file: Path = ROOT / "benchmarks" / "true_size.json") -> str:
-    """Return the Markdown table of the committed benchmark at true size, its bounded stages."""
-    return true_size.table(json.loads(file.read_text()), STAGES).partition("\n\n")[0]
+def true_sizes(stages: tuple[str, ...] = ()) -> str:
+    """Return the Markdown table of the committed benchmark at true size, and what it could not run.
+
+    Args:
+        stages: Its rows, all if empty.
+    """
+    return true_size.table(json.loads((ROOT / "benchmarks" / "true_size.json").read_text()), stages)
 
 
 PARTS = {
-    "true-size": true_sizes,
+    "true-size": lambda: true_sizes(STAGES).partition("\n\n")[0],
+    "true-size-all": true_sizes,
     "number-of-tasks": number_of_tasks,
     "results": results,
     "comparison": comparison,
@@ -180,7 +185,7 @@ def _percent(density: float) -> str:
     return "" if pd.isna(density) else f"{100 * density:g} %"
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "true_size.md")
 
 
 if __name__ == "__main__":

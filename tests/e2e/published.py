@@ -8,7 +8,8 @@ import yaml
 
 from byom import config
 from byom.__main__ import main
-from tests.hub import visit
+from tests.hub import build, tasks, visit
+from tests.published_models import add_experts
 from tests.tiny_clip import tiny_clip
 
 NOTE = "NOT A RESULT: tiny data in the hubs' own schema"
@@ -25,8 +26,21 @@ def chosen(name: str, group: str) -> str | None:
     return next((o.partition("=")[2] for o in plan(name)["common"] if o.startswith(f"{group}=")), None)
 
 
-def run(name: str, home: Path, folder: Path, patch, *extra: str) -> tuple[int, Path]:
-    """Run an experiment on tiny data, training methods cut to a few steps.
+IMAGES = [n for n in config.options("experiment") if chosen(n, "experts") and chosen(n, "suite").startswith("vision")]
+
+
+def add_images(home: Path, names: list[str]) -> Path:
+    """Make a folder the hub of some experiments on images: their data sets and experts."""
+    wanted = {(chosen(name, "experts"), chosen(name, "suite")) for name in names}
+    build(home, sorted({suite for _, suite in wanted}))
+    for option in sorted({option for option, _ in wanted if not option.startswith("task_vectors")}):
+        largest = max((suite for each, suite in wanted if each == option), key=lambda suite: len(tasks(suite)))
+        add_experts(home, option, largest, home / "work")
+    return home
+
+
+def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
+    """Run an experiment on tiny data, training methods cut to a few steps, numbers of tasks to the first and last two.
 
     Returns:
         The exit status, and the results folder.
@@ -34,9 +48,10 @@ def run(name: str, home: Path, folder: Path, patch, *extra: str) -> tuple[int, P
     expand = config.cells
 
     def shorter(rows, common):
-        cells = expand(rows, common)
+        cells = [c for c in expand(rows, common) if not {"suite.size=4", "suite.size=8", "suite.size=12"} & set(c)]
         return [[*c, *(v for k, v in SHORTER.items() if f"merge={k}" in c)] for c in cells]
 
+    folder = home / "made" / chosen(name, "results")
     results = folder / "results" / "scratch"
     overrides = [f"results={results}", f"cache={folder}/cache", f'note="{NOTE}"', "device=cpu", *extra]
     if (chosen(name, "backbone") or "clip").startswith("clip") and chosen(name, "suite").startswith("vision"):

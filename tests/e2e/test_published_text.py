@@ -30,6 +30,6 @@ def home(tmp_path_factory):
 def test_it_runs_to_its_end_and_its_table_has_published_columns(name, home, monkeypatch):
     tasks = [t.name for t in config.option("suite", chosen(name, "suite")).tasks]
     extra = [f"suite.tasks.{task}.validation=4" for task in tasks]
-    status, results = run(name, home, home / "made" / chosen(name, "results"), monkeypatch, "finetune.epochs=1", *extra)
+    status, results = run(name, home, monkeypatch, "finetune.epochs=1", *extra)
     assert status == 0
     check(name, results)

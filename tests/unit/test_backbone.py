@@ -16,6 +16,7 @@ from byom.errors import CheckpointError, DataError
 from byom.source.images import ImageFolder
 from byom.suite import Task
 from byom.weights import Weights
+from tests.hub import visit
 
 TEXTS = ["the merged model is small", "a task vector points somewhere", "an image of a cat", "short"]
 
@@ -64,9 +65,8 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(tmp_path, 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match="local folder"):
+def test_a_hub_that_cannot_be_reached_is_said_in_a_sentence(tmp_path, monkeypatch):
+    with visit(tmp_path, monkeypatch), pytest.raises(CheckpointError, match="local folder"):
         Encoder("no-such-organisation/no-such-model").load()
 
 
