@@ -11,6 +11,7 @@ from tests.published_models import add_experts
 from tests.tiny_clip import tiny_clip
 
 NAME = "vision8_vitb32_fft"
+CELL = ("suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none")
 ONLY = "suite.only=[eurosat,mnist]"
 
 
@@ -36,21 +37,19 @@ def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home
         plan = capsys.readouterr().out
         assert plan.count(" here ") == 4 and "missing  " not in plan
         assert re.search(r"(\d+) cells, 0 finished, \1 missing", plan) and "downloads  0 MB in 0 places" in plan
-        assert main(["run", "suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none", *tiny(tmp_path)]) == 0
+        assert main(["run", *CELL, *tiny(tmp_path)]) == 0
         capsys.readouterr()
-        assert (
-            main(["plan", "suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none", *tiny(tmp_path)]) == 0
-        )
+        assert main(["plan", *CELL, *tiny(tmp_path)]) == 0
         assert "1 cells, 1 finished, 0 missing" in capsys.readouterr().out
 
 
 def test_what_is_not_here_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "_UNREACHABLE", ["tests have no network"])
     with visit(tmp_path / "empty", monkeypatch):
-        assert main(["plan", NAME, *tiny(tmp_path)]) == 0
+        assert main(["plan", *CELL, *tiny(tmp_path)]) == 0
         plan = capsys.readouterr().out
         assert plan.count("missing  unknown") == 4 and "4 of a size that no hub could be asked for" in plan
-        assert main(["fetch", NAME, *tiny(tmp_path)]) == 1
+        assert main(["fetch", *CELL, *tiny(tmp_path)]) == 1
         assert "tanganke/clip-vit-base-patch32_eurosat@main cannot be had" in capsys.readouterr().err
 
 
