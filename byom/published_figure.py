@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +30,7 @@ def ours_against_published(compared: Sequence[tuple[Published, Sequence[Pair]]],
     Returns:
         Methods from the lowest published average to the highest.
     """
-    counts = [len(pairs) for _, pairs in compared]
+    counts = [len(_names(pairs)) for _, pairs in compared]
     figure = Figure(figsize=(1.6 * COLUMN, 0.5 + sum(0.85 + ROW * n for n in counts)), layout="constrained")
     every = figure.subplots(len(compared), 1, squeeze=False, height_ratios=[n + 2 for n in counts])[:, 0]
     for axes, (table, pairs) in zip(every, compared, strict=True):
@@ -42,26 +41,24 @@ def ours_against_published(compared: Sequence[tuple[Published, Sequence[Pair]]],
 
 
 def _part(axes: Axes, table: Published, pairs: Sequence[Pair]) -> None:
-    places = np.arange(len(pairs))
+    names = _names(pairs)
+    places = np.array([names.index(pair.line.label) for pair in pairs])
     theirs, ours = (np.array([of(pair) for pair in pairs]) for of in (lambda p: p.line.mean, lambda p: p.mean))
     joined = np.array([pair.line.mean + pair.gap for pair in pairs])  # only where the two can be subtracted
     axes.hlines(places, np.minimum(theirs, joined), np.maximum(theirs, joined), color="#bdbdbd", lw=0.9, zorder=1)
     for values, look, name in ((theirs, THEIRS, "published"), (ours, OURS, "ours")):
         axes.plot(values, places, label=name, **{**look.line, "linestyle": "none"})
-    axes.set_yticks(places, labels=list(_labels(table, pairs)))
+    axes.set_yticks(range(len(names)), labels=[name + "†" * table.dagger for name in names])
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.8, len(pairs) - 0.2)
+    axes.set_ylim(-0.8, len(names) - 0.2)
     axes.set_xlabel("Average over tasks (%)" if table.measure == "absolute" else "Normalised average over tasks (%)")
     lines = [f"{table.title}, {table.family}", "; ".join(_remarks(table, pairs))]
     axes.set_title("\n".join(filter(None, lines)), fontsize=7, loc="left")
 
 
-def _labels(table: Published, pairs: Sequence[Pair]) -> Iterator[str]:
-    """Yield the source's names; where several rows of ours stand beside one of its, ours tell them apart."""
-    often = Counter(pair.line.label for pair in pairs)
-    for pair in pairs:
-        ours = f" beside {pair.label}" if often[pair.line.label] > 1 and pair.label else ""
-        yield f"{pair.line.label}{'†' * table.dagger}{ours}"
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    """Return the source's names once each; several rows of ours may stand beside one."""
+    return list(dict.fromkeys(pair.line.label for pair in pairs))
 
 
 def _remarks(table: Published, pairs: Sequence[Pair]) -> list[str]:
