@@ -185,7 +185,7 @@ def table(result: dict[str, Any], stages: tuple[str, ...] = ()) -> str:
         stages: Which rows, all if empty.
     """
     backbones = result["backbones"]
-    found = stages or tuple(dict.fromkeys(stage for each in backbones.values() for stage in each["stages"]))
+    found = stages or sorted({stage for each in backbones.values() for stage in each["stages"]}, key=_order)
     lines = [f"| | {' | '.join(map(_heading, backbones, backbones.values()))} |", "|---|" + "--:|" * len(backbones)]
     lines.append(f"| bound | {' | '.join(_mega(each['bound_bytes']) for each in backbones.values())} |")
     for stage in found:
@@ -193,6 +193,10 @@ def table(result: dict[str, Any], stages: tuple[str, ...] = ()) -> str:
         lines.append(f"| {stage} | {' | '.join(cells)} |")
     missing = "; ".join(f"{name} ({needs})" for name, needs in result["not_run"].items())
     return "\n".join([*lines, "", f"Not run, because random weights have no inputs: {missing}."])
+
+
+def _order(stage: str) -> tuple[int, str]:
+    return ("merge", "pack", "open", "encode").index(stage.split(maxsplit=1)[0]), stage
 
 
 def _heading(name: str, each: Mapping[str, Any]) -> str:
