@@ -61,9 +61,8 @@ def table(arguments: Sequence[str]) -> int:
     failures = _launched(every, launcher) if launcher else _cells(every)
     try:
         tables.write_all(every, plan.get("published") or ())
-    finally:  # where every cell failed there is nothing to report but this
-        for cell, error in failures:
-            sys.stderr.write(f"byom: failed: {' '.join(cell)}: {error}\n")
+    finally:  # a table that cannot be written must not hide why
+        sys.stderr.write(tables.failures(every, failures))
     return 1 if failures else 0
 
 

@@ -14,6 +14,10 @@ class OptionError(ByomError, ValueError):
     """An option or hyperparameter is unknown or out of range."""
 
 
+class NothingFinished(OptionError):
+    """A table was asked for, and no cell of it has finished."""
+
+
 class DataError(ByomError):
     """A data set or data package is missing, altered or malformed."""
 

@@ -13,7 +13,7 @@ import pandas as pd
 from byom import render
 from byom.comparable import check_comparable
 from byom.comparison import against_post_pruning, display_comparison
-from byom.errors import ByomError, OptionError, suggest
+from byom.errors import ByomError, NothingFinished, OptionError, suggest
 from byom.lock import owner
 from byom.methods_table import NOTES as METHOD_NOTES
 from byom.methods_table import costed, display_methods, methods
@@ -124,14 +124,15 @@ def read_runs(
         The finished runs and the failed ones; a failed run that was finished later is left out.
 
     Raises:
-        ByomError: If there is no finished record, one cannot be read, or they cannot stand in one table.
+        NothingFinished: If there is no finished record.
+        ByomError: If one cannot be read, or they cannot stand in one table.
     """
     folder = results / "runs" / suite / backbone
     records = [_read(path) for path in sorted(folder.glob("*.json"))]
     kept = [r for r in records if _wanted(r["choices"], seeds, finetune)]
     done = [r for r in kept if r["status"] != "failed" and "test" in r["scores"]]  # a search scores validation alone
     if not done:
-        raise OptionError(
+        raise NothingFinished(
             f"{folder} holds no finished record of the seeds and fine-tuning asked for; run "
             f"`byom suite={suite} backbone={backbone}` first"
         )

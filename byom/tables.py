@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from byom import config
+from byom.errors import ByomError, NothingFinished
+
+LISTED = 5
+"""Cells that are named for each reason of a failure."""
 
 MANY = 3
 """From more suites than this on, their common table is printed in place of one each."""
@@ -40,10 +44,10 @@ def write_all(cells: Sequence[Sequence[str]], published: Sequence[str]) -> None:
     """Write and print the tables of some cells.
 
     Args:
-        cells: Overrides of every cell.
+        cells: Overrides of every cell; a suite without a finished one has no table, which is said.
         published: Published tables to stand beside ours.
     """
-    found = places(cells)
+    found = [each for each in places(cells) if _finished(each)]
     groups: dict[tuple[Path, str, str], list[str]] = {}
     for each in found:
         groups.setdefault((each.results, each.backbone, each.whole), []).append(each.suite)
@@ -55,6 +59,41 @@ def write_all(cells: Sequence[Sequence[str]], published: Sequence[str]) -> None:
             from byom import scaling
 
             _print(*scaling.generate(results, backbone, suites, whole))
+
+
+def _finished(of: Place) -> bool:
+    from byom.report import read_runs
+
+    try:
+        read_runs(of.results, of.suite, of.backbone)
+    except NothingFinished:
+        sys.stderr.write(f"byom: no table of {of.suite} with {of.backbone}: none of its cells has finished\n")
+        return False
+    return True
+
+
+def failures(cells: Sequence[Sequence[str]], failed: Sequence[tuple[Sequence[str], Exception]]) -> str:
+    """Say which cells failed and why, every reason once.
+
+    Args:
+        cells: Overrides of every cell; what all of them share is not repeated.
+        failed: Those that failed, and what they raised.
+
+    Returns:
+        Lines, the empty text if none failed.
+    """
+    shared = set(cells[0]).intersection(*cells) if len(cells) > 1 else set()
+    by_reason: dict[str, list[str]] = {}
+    for cell, error in failed:
+        reason = str(error) if isinstance(error, ByomError) else f"{type(error).__name__}: {error}"
+        by_reason.setdefault(reason, []).append(" ".join(o for o in cell if o not in shared))
+    return "".join(_failed(reason, names, len(cells)) for reason, names in by_reason.items())
+
+
+def _failed(reason: str, names: Sequence[str], total: int) -> str:
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    lines = [f"byom: {len(names)} of {total} cells failed: {reason}", *names[:LISTED], *more]
+    return "\n    ".join(lines) + "\n"
 
 
 def write(of: Place, published: Sequence[str] = ()) -> None:

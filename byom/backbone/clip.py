@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,13 +132,26 @@ class Clip(Backbone):
 
         tag = None if self.pretrained == "random" else self.pretrained
         torch.manual_seed(0)
+        options: dict[str, Any] = {"force_quick_gelu": self.quick_gelu, "require_pretrained": tag is not None}
         try:
-            return open_clip.create_model(self.model, pretrained=tag, force_quick_gelu=self.quick_gelu).eval()
+            with _unlogged():
+                return open_clip.create_model(self.model, pretrained=tag, **options).eval()
         except Exception as error:
             raise CheckpointError(
                 f"open_clip cannot load {self.model} with pretrained='{self.pretrained}' ({type(error).__name__}: "
                 f"{error}). Check the names and the network, or set backbone.pretrained to a file"
             ) from error
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep open_clip, which logs what it also raises, from setting up the root logger and so doubling others' lines."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
 
 
 def _class_feature(model: Any, tokenizer: Any, name: str, templates: Sequence[str]) -> Tensor:

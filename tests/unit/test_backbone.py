@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +150,20 @@ def test_clip_without_templates_is_refused(tmp_path, monkeypatch):
     images(1)[0].save(tmp_path / "cat" / "x.png")
     with pytest.raises(DataError, match="has no templates"):
         Clip("ViT-B-32", "random").head(None, task(tmp_path, templates=()), None)
+
+
+def test_clip_tells_nothing_to_the_root_logger_and_refuses_weights_that_it_cannot_read(tmp_path):
+    """In a process of its own: open_clip would give the root logger a handler, which every library then writes to."""
+    script = (
+        "import logging, sys; from byom.backbone.clip import Clip; Clip('RN50-quickgelu', 'random').blank()\n"
+        "assert not logging.getLogger().handlers, logging.getLogger().handlers\n"
+        "Clip('RN50-quickgelu', sys.argv[1]).load()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "none.pt")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 1 and "WARNING" not in ran.stderr and "ERROR" not in ran.stderr
+    assert "CheckpointError: open_clip cannot load RN50-quickgelu with pretrained=" in ran.stderr
 
 
 def test_a_task_of_the_other_modality_is_refused(tmp_path):
