@@ -185,7 +185,7 @@ def table(result: dict[str, Any], stages: tuple[str, ...] = ()) -> str:
         stages: Which rows, all if empty.
     """
     backbones = result["backbones"]
-    found = stages or sorted({stage for each in backbones.values() for stage in each["stages"]}, key=_order)
+    found = stages or sorted({stage for each in backbones.values() for stage in each["stages"]}, key=order)
     lines = [f"| | {' | '.join(map(_heading, backbones, backbones.values()))} |", "|---|" + "--:|" * len(backbones)]
     lines.append(f"| bound | {' | '.join(_mega(each['bound_bytes']) for each in backbones.values())} |")
     for stage in found:
@@ -195,7 +195,8 @@ def table(result: dict[str, Any], stages: tuple[str, ...] = ()) -> str:
     return "\n".join([*lines, "", f"Not run, because random weights have no inputs: {missing}."])
 
 
-def _order(stage: str) -> tuple[int, str]:
+def order(stage: str) -> tuple[int, str]:
+    """Return what stages are sorted by: what is done first comes first."""
     return ("merge", "pack", "open", "encode").index(stage.split(maxsplit=1)[0]), stage
 
 

@@ -140,9 +140,18 @@ def true_sizes(stages: tuple[str, ...] = ()) -> str:
     return true_size.table(json.loads((ROOT / "benchmarks" / "true_size.json").read_text()), stages)
 
 
+def long_stages() -> str:
+    """Return the Markdown table of the stages at true size that were given hours to end."""
+    found = json.loads((ROOT / "benchmarks" / "true_size_long.json").read_text())
+    stages = {stage for each in found["backbones"].values() for stage in each["stages"]}
+    wanted = sorted(stages - {f"merge {true_size.REFERENCE}"}, key=true_size.order)
+    return true_size.table(found, tuple(wanted)).partition("\n\n")[0]
+
+
 PARTS = {
     "true-size": lambda: true_sizes(STAGES).partition("\n\n")[0],
     "true-size-all": true_sizes,
+    "true-size-long": long_stages,
     "number-of-tasks": number_of_tasks,
     "results": results,
     "comparison": comparison,
