@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from byom.comparison import against_post_pruning
 from byom.report import read_runs
 
 ROOT = Path(__file__).parents[1]
+LONG = ("long", "long_packing")
 SUITES = {"vision8_offline": "vit_small_dinov2", "text8_offline": "minilm"}
 TITLES = {"vision8_offline": "images, ViT-S/14", "text8_offline": "texts, MiniLM-L6"}
 
@@ -141,11 +143,14 @@ def true_sizes(stages: tuple[str, ...] = ()) -> str:
 
 
 def long_stages() -> str:
-    """Return the Markdown table of the stages at true size that were given hours to end."""
-    found = json.loads((ROOT / "benchmarks" / "true_size_long.json").read_text())
-    stages = {stage for each in found["backbones"].values() for stage in each["stages"]}
+    """Return the Markdown table of the stages at true size that were given hours to end; one command a file."""
+    found = [json.loads((ROOT / "benchmarks" / f"true_size_{part}.json").read_text()) for part in LONG]
+    whole: dict[str, Any] = {**found[0], "backbones": {}}
+    for name, each in ((name, each) for one in found for name, each in one["backbones"].items()):
+        whole["backbones"].setdefault(name, {**each, "stages": {}})["stages"] |= each["stages"]
+    stages = {stage for each in whole["backbones"].values() for stage in each["stages"]}
     wanted = sorted(stages - {f"merge {true_size.REFERENCE}"}, key=true_size.order)
-    return true_size.table(found, tuple(wanted)).partition("\n\n")[0]
+    return true_size.table(whole, tuple(wanted)).partition("\n\n")[0]
 
 
 PARTS = {
