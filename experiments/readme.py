@@ -16,7 +16,7 @@ from byom.comparison import against_post_pruning
 from byom.report import read_runs
 
 ROOT = Path(__file__).parents[1]
-LONG = ("long", "long_packing")
+LONG = ("long", "long_packing", "long_wudi")
 SUITES = {"vision8_offline": "vit_small_dinov2", "text8_offline": "minilm"}
 TITLES = {"vision8_offline": "images, ViT-S/14", "text8_offline": "texts, MiniLM-L6"}
 
