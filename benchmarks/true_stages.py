@@ -15,7 +15,7 @@ from byom.backbone.base import fill
 from byom.bundle import Bundle
 from byom.errors import CheckpointError
 from byom.merge.base import MergeMethod
-from byom.variants.base import PackingVariant, Preparation, Variant
+from byom.variants.base import Preparation, Variant
 from byom.variants.fft import ByomFft
 from byom.weights import Weights
 
@@ -34,8 +34,7 @@ def merge(
 
 def pack(folder: Path, tasks: int, variant: Variant, reference: Path, out: Path, report: Report) -> dict[str, Any]:
     """Pack every task against a model on disk, and save the bundle."""
-    serve = variant.streamed if isinstance(variant, PackingVariant) else variant.serve
-    served = serve(true_models.problem(folder, tasks), Weights.open(reference))
+    served = variant.streamed(true_models.problem(folder, tasks), Weights.open(reference))
     Bundle(served.reference, served.deltas, served.base).save(out)
     return {"bytes_a_task": sum(file.stat().st_size for file in out.glob("*.safetensors")) // tasks}
 

@@ -74,8 +74,8 @@ class Bundle(Served):
         with storage.replacing(Path(folder)) as partial:
             for name, weights in self.models.items():
                 weights.save(partial / name)
-            for task, delta in self.deltas.items():
-                delta.save(partial / f"{task}.safetensors")
+            for task in self.deltas:  # not items(), which holds one difference while the next is packed
+                self.deltas[task].save(partial / f"{task}.safetensors")
             prints = {name: weights.fingerprint() for name, weights in self.models.items()}
             notes = {"format": 1, **prints, "tasks": list(self.deltas)}
             (partial / "bundle.json").write_text(json.dumps(notes, indent=1))

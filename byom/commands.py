@@ -165,11 +165,13 @@ def pack(arguments: Sequence[str]) -> int:
     """Save what serves the tasks as a bundle, then print a line a task."""
     from byom import pipeline
     from byom.bundle import Bundle
+    from byom.packed import Delta
 
     folder, settings = _folder("pack", arguments)
-    _, served = pipeline.serve(settings)
+    _, served = pipeline.serve(settings, streamed=True)
     Bundle(served.reference, served.deltas, served.base).save(folder)
-    for task, delta in served.deltas.items():
+    for task in served.deltas:
+        delta = Delta.open(folder / f"{task}.safetensors")
         size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
         sys.stdout.write(f"{task:<18} {size}  {folder / task}.safetensors\n")
     return 0

@@ -73,11 +73,12 @@ def execute(settings: Settings) -> dict[str, Any]:
     }
 
 
-def serve(settings: Settings) -> tuple[Lab, Served]:
+def serve(settings: Settings, streamed: bool = False) -> tuple[Lab, Served]:
     """Make what serves the tasks, from cached experts and merged models as far as there are any.
 
     Args:
         settings: A run; nothing is evaluated unless a scale has to be searched.
+        streamed: Leave models on disk and pack a task each time its difference is asked for, as saving does once.
 
     Returns:
         The lab, and shared models with one packed difference a task.
@@ -87,6 +88,8 @@ def serve(settings: Settings) -> tuple[Lab, Served]:
     prepared = settings.byom.before(problem) if settings.byom.before else problem
     method, _ = _tuned(settings, lab, prepared)
     reference = _merged(settings, lab, method, prepared, {})
+    if streamed and not settings.byom.needs.inputs:
+        return lab, settings.byom.streamed(problem, reference)
     return lab, _served(settings, lab, method, problem, reference, {})
 
 

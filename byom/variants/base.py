@@ -71,6 +71,18 @@ class Variant(ABC):
             CheckpointError: If a value is not finite.
         """
 
+    def streamed(self, problem: Problem, reference: Weights) -> Served:
+        """Return what `serve` returns, for a reader that takes every task once and keeps none.
+
+        Args:
+            problem: The models.
+            reference: theta_merged or theta_0.
+
+        Returns:
+            Shared models and differences, which a `PackingVariant` packs when they are asked for.
+        """
+        return self.serve(problem, reference)
+
     @abstractmethod
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Put a packed difference back.
@@ -129,16 +141,9 @@ class PackingVariant(Variant):
         return Served(reference, dict(lazy.deltas), lazy.base)
 
     def streamed(self, problem: Problem, reference: Weights) -> Served:
-        """Return what `serve` returns, but pack a task each time its difference is asked for, and keep none.
+        """Pack a task each time its difference is asked for; see `Variant.streamed`.
 
-        Saving it as a bundle holds two packed differences at a time, whatever the number of tasks.
-
-        Args:
-            problem: The models.
-            reference: theta_merged or theta_0.
-
-        Returns:
-            Shared models and differences that are not packed yet.
+        Saving that as a bundle holds one packed difference at a time, whatever the number of tasks.
         """
         base = problem.pretrained if self.shares_base else None
         packing = Packing(self.suited(problem, reference), problem.finetuned, reference, base)

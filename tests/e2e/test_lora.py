@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -119,3 +120,28 @@ def test_pack_writes_a_bundle(folder, settings):
     served = serve(settings(*LORA, "byom=lora", "byom.rank=2"))[1]
     packed = Bundle.open(folder / "bundle")
     assert all(torch.equal(packed.weights("mnist")[n], served.weights("mnist")[n]) for n in packed.reference)
+
+
+@pytest.mark.parametrize("option", ["fft", "tall_mask", "emr"])
+def test_pack_packs_every_task_once_and_holds_one_at_a_time(folder, settings, monkeypatch, capsys, option):
+    from byom.bundle import Bundle
+    from byom.variants.base import PackingVariant
+
+    chosen, packed, alive, most = [*LORA, "merge=ties", f"byom={option}"], [], [], []
+    expected = serve(settings(*chosen))[1]
+    pack = PackingVariant.delta
+
+    def watched(self, *given):
+        made = pack(self, *given)
+        alive.append(weakref.ref(made))
+        packed.append(made.nbytes)
+        most.append(sum(each() is not None for each in alive))
+        return made
+
+    monkeypatch.setattr(PackingVariant, "delta", watched)
+    assert main(["pack", str(folder / option), *overrides(folder, "scratch"), *chosen]) == 0
+    opened, said = Bundle.open(folder / option), capsys.readouterr().out
+    assert len(packed) == (0 if option == "emr" else len(KEPT)) and max(most, default=1) == 1
+    for task in KEPT:
+        assert opened.weights(task).fingerprint() == expected.weights(task).fingerprint()
+        assert f"{expected.deltas[task].nbytes:,} bytes" in said
