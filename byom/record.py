@@ -57,13 +57,13 @@ class Stages:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's record goes.
+    """Where a run's record goes, or lies: the signature that ends a file's name identifies it, the rest is for people.
 
     Args:
         root: The results folder.
         suite: Suite name.
         backbone: Backbone option.
-        label: ``<merge>+<variant>``.
+        label: ``<merge>+<variant>--m10-seed0``; older records have ``<merge>+<variant>`` alone.
         signature: Hash of the choices.
     """
 
@@ -75,13 +75,17 @@ class Place:
 
     @property
     def done(self) -> Path:
-        """The record of a finished run."""
-        return self._folder / f"{self.label}--{self.signature}.json"
+        """The record of a finished run, under whatever label it was written."""
+        return self._file(".json")
 
     @property
     def failed(self) -> Path:
         """The record of a run that failed."""
-        return self._folder / f"{self.label}--{self.signature}.failed.json"
+        return self._file(".failed.json")
+
+    def _file(self, ending: str) -> Path:
+        written = sorted(self._folder.glob(f"*--{self.signature}{ending}"))
+        return written[0] if written else self._folder / f"{self.label}--{self.signature}{ending}"
 
     @property
     def _folder(self) -> Path:

@@ -27,7 +27,7 @@ def describe(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"class": type(value).__name__} | {
-            f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if _counts(f, value)
+            f.name: describe(_typed(f, value)) for f in dataclasses.fields(value) if _counts(f, value)
         }
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in sorted(value.items())}
@@ -41,14 +41,26 @@ def describe(value: Any) -> Any:
 
 
 def _counts(field: dataclasses.Field, owner: Any) -> bool:
+    """Return whether a field tells its owner from one made with the defaults.
+
+    Values are compared as they would be described: a list and a tuple of the same entries are one value, and fields of
+    a nested choice that the signature ignores do not count here either.
+    """
     if not field.metadata.get("signature", True):
         return False
     value = getattr(owner, field.name)
     if field.default is not dataclasses.MISSING:
-        return value != field.default
+        return value is not field.default and describe(value) != describe(field.default)
     if field.default_factory is not dataclasses.MISSING:
-        return value != field.default_factory()
+        return describe(value) != describe(field.default_factory())
     return True
+
+
+def _typed(field: dataclasses.Field, owner: Any) -> Any:
+    """Return a field's value; a whole number in a field of fractions is a fraction, so that 1 and 1.0 are one value."""
+    value = getattr(owner, field.name)
+    fractions = field.type in (float, "float", "float | None")
+    return float(value) if fractions and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def signature(*choices: Any, digits: int = 12) -> str:

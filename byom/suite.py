@@ -139,9 +139,9 @@ class Suite:
 
     name: str
     tasks: tuple[Task, ...]
-    only: tuple[str, ...] = ()
-    size: int | None = None
-    draw: int = 0
+    only: tuple[str, ...] = field(default=(), metadata={"signature": False})  # name and tasks say the cut
+    size: int | None = field(default=None, metadata={"signature": False})
+    draw: int = field(default=0, metadata={"signature": False})
     skip_missing: bool = field(default=False, metadata={"signature": False})
     missing: tuple[str, ...] = field(default=(), metadata={"signature": False})
 
@@ -153,8 +153,10 @@ class Suite:
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
         object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "only", tuple(self.only))
+        object.__setattr__(self, "missing", tuple(self.missing))
         if self.only:
-            self._name_tasks(tuple(self.only))
+            self._name_tasks(self.only)
         if self.size is not None:
             self._cut(self.size)
 
