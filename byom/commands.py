@@ -24,10 +24,9 @@ REPORTED = ("suite", "backbone", "results", "suite.size", "suite.draw", "suite.o
 def run(arguments: Sequence[str]) -> int:
     """Run one cell, or print the configuration that would run (``--cfg``)."""
     overrides = [a for a in arguments if a != "--cfg"]
-    composed = config.compose(overrides)
     if "--cfg" in arguments:
-        return _print_config(config.plain(composed))
-    _job(config.build(composed))
+        return _print_config(config.resolve(overrides).values)
+    _job(config.settings(overrides))
     return 0
 
 
@@ -54,7 +53,7 @@ def table(arguments: Sequence[str]) -> int:
     if not arguments or "=" in arguments[0]:
         raise OptionError(f"which table? byom table NAME, one of: {', '.join(config.options('experiment'))}")
     name, extra = arguments[0], list(arguments[1:])
-    plan = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
+    plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
     launcher = [o for o in extra if for_hydra(o)]
     every = config.cells(plan["rows"], [*plan["common"], *(o for o in extra if o not in launcher)])
     _name_sweep()
@@ -71,9 +70,9 @@ def report(arguments: Sequence[str]) -> int:
     for argument in arguments:
         if argument.split("=")[0] not in REPORTED:
             raise OptionError(f"byom report knows no '{argument}'; {suggest(argument.split('=')[0], REPORTED)}")
-    chosen = config.compose(arguments)
-    suite, backbone = config.made(chosen, "suite").name, chosen.hydra.runtime.choices["backbone"]
-    tables.write(tables.Place(Path(chosen.results), suite, backbone, suite))
+    values, names = config.resolve(arguments)
+    suite = config.made(values["suite"]).name
+    tables.write(tables.Place(Path(values["results"]), suite, names["backbone"], suite))
     return 0
 
 
@@ -85,7 +84,7 @@ def preview(arguments: Sequence[str]) -> int:
     overrides = [a for a in arguments if a != "--cfg"]
     previews.require_known(overrides)
     common = [a for a in overrides if not a.startswith("merge.")]  # the methods' own, which not all of them have
-    resolved = config.plain(config.compose(common, primary="preview"))
+    resolved = config.resolve(common, primary="preview").values
     if "--cfg" in arguments:
         return _print_config(resolved)
     asked = previews.Preview.of(resolved)
@@ -99,7 +98,7 @@ def _weighed(asked: Any, overrides: Sequence[str]) -> dict[str, Any]:
     sweep = [*overrides, f"merge={','.join(asked.methods)}"]
     sweep += [f"merge.members={asked.components}"] if "mixture" in asked.methods else []
     cells = [cell for part in config.fitting(sweep) for cell in config.cells([""], part)]
-    built = [config.build(config.compose(cell, primary="preview")) for cell in cells]
+    built = [config.settings(cell, primary="preview") for cell in cells]
     return {one.names["merge"]: one for one in built}
 
 
@@ -114,7 +113,7 @@ def _show_preview(record: dict[str, Any], path: Path) -> None:
 def statistics(arguments: Sequence[str]) -> int:
     """Fit statistics of every task's expert ahead of time, and say where they are."""
     names = [a for a in arguments if "=" not in a]
-    settings = config.build(config.compose([a for a in arguments if "=" in a]))
+    settings = config.settings([a for a in arguments if "=" in a])
     for name in names:
         if name not in settings.statistics:
             raise OptionError(f"there is no statistic '{name}'; {suggest(name, settings.statistics)}")
@@ -181,7 +180,7 @@ def _folder(command: str, arguments: Sequence[str]) -> tuple[Path, Any]:
     """Return where a command writes, its first argument, and the settings that the others make."""
     if not arguments or "=" in arguments[0]:
         raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
-    return Path(arguments[0]).expanduser(), config.build(config.compose(list(arguments[1:])))
+    return Path(arguments[0]).expanduser(), config.settings(list(arguments[1:]))
 
 
 def _named(backbone: Any) -> str:
@@ -195,7 +194,7 @@ def list_options(arguments: Sequence[str]) -> int:
     groups = [a for a in arguments if a in GROUPS_LISTED] or list(GROUPS_LISTED)
     for group in groups:
         sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")
-    cache = Path(config.plain(config.compose([]))["cache"]).expanduser()
+    cache = Path(config.resolve([]).values["cache"]).expanduser()
     for line in _experts(cache):
         sys.stdout.write(f"  {line}\n")
     return 0
@@ -229,7 +228,7 @@ def _cells(every: Sequence[list[str]]) -> list[tuple[list[str], Exception]]:
         sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
         sys.stdout.flush()
         try:
-            _job(config.build(config.compose(cell)))
+            _job(config.settings(cell))
         except Exception as error:  # marked in its own record; the other cells still run
             failures.append((cell, error))
     return failures
@@ -253,7 +252,7 @@ def _launched(every: Sequence[list[str]], launcher: Sequence[str]) -> list[tuple
 
 def _finished(cell: Sequence[str]) -> bool:
     try:
-        return config.build(config.compose(cell)).place().finished() is not None
+        return config.settings(cell).place().finished() is not None
     except ByomError:  # the cell's own job says it
         return False
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -15,18 +18,23 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from byom import sweeps
 from byom.errors import ByomError, OptionError, suggest
 
+if TYPE_CHECKING:
+    from byom.run import Settings
+
 PLACES = ("results", "cache")
+HYDRAS_OWN = {"_args_", "_convert_", "_partial_", "_recursive_"}
 
 
 def folder() -> Path:
@@ -60,41 +68,170 @@ def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolve a configuration to plain containers, without Hydra's own part."""
     with explained():
-        bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
-    return dict(resolved)  # pyright: ignore
+        return {str(key): _contained(config[key]) for key in config if key != "hydra"}
 
 
-def build(config: DictConfig, names: Mapping[str, str] | None = None) -> Any:
-    """Build one run's plain objects; below this line nobody sees a DictConfig.
+def _contained(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+
+
+class Resolved(NamedTuple):
+    """A configuration as plain containers."""
+
+    values: dict[str, Any]
+    """Every group and value, without Hydra's own part."""
+    names: dict[str, str]
+    """Group to the name of its option."""
+
+
+def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
+    """Compose and resolve a configuration, reading Hydra's tree once per choice of options.
+
+    Overrides that set a value, such as ``merge.scale=0.3``, are applied to a copy of what Hydra composed for the
+    options alone; those that Hydra would refuse, or that others are interpolated from, go the whole way through Hydra.
 
     Args:
-        config: What `compose` returned, or what Hydra passed to a job.
-        names: Group to option name; None reads them from the configuration.
+        overrides: Hydra overrides, for example ``merge=ties``.
+        primary: The command's primary configuration.
 
     Returns:
-        `byom.run.Settings`.
+        What `plain` gives for what `compose` returns, and the options' names.
+
+    Raises:
+        OptionError: If a group, option or key does not exist.
+    """
+    parsed = _parsed(overrides)
+    values = [o for o in parsed if _sets_a_value(o)]
+    base = _base(tuple(o.input_line for o in parsed if o not in values), primary, folder())
+    given = {o.key_or_group: o.value() for o in values}
+    if not all(base.can_set(key, value) for key, value in given.items()) or not base.missing <= set(given):
+        config = compose(overrides, primary)
+        return Resolved(plain(config), _names(config))
+    resolved = dict(base.resolved.values)
+    for key, value in given.items():
+        _set(resolved, key.split("."), value)
+    return Resolved(resolved, dict(base.resolved.names))
+
+
+def _names(config: DictConfig) -> dict[str, str]:
+    return {str(group): name for group, name in config.hydra.runtime.choices.items()}
+
+
+def _sets_a_value(override: Any) -> bool:
+    """Return whether an override changes a value of the composed tree, and nothing in how it is composed."""
+    key = override.key_or_group
+    simple = override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+    return simple and "/" not in key and key.partition(".")[0] != "hydra" and not (folder() / key).is_dir()
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a value in nested containers, copying those on the way to it."""
+    for name in path[:-1]:
+        values[name] = dict(values[name])
+        values = values[name]
+    values[path[-1]] = value
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What Hydra composes for some options, before values are set.
+
+    Args:
+        resolved: Its plain containers, shared by all cells that start from them.
+        referred: The first names of keys that something is interpolated from.
+        missing: Keys that must be given a value.
+    """
+
+    resolved: Resolved
+    referred: frozenset[str]
+    missing: frozenset[str]
+
+    def can_set(self, key: str, value: Any) -> bool:
+        """Return whether setting a value here gives what Hydra would: it exists, is a leaf, and stands alone."""
+        path, node = key.split("."), self.resolved.values
+        for name in path:
+            if not isinstance(node, dict) or name not in node:
+                return False
+            node = node[name]
+        scalars = value if isinstance(value, list) else [value]
+        alone = path[0] not in self.referred and not isinstance(node, dict)
+        return alone and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
+
+
+@lru_cache(maxsize=64)
+def _base(overrides: tuple[str, ...], primary: str, tree: Path) -> _Base:
+    del tree  # the key of the cache: another tree is another configuration
+    config = compose(overrides, primary)
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    with explained():
+        values: Any = OmegaConf.to_container(own, resolve=True)
+    referred = frozenset(re.findall(r"\$\{\.*(\w+)", json.dumps(OmegaConf.to_container(own))))
+    return _Base(Resolved(values, _names(config)), referred, frozenset(OmegaConf.missing_keys(own)))
+
+
+def settings(overrides: Sequence[str], primary: str = "run") -> Settings:
+    """Build one run's plain objects from its overrides; below this line nobody sees a configuration.
+
+    Args:
+        overrides: Hydra overrides, for example ``merge=ties``.
+        primary: The command's primary configuration.
+
+    Returns:
+        The run's settings.
+
+    Raises:
+        OptionError: If an option does not exist, or a value is refused by what it configures.
+    """
+    return build(*resolve(overrides, primary), overrides)
+
+
+def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequence[str]) -> Settings:
+    """Build one run's plain objects from a resolved configuration.
+
+    Args:
+        values: What `resolve` or `plain` returned.
+        names: Group to option name.
+        overrides: What it was composed of, for the record.
+
+    Returns:
+        The run's settings.
 
     Raises:
         OptionError: If a value is refused by what it configures.
     """
     from byom.run import Settings
 
-    with explained():
-        names = names or dict(config.hydra.runtime.choices)
-        resolved = plain(config)
-        groups: dict[str, Any] = {group: instantiate(config[group], _convert_="all") for group in BUILT}
+    groups: dict[str, Any] = {group: made(values[group]) for group in BUILT}
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
-    places: dict[str, Any] = {key: Path(resolved[key]).expanduser() for key in PLACES}
-    rest = {key: resolved[key] for key in ("seed", "device")} | {"note": resolved.get("note", "")}
-    return Settings(**groups, **places, **rest, names=chosen, resolved=resolved)
+    places: dict[str, Any] = {key: Path(values[key]).expanduser() for key in PLACES}
+    rest = {key: values[key] for key in ("seed", "device")} | {"note": values.get("note", "")}
+    return Settings(**groups, **places, **rest, names=chosen, resolved=dict(values), overrides=tuple(overrides))
 
 
-def made(config: DictConfig, group: str) -> Any:
-    """Build what one group of a configuration configures, and nothing else of it."""
+def made(node: Any) -> Any:
+    """Build what a resolved configuration configures: a call of each ``_target_``, innermost first.
+
+    Hydra's `instantiate` gives the same and copies every container once per level, which is seconds for a large suite.
+
+    Raises:
+        OptionError: If a target cannot be imported or called with these values.
+    """
+    if isinstance(node, list):
+        return [made(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        return {name: made(value) for name, value in node.items()}
     with explained():
-        return instantiate(config[group], _convert_="all")
+        if HYDRAS_OWN & set(node):
+            return instantiate(node, _convert_="all")
+        target = get_object(node["_target_"])
+    values = {name: made(value) for name, value in node.items() if name != "_target_"}
+    try:
+        return target(**values)
+    except TypeError as error:
+        raise OptionError(f"{node['_target_']} cannot be made of {sorted(values)}: {error}") from error
 
 
 def option(group: str, name: str) -> Any:
@@ -107,7 +244,9 @@ def option(group: str, name: str) -> Any:
     Returns:
         What the option configures.
     """
-    return made(compose([f"{group}={name}"]), group)
+    with explained():
+        node = _contained(compose([f"{group}={name}"])[group])
+    return made(node)
 
 
 PLUGINS = ("hydra/launcher", "hydra/sweeper")
@@ -177,11 +316,12 @@ def _require_plugins(overrides: Sequence[str]) -> None:
 
 def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
     def task(config: DictConfig) -> float:
-        choices = HydraConfig.get().runtime.choices
-        settings = build(config, choices)
-        if choices["hydra/sweeper"] != "basic" and "validation" not in settings.evaluate.splits:
+        own = HydraConfig.get()
+        choices = own.runtime.choices
+        cell = build(plain(config), choices, own.overrides.task)
+        if choices["hydra/sweeper"] != "basic" and "validation" not in cell.evaluate.splits:
             raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
-        return job(settings)
+        return job(cell)
 
     return task
 
@@ -260,9 +400,12 @@ def explained() -> Iterator[None]:
 
 
 def _expand(overrides: Sequence[str]) -> list[list[str]]:
+    return [list(cell) for cell in product(*map(_choices, _parsed(overrides)))]
+
+
+def _parsed(overrides: Sequence[str]) -> list[Any]:
     with explained():
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [list(cell) for cell in product(*map(_choices, parsed))]
+        return OverridesParser.create().parse_overrides(list(overrides))
 
 
 def _choices(override: Any) -> list[str]:

@@ -35,8 +35,8 @@ def _settings(arguments: Sequence[str]) -> tuple[str, list[Any]]:
     """Return the runs of an experiment, or the one run that overrides alone describe."""
     if arguments and "=" not in arguments[0]:
         every = cells(arguments[0], arguments[1:])
-        return arguments[0], [config.build(config.compose(cell)) for cell in every]
-    return "run", [config.build(config.compose(list(arguments)))]
+        return arguments[0], [config.settings(cell) for cell in every]
+    return "run", [config.settings(list(arguments))]
 
 
 def cells(name: str, extra: Sequence[str]) -> list[list[str]]:
@@ -51,7 +51,7 @@ def cells(name: str, extra: Sequence[str]) -> list[list[str]]:
 
 def plain(name: str, extra: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return an experiment's sweep lines, and what is common to them."""
-    found = config.plain(config.compose([f"experiment={name}"], primary="table"))["experiment"]
+    found = config.resolve([f"experiment={name}"], "table").values["experiment"]
     return found["rows"], [*found["common"], *extra]
 
 

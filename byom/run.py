@@ -71,6 +71,7 @@ class Settings:
         names: Group to the name of the option chosen.
         resolved: The configuration as plain containers.
         note: Shown above every table made of this run's record.
+        overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
     """
 
     suite: Suite
@@ -91,6 +92,7 @@ class Settings:
     names: Mapping[str, str]
     resolved: Mapping[str, Any]
     note: str = ""
+    overrides: tuple[str, ...] = ()
 
     @property
     def merges(self) -> bool:
@@ -148,7 +150,15 @@ class Settings:
         """Return where the record goes."""
         names = self.choices()
         label = f"{names['merge']}+{names['byom']}" + (f"+{names['router']}" if self.routed else "")
-        return Place(results_root(self.results), self.suite.name, names["backbone"], label, self.signature())
+        return Place(
+            results_root(self.results), self.suite.name, names["backbone"], f"{label}--{self._size()}", self.signature()
+        )
+
+    def _size(self) -> str:
+        """Return what tells the cells of a sweep apart, for people: ``m10-seed0``, ``q16-seed0`` or ``seed0``."""
+        density, rank = getattr(self.byom, "density", None), getattr(self.byom, "rank", None)
+        size = f"m{100 * density:g}-" if density is not None else f"q{rank}-" if rank is not None else ""
+        return f"{size}seed{self.seed}"
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -193,6 +203,8 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         "format": FORMAT,
         "signature": place.signature,
         "created": now(),
+        "overrides": list(settings.overrides),
+        "tasks": [task.name for task in settings.suite.tasks],
         "choices": settings.choices(),
         "titles": {
             "merge": settings.effective()[0].title,

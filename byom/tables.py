@@ -35,7 +35,7 @@ def places(cells: Sequence[Sequence[str]]) -> list[Place]:
 
 def place(overrides: Sequence[str]) -> Place:
     """Return what table a run belongs to."""
-    built = config.build(config.compose(list(overrides)))
+    built = config.settings(list(overrides))
     option = built.resolved["suite"]["name"]
     return Place(built.place().root, built.suite.name, built.names["backbone"], option)
 

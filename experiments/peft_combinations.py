@@ -189,7 +189,7 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
     from byom.pipeline import laboratory
     from byom.record import now, provenance, results_root, write_json
 
-    settings = config.build(config.compose([f"suite={suite}", "finetune=lora", "byom=none", *overrides]))
+    settings = config.settings([f"suite={suite}", "finetune=lora", "byom=none", *overrides])
     lab = laboratory(settings)
     experts: Mapping[str, Any] = {task: lab.expert(task) for task in lab.tasks}
 

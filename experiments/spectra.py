@@ -156,7 +156,7 @@ def run(suite: str, recipe: str, overrides: Sequence[str] = ()) -> Spectrum:
     from byom.pipeline import laboratory
     from byom.record import now, provenance, results_root, write_json
 
-    settings = config.build(config.compose([f"suite={suite}", *RECIPES[recipe], "byom=none", *overrides]))
+    settings = config.settings([f"suite={suite}", *RECIPES[recipe], "byom=none", *overrides])
     lab, start = laboratory(settings), time.perf_counter()
     found = spectra({task: lab.expert(task) for task in lab.tasks}, lab.pretrained)
     seconds = round(time.perf_counter() - start, 1)

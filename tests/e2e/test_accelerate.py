@@ -58,7 +58,7 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
     assert said.count("seed 0  test") == 1  # and Fisher's gradients were one process's own, or it would hang
     run(tmp_path / "one")
     alone, together = experts(tmp_path / "one"), experts(tmp_path / "two")
-    pretrained = pipeline.laboratory(config.build(config.compose(options(tmp_path / "one")))).pretrained
+    pretrained = pipeline.laboratory(config.settings(options(tmp_path / "one"))).pretrained
     for name, weights in alone.items():
         assert farthest(weights, together[name]) < 1e-5
         assert farthest(weights, pretrained) > 1e-3
@@ -69,7 +69,7 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("recipe", config.options("finetune"))
 def test_what_a_recipe_trains_can_be_sent_to_another_process(recipe, tmp_path):
-    lab = pipeline.laboratory(config.build(config.compose([*overrides(tmp_path), f"finetune={recipe}"])))
+    lab = pipeline.laboratory(config.settings([*overrides(tmp_path), f"finetune={recipe}"]))
     trained = lab.recipe.attach(lab.encoder, lab.backbone, 0).eval()
     torch.save((trained, lab.head("digits"), lab.splits("digits")["test"]), tmp_path / "sent.pt")
     copy, head, split = torch.load(tmp_path / "sent.pt", weights_only=False, mmap=True)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(folder):
     def make(*options):
-        return config.build(config.compose([*overrides(folder, "scratch"), *options]))
+        return config.settings([*overrides(folder, "scratch"), *options])
 
     try:
         run(make(*LORA, "merge=pretrained", "byom=none"))

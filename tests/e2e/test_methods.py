@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(folder):
     def make(*options):
-        return config.build(config.compose([*overrides(folder, "scratch"), *SMALL, *options]))
+        return config.settings([*overrides(folder, "scratch"), *SMALL, *options])
 
     return make
 

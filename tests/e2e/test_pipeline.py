@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cell(folder):
     def make(*options):
-        settings = config.build(config.compose([*overrides(folder), *options]))
+        settings = config.settings([*overrides(folder), *options])
         return run(settings)
 
     try:

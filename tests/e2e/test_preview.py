@@ -23,7 +23,7 @@ OPTIONS = ("steps=4", "joint=2", "components=2")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("previews")
     try:
-        run(config.build(config.compose([*overrides(made), "merge=pretrained", "byom=none"])))
+        run(config.settings([*overrides(made), "merge=pretrained", "byom=none"]))
     except DataError as error:
         pytest.skip(str(error))
     return made
@@ -53,7 +53,7 @@ def record(command):
 
 
 def single_run(folder, *options):
-    settings = config.build(config.compose([*overrides(folder), "byom=none", "evaluate=validation", *options]))
+    settings = config.settings([*overrides(folder), "byom=none", "evaluate=validation", *options])
     return [row["accuracy"] for row in run(settings)["scores"]["validation"].values()]
 
 

@@ -58,7 +58,7 @@ def test_records_say_whose_checkpoints_they_are(home, tmp_path, monkeypatch):
 
     with visit(home, monkeypatch):
         overrides = ["suite=vision8", "experts=clip_hf_b32", "merge=ties", "byom=fft", "evaluate=test", *tiny(tmp_path)]
-        record = run(config.build(config.compose(overrides)))
+        record = run(config.settings(overrides))
     assert record["family"] == "hf-clip" and record["choices"]["experts"] == "clip_hf_b32"
     told = record["experts"]
     assert told["validation"] == "seen" and set(told["commits"]) == {"eurosat", "mnist"}

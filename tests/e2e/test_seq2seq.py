@@ -46,7 +46,7 @@ def settings(tmp_path_factory):
 
     def make(*options, **changes):
         places = [f"results={folder}/results", f"cache={folder}/cache", "evaluate=test"]
-        made = config.build(config.compose([*places, "finetune.epochs=6", "finetune.batch_size=16", *options]))
+        made = config.settings([*places, "finetune.epochs=6", "finetune.batch_size=16", *options])
         return replace(made, suite=Suite("words", (mood, stars)), backbone=replace(backbone, **changes))
 
     return make

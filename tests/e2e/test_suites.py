@@ -101,8 +101,7 @@ def test_a_task_of_the_benchmark_can_come_from_image_folders(home, monkeypatch, 
         "splits": {"train": "train/*/*", "test": "test/*/*"},
     }
     overrides = [f"suite.tasks.eurosat.source={{{','.join(f'{k}: {v}' for k, v in flat(source))}}}"]
-    composed = config.compose(["suite=vision8", "~suite.tasks.eurosat.source", f"+{overrides[0]}"])
-    built = config.build(composed)
+    built = config.settings(["suite=vision8", "~suite.tasks.eurosat.source", f"+{overrides[0]}"])
     folders = next(t for t in built.suite.tasks if t.name == "eurosat").source.pools()
     assert sorted(map(int, folders["test"].labels)) == sorted(map(int, pools["test"].labels))
 

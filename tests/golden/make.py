@@ -28,7 +28,7 @@ def scores(cell):
 def main() -> None:
     """Run the rows in a temporary folder and write the file."""
     with tempfile.TemporaryDirectory() as folder:
-        found = scores(lambda *options: run(config.build(config.compose([*overrides(Path(folder)), *options]))))
+        found = scores(lambda *options: run(config.settings([*overrides(Path(folder)), *options])))
     write_json(Path(__file__).with_name("tiny_vision.json"), found)
 
 

@@ -169,10 +169,10 @@ def test_one_task_is_refused(scope):
 
 
 def test_the_wrapped_method_is_an_option():
-    built = config.build(config.compose(["merge=awd", "merge@merge.then=ties", "merge.then.density=0.1"])).merge
+    built = config.settings(["merge=awd", "merge@merge.then=ties", "merge.then.density=0.1"]).merge
     assert built == AdaptiveWeightDisentanglement(Ties(0.1))
     with pytest.raises(OptionError, match="does not merge the experts alone"):
-        config.build(config.compose(["merge=awd", "merge@merge.then=mtl"]))
+        config.settings(["merge=awd", "merge@merge.then=mtl"])
 
 
 @pytest.mark.parametrize(

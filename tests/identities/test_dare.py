@@ -144,7 +144,7 @@ def test_statistics_and_experts_stay():
 
 @pytest.mark.parametrize("nested", ["ties", "magmax"])
 def test_the_wrapped_method_is_an_option(nested):
-    built = config.build(config.compose(["merge=dare", f"merge@merge.then={nested}", "merge.then.scale=1"])).merge
+    built = config.settings(["merge=dare", f"merge@merge.then={nested}", "merge.then.scale=1"]).merge
     assert type(built.then).__name__.lower() == nested and built.then.scale == 1
 
 
@@ -157,4 +157,4 @@ def test_a_share_out_of_range_is_refused(drop):
 @pytest.mark.parametrize("nested", ["mtl", "mixture"])
 def test_a_method_that_merges_something_else_is_not_wrapped(nested):
     with pytest.raises(OptionError, match="does not merge the experts alone"):
-        config.build(config.compose(["merge=dare", f"merge@merge.then={nested}"]))
+        config.settings(["merge=dare", f"merge@merge.then={nested}"])

@@ -272,7 +272,7 @@ def test_values_out_of_range_are_refused(option, value, said):
 
 
 def test_the_wrapped_method_is_configured_inside():
-    built = config.build(config.compose(["merge=knots", "merge@merge.then=dare", "merge.then.drop=0.1"])).merge
+    built = config.settings(["merge=knots", "merge@merge.then=dare", "merge.then.drop=0.1"]).merge
     assert built.then.drop == 0.1
-    built = config.build(config.compose(["merge=knots", "merge.then.density=1"])).merge
+    built = config.settings(["merge=knots", "merge.then.density=1"]).merge
     assert built.then == Ties(1.0)

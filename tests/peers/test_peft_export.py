@@ -225,7 +225,7 @@ def test_the_command_writes_what_peft_loads_onto_the_merged_model_and_pack_the_s
     assert main(["export", str(tmp_path / "out"), *chosen]) == 0
     assert main(["pack", str(tmp_path / "bundle"), *chosen]) == 0
     said = capsys.readouterr().out
-    lab, bundle = laboratory(config.build(config.compose(chosen))), Bundle.open(tmp_path / "bundle")
+    lab, bundle = laboratory(config.settings(chosen)), Bundle.open(tmp_path / "bundle")
     pixels = INPUTS[vit]()
     for task in lab.tasks:
         assert f"{tmp_path / 'out' / task}\n" in said and f"{tmp_path / 'bundle' / task}.safetensors\n" in said

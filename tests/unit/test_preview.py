@@ -177,7 +177,7 @@ def test_regret_is_what_trusting_the_preview_costs():
 
 
 def test_defaults_are_those_of_the_configuration():
-    resolved = config.plain(config.compose([], primary="preview"))
+    resolved = config.resolve([], "preview").values
     assert Preview.of(resolved) == Preview()
 
 
