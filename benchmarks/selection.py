@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.options import conclude, parser
-from byom.selection import Part, kept, locate
+from byom.functional.selection import Part, kept, locate
 
 NANOSECONDS = 6.0
 TIMES_FASTER = 3.0

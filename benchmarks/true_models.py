@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from byom.functional.seeding import keyed
+from byom.functional.tensors import copied, wide
 from byom.merge.base import Problem
-from byom.seeding import keyed
-from byom.tensors import copied, wide
 from byom.weights import Weights
 
 EXAMPLES, LENGTH = 8, 48

@@ -35,8 +35,8 @@ from benchmarks.peak import measured
 from benchmarks.true_models import MODELS, SHARD, written
 from byom.errors import suggest
 from byom.merge.base import MergeMethod
-from byom.needs import Needs
-from byom.record import provenance, write_json
+from byom.merge.base.needs import Needs
+from byom.storage.record import provenance, write_json
 from byom.variants.base import Variant
 
 REFERENCE = "ties"
@@ -110,7 +110,7 @@ class Bench:
 @cache
 def every(group: str) -> Mapping[str, Any]:
     """Return all options of a group with their defaults."""
-    from byom import config
+    from byom.cli import config
 
     return {name: config.option(group, name) for name in config.options(group)}
 

@@ -12,7 +12,7 @@ from benchmarks import true_models
 from benchmarks.peak import Report
 from benchmarks.true_models import SHARD, built, examples
 from byom.backbone.base import fill
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError
 from byom.merge.base import MergeMethod
 from byom.variants.base import Preparation, Variant

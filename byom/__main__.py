@@ -89,7 +89,7 @@ def _command(name: str, module: str = "commands") -> Callable[[list[str]], int]:
 
     def call(arguments: list[str]) -> int:
         _quiet()
-        return getattr(import_module(f"byom.{module}"), name)(arguments)
+        return getattr(import_module(f"byom.cli.{module}"), name)(arguments)
 
     return call
 

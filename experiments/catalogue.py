@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from byom import config, published
+from byom.cli import config
+from byom.report import published
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "experiments" / "README.md"

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from byom.combine import cat, truncated
 from byom.errors import OptionError
-from byom.lowrank import Adapted, Piece
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.knots import KnowledgeOrientationThroughSvd
 from byom.merge.ties import Ties
 from byom.weights import Weights
+from byom.weights.combine import cat, truncated
+from byom.weights.lowrank import Adapted, Piece
 
 DENSITY = 0.2
 PEFT = ("linear", "svd", "ties", "dare_linear", "magnitude_prune", "cat")
@@ -185,9 +185,9 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
         suite: Its name.
         overrides: Further choices of the experts, for example ``finetune.rank=8`` or ``seed=1``.
     """
-    from byom import config
-    from byom.pipeline import laboratory
-    from byom.record import now, provenance, results_root, write_json
+    from byom.cli import config
+    from byom.pipeline.cell import laboratory
+    from byom.storage.record import now, provenance, results_root, write_json
 
     settings = config.settings([f"suite={suite}", "finetune=lora", "byom=none", *overrides])
     lab = laboratory(settings)

@@ -11,9 +11,12 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import lora, selection, true_size
-from byom import config, methods_table, render, scaling, table
-from byom.comparison import against_post_pruning
-from byom.report import read_runs
+from byom.cli import config
+from byom.report import frame as table
+from byom.report import methods as methods_table
+from byom.report import render, scaling
+from byom.report.comparison import against_post_pruning
+from byom.report.report import read_runs
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")

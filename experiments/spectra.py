@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from byom.fused import module_of
-from byom.linalg import VANISHING, is_matrix, truncated_svd
-from byom.lowrank import Adapted, product_svd
-from byom.targets import WORDS
+from byom.experts.finetune.targets import WORDS
+from byom.functional.linalg import VANISHING, is_matrix, truncated_svd
 from byom.weights import Weights
+from byom.weights.fused import module_of
+from byom.weights.lowrank import Adapted, product_svd
 
 SHOWN = 64
 FEWEST = 3  # two points lie on any line
@@ -152,9 +152,9 @@ def run(suite: str, recipe: str, overrides: Sequence[str] = ()) -> Spectrum:
         recipe: Of `RECIPES`.
         overrides: Further choices, for example ``seed=1``.
     """
-    from byom import config
-    from byom.pipeline import laboratory
-    from byom.record import now, provenance, results_root, write_json
+    from byom.cli import config
+    from byom.pipeline.cell import laboratory
+    from byom.storage.record import now, provenance, results_root, write_json
 
     settings = config.settings([f"suite={suite}", *RECIPES[recipe], "byom=none", *overrides])
     lab, start = laboratory(settings), time.perf_counter()

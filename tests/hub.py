@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from byom import config
-from byom.suite import Task
+from byom.cli import config
+from byom.data.suite import Task
 
 SIZES = {"train": 30, "validation": 12, "test": 12, "validation_matched": 12}
 SIDE = 32

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from byom.backbone.base import Head
+from byom.functional.seeding import keyed
 from byom.merge.base import Problem
-from byom.probe import Batch, Features, Probe
-from byom.seeding import keyed
+from byom.merge.base.probe import Batch, Features, Probe
 from byom.weights import Weights
 
 Encoder = Callable[[Mapping[str, Tensor], Tensor], Tensor]  # (all floating-point tensors, x [B, K]) -> [B, D]

@@ -6,9 +6,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 from hydra.utils import instantiate
 
-from byom import config
+from byom.cli import config
+from byom.functional.seeding import keyed
 from byom.merge.base import Member, Problem
-from byom.seeding import keyed
 from byom.weights import Spec, Weights
 from tests.probes import TinyProbe
 

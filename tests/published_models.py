@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from byom import config
 from byom.backbone.clip import Clip
 from byom.checkpoint.clip import to_hugging_face
+from byom.cli import config
 from byom.weights import Weights
 from tests.hub import WORDS, add_model, tasks
 from tests.tiny_clip import SIZES, tiny_clip

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from byom.data import Split
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
-from byom.hub import Download
-from byom.probe import Readout
-from byom.suite import Task
+from byom.merge.base.probe import Readout
+from byom.storage.repository import Download
 
 
 @dataclass(frozen=True)

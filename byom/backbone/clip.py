@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from byom import hub
 from byom.backbone.base import Backbone, Head
 from byom.backbone.vit import PixelEncoder
-from byom.data import Split
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
-from byom.hub import Download
-from byom.suite import Task
+from byom.storage import repository as hub
+from byom.storage.repository import Download
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 

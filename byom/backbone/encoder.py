@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from byom.backbone.transformer import Pretrained
-from byom.data import Split
+from byom.data.source.package import Package
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError, listed
-from byom.heads import Classifier, Regression
-from byom.probe import Readout
-from byom.source.package import Package
-from byom.suite import Task
+from byom.functional.heads import Classifier, Regression
+from byom.merge.base.probe import Readout
 
 Row = str | Mapping[str, str]
 HEADS = (

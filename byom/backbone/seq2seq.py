@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from byom.backbone.transformer import Pretrained
-from byom.data import Split
+from byom.data.source.package import Package
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import DataError, OptionError, suggest
-from byom.heads import Answers
-from byom.source.package import Package
-from byom.suite import Task
+from byom.functional.heads import Answers
 
 NO_TOKEN = -100
 BUDGET = 1 << 26  # logits held at a time: 256 MB in fp32
@@ -42,7 +42,7 @@ class Answering(nn.Module):
         self.max_new_tokens = max_new_tokens
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, answers: Tensor) -> Tensor:
-        """Return what `byom.heads.Answers` reads.
+        """Return what `byom.functional.heads.Answers` reads.
 
         Args:
             input_ids: ``[B, S]``.

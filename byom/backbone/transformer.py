@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from byom import hub
 from byom.backbone.base import Backbone
+from byom.data.source.package import Package
 from byom.errors import CheckpointError, listed
-from byom.hub import Download
-from byom.source.package import Package
+from byom.storage import repository as hub
+from byom.storage.repository import Download
 
 
 class Pretrained(Backbone):

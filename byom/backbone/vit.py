@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from byom.backbone.base import Backbone, fill
+from byom.data.source.package import Package
+from byom.data.suite import Task
 from byom.errors import CheckpointError
-from byom.source.package import Package
-from byom.suite import Task
 
 
 class PixelEncoder(nn.Module):

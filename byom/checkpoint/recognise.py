@@ -71,7 +71,7 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
     """
     path = Path(path)
     if (path / ADAPTER).is_file():
-        from byom.adapter import Adapter  # which needs the names of this package
+        from byom.checkpoint.adapters.adapter import Adapter  # which needs the names of this package
 
         adapter = Adapter.open(path)
         return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.hub import Download
+from byom.storage.repository import Download
 
 if TYPE_CHECKING:
-    from byom.lab import Lab
-    from byom.probe import Readout
-    from byom.suite import Task
+    from byom.data.suite import Task
+    from byom.merge.base.probe import Readout
+    from byom.pipeline.lab import Lab
     from byom.weights import Weights
 
 Validation = Literal["seen", "unseen", "unknown"]

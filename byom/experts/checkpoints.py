@@ -14,8 +14,8 @@ from byom.experts.base import Experts, require_related
 from byom.weights import Weights
 
 if TYPE_CHECKING:
-    from byom.lab import Lab
-    from byom.probe import Readout
+    from byom.merge.base.probe import Readout
+    from byom.pipeline.lab import Lab
 
 
 class Checkpoints(Experts):

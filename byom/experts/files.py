@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from byom.errors import CheckpointError, OptionError
 from byom.experts.base import Validation, check_family, named
 from byom.experts.checkpoints import Checkpoints
-from byom.storage import digest
+from byom.storage.tensor_files import digest
 
 if TYPE_CHECKING:
-    from byom.suite import Task
+    from byom.data.suite import Task
 
 
 @dataclass(frozen=True)

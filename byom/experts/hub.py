@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from byom import hub
 from byom.errors import CheckpointError, OptionError, suggest
 from byom.experts.base import Validation, check_family, named
 from byom.experts.checkpoints import Checkpoints
-from byom.hub import Download
+from byom.storage import repository as hub
+from byom.storage.repository import Download
 
 if TYPE_CHECKING:
-    from byom.lab import Lab
-    from byom.suite import Task
+    from byom.data.suite import Task
+    from byom.pipeline.lab import Lab
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from byom.experts.base import Experts
 
 if TYPE_CHECKING:
-    from byom.lab import Lab
-    from byom.suite import Task
+    from byom.data.suite import Task
+    from byom.pipeline.lab import Lab
     from byom.weights import Weights
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from byom.adapt import Blend, Vectors, blended, encoded, plain, require, require_unlabelled
-from byom.deltas import agreeing, elect_sign
 from byom.errors import OptionError, fraction
+from byom.functional.deltas import agreeing, elect_sign
 from byom.merge.base import Group, PlannedMethod, Problem
+from byom.merge.base.descent import Blend, Vectors, blended, encoded, plain, require, require_unlabelled
+from byom.merge.base.needs import Needs
+from byom.merge.base.probe import Batch, Probe, require_classes
 from byom.merge.ties import Ties
-from byom.needs import Needs
-from byom.probe import Batch, Probe, require_classes
 
 
 @dataclass(frozen=True)

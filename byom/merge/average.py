@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError
+from byom.functional.deltas import total
 from byom.merge.base import Group, TensorwiseMethod
 from byom.merge.fisher import plain, require_weights
 

@@ -10,14 +10,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import inner_products, total
 from byom.errors import OptionError
-from byom.linalg import VANISHING
+from byom.functional.deltas import inner_products, total
+from byom.functional.linalg import VANISHING
+from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
+from byom.merge.base.needs import Needs
 from byom.merge.dare import require_experts
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.needs import Needs
-from byom.tensors import wide
 from byom.weights import Weights
 
 Scope = Literal["global", "tensor"]

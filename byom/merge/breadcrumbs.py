@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError, fraction
+from byom.functional.deltas import total
+from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, TensorwiseMethod
-from byom.selection import Part, kept, locate
 
 Granularity = Literal["per_row", "per_tensor"]
 

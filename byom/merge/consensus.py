@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import tall_mask
 from byom.errors import OptionError, fraction
+from byom.functional.deltas import tall_mask
 from byom.merge.base import Group, PlannedMethod, Problem, TensorwiseMethod
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError
+from byom.functional.seeding import keyed
+from byom.functional.selection import Part, kept, locate
+from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
+from byom.merge.base.needs import Needs
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.needs import Needs
-from byom.seeding import keyed
-from byom.selection import Part, kept, locate
-from byom.tensors import wide
 from byom.weights import Weights
 
 Select = Literal["random", "magnitude"]

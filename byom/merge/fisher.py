@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import CheckpointError, OptionError
+from byom.functional.deltas import total
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.needs import Needs
+from byom.merge.base.needs import Needs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.merge.base.needs import Needs
 from byom.merge.fisher import plain, precise, require_shape, require_weights, task_weights
-from byom.needs import Needs
 
 POSTERIORS = ("fisher", "ivon")
 

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError
-from byom.linalg import VANISHING, is_matrix, patterns, thin_svd
+from byom.functional.deltas import total
+from byom.functional.linalg import VANISHING, is_matrix, patterns, thin_svd
 from byom.merge.base import Group, TensorwiseMethod
 
 Rank = Literal["numerical", "full"]

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError, fraction
-from byom.linalg import VANISHING, is_matrix, patterns, polar, thin_svd, truncated_svd
+from byom.functional.deltas import total
+from byom.functional.linalg import VANISHING, is_matrix, patterns, polar, thin_svd, truncated_svd
+from byom.functional.selection import kept as floored
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.iso_c import Rank
-from byom.selection import kept as floored
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 

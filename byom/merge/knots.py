@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from byom.errors import OptionError
-from byom.linalg import VANISHING, is_matrix, patterns, thin_svd
-from byom.lowrank import Adapted, Piece
+from byom.functional.linalg import VANISHING, is_matrix, patterns, thin_svd
+from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
+from byom.merge.base.needs import Needs
 from byom.merge.ties import Ties
-from byom.needs import Needs
-from byom.tensors import wide
 from byom.weights import Spec, Weights
+from byom.weights.lowrank import Adapted, Piece
 
 Chain = Sequence[Tensor]  # matrices whose product is meant: a change itself, or the two factors of a low-rank one
 
@@ -42,10 +42,10 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
     ``theta = theta_0 + scale * U R``. Linear methods are not changed by that; others see tasks that are aligned.
 
     Only U is computed, from the eigenvectors of ``sum_t tau_t tau_tᵀ`` in fp64, so that ``U Uᵀ tau_t = tau_t``
-    holds to rounding. Where all experts are low-rank differences to this pre-trained model (`byom.lowrank.Adapted`),
-    everything follows from their factors. The bases of all matrices stay in memory, at most ``m min(m, T n)`` values
-    each and ``m (r_1 + ... + r_T)`` for factors; coordinates are computed when they are read. Fully fine-tuned models
-    with sides of many thousands take the cube of it in time.
+    holds to rounding. Where all experts are low-rank differences to this pre-trained model
+    (`byom.weights.lowrank.Adapted`), everything follows from their factors. The bases of all matrices stay in memory,
+    at most ``m min(m, T n)`` values each and ``m (r_1 + ... + r_T)`` for factors; coordinates are computed when they
+    are read. Fully fine-tuned models with sides of many thousands take the cube of it in time.
 
     Args:
         then: The method that merges the coordinates. It needs weights alone; for it, the number of entries is that

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from byom.adapt import require, shuffled, where
-from byom.deltas import total
 from byom.errors import OptionError, fraction
-from byom.linalg import patterns
+from byom.functional.deltas import total
+from byom.functional.linalg import patterns
+from byom.functional.selection import Part, kept, locate
+from byom.functional.tensors import wide
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.needs import Needs
-from byom.probe import Batch, loss
-from byom.selection import Part, kept, locate
-from byom.tensors import wide
-from byom.trim import Cuts, cuts
+from byom.merge.base.descent import require, shuffled, where
+from byom.merge.base.needs import Needs
+from byom.merge.base.probe import Batch, loss
 from byom.weights import Weights
+from byom.weights.cuts import Cuts, cuts
 
 START = 5.0  # magnitude of every score before learning: sigmoid(5) = 0.993
 Mask = Callable[[str, Tensor, int], Tensor]  # (parameter, piece of a task vector, its flat offset) -> bool

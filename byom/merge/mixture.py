@@ -11,9 +11,9 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.merge.base import Group, Member, PlannedMethod, Problem
+from byom.merge.base.needs import Needs
 from byom.merge.fisher import precise, require_shape, require_weights, task_weights
 from byom.merge.hessian_weighted import posterior_needs, previewed, require_posterior
-from byom.needs import Needs
 from byom.weights import Weights
 
 PIECE = 1 << 14  # elements compared at a time, near the caches; fixed, as the order of sums decides their last bits

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.deltas import inner_products, total
+from byom.functional.deltas import inner_products, total
 from byom.merge.base import Group, TensorwiseMethod, blockwise
 
 

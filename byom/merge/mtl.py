@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from byom.errors import OptionError
 from byom.merge.base import MergeMethod, Problem
-from byom.needs import Needs
+from byom.merge.base.needs import Needs
 from byom.weights import Weights
 
 

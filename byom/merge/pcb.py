@@ -10,11 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError, fraction
+from byom.functional.deltas import total
+from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.selection import Part, kept, locate
-from byom.trim import difference
+from byom.weights.cuts import difference
 
 LEAST = 1e-12  # a sum of shares below this is no competition; the value of the authors
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import CheckpointError, OptionError, fraction
-from byom.linalg import weighted_solve
+from byom.functional.deltas import total
+from byom.functional.linalg import weighted_solve
 from byom.merge.base import Group, Problem, TensorwiseMethod
-from byom.needs import Needs
+from byom.merge.base.needs import Needs
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from byom.deltas import total
 from byom.errors import OptionError
+from byom.functional.deltas import total
 from byom.merge.base import Group, PlannedMethod, Problem
+from byom.merge.base.needs import Needs
 from byom.merge.regmean import regression_mean, require_options
-from byom.needs import Needs
 
 
 class Layer(NamedTuple):

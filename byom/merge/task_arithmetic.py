@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from byom.deltas import total
+from byom.functional.deltas import total
 from byom.merge.base import Group, TensorwiseMethod
 
 

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.errors import OptionError, fraction
+from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
+from byom.functional.selection import Cut
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.selection import Cut
-from byom.trim import Cuts, cuts
+from byom.weights.cuts import Cuts, cuts
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.deltas import total
-from byom.linalg import VANISHING, is_matrix, patterns, polar, truncated_svd
+from byom.functional.deltas import total
+from byom.functional.linalg import VANISHING, is_matrix, patterns, polar, truncated_svd
 from byom.merge.base import Group, Problem, TensorwiseMethod
 
 

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.deltas import total
 from byom.errors import OptionError
-from byom.linalg import is_matrix, patterns, weighted_solve
+from byom.functional.deltas import total
+from byom.functional.linalg import is_matrix, patterns, weighted_solve
+from byom.functional.tensors import wide
 from byom.merge.base import Group, TensorwiseMethod
-from byom.tensors import wide
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from byom.data import Split
+from byom.data.splits import Split
 from byom.errors import OptionError
-from byom.probe import Batch, Readout
+from byom.merge.base.probe import Batch, Readout
 
 
 class Fitter(ABC):

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from byom.errors import OptionError
-from byom.probe import Batch, Readout
-from byom.seeding import keyed
+from byom.functional.seeding import keyed
+from byom.functional.tensors import wide
+from byom.merge.base.probe import Batch, Readout
 from byom.statistics.base import Fitter, Statistic, parameters
-from byom.tensors import wide
 
 BUDGET = 1 << 27  # gradient entries held at a time: 512 MB in fp32
 ESTIMATES = ("exact", "sampled", "empirical")

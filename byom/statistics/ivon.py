@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from byom.errors import OptionError
-from byom.probe import Batch, Readout, loss
-from byom.seeding import keyed
+from byom.functional.seeding import keyed
+from byom.merge.base.probe import Batch, Readout, loss
 from byom.statistics.base import Fitter, Statistic, parameters
 
 

@@ -9,12 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom import bits
-from byom.deltas import agreeing, elect_sign
 from byom.errors import OptionError
+from byom.functional.deltas import agreeing, elect_sign
+from byom.functional.tensors import wide
 from byom.merge.base import Problem, blockwise
-from byom.tensors import wide
-from byom.variants.base import WHOLE, Delta, Parts, Served, Shared, Variant
+from byom.variants.base import WHOLE, Delta, Parts, Served, Shared, Variant, bits
 from byom.weights import Weights, require_match
 
 

@@ -10,15 +10,15 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from byom import sparse, storage
 from byom.errors import CheckpointError, OptionError
-from byom.linalg import is_matrix, randomised_svd, truncated_svd
-from byom.lowrank import Adapted, Piece, add, product_svd
-from byom.seeding import keyed
-from byom.tensors import wide
-from byom.variants.base import Delta, PackingVariant, Parts, Shared
+from byom.functional.linalg import is_matrix, randomised_svd, truncated_svd
+from byom.functional.seeding import keyed
+from byom.functional.tensors import wide
+from byom.storage import tensor_files as storage
+from byom.variants.base import Delta, PackingVariant, Parts, Shared, sparse
 from byom.variants.single_task import adapts, require_finite
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted, Piece, add, product_svd
 
 KEPT = 32  # singular values found of a dense difference: every smaller rank of a sweep is a cut of them
 Place = tuple[str, int]  # parameter and first row
@@ -30,11 +30,11 @@ Plan = dict[str, Parts]
 class ByomLora(PackingVariant):
     """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
 
-    The product ``A_t B_tᵀ`` of an adapter (`byom.lowrank.Adapted`) is factored by QR of its thin factors and never
-    formed; where query, key and value lie in one fused matrix each has its own. Models that are no adapters on the
-    reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0], rest]``.
-    A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which ``byom=single_task``
-    stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
+    The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
+    never formed; where query, key and value lie in one fused matrix each has its own. Models that are no adapters on
+    the reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0],
+    rest]``. A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which
+    ``byom=single_task`` stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
 
     Args:
         rank: Singular values kept of each matrix (q), at least 1; all are kept of a matrix that has fewer.

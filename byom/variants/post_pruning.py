@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from byom.sparse import TopMagnitude
+from byom.variants.base.sparse import TopMagnitude
 
 
 @dataclass(frozen=True)

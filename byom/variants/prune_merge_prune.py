@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from byom.errors import fraction
-from byom.prune import Pruned
-from byom.sparse import TopMagnitude
+from byom.variants.base.pruned import Pruned
+from byom.variants.base.sparse import TopMagnitude
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from byom.prune import Pruned
 from byom.variants.base import PackingVariant, Parts, Shared
+from byom.variants.base.pruned import Pruned
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from byom.lowrank import Adapted, Piece, add
+from byom.functional.tensors import finite
 from byom.merge.base import Problem
-from byom.tensors import finite
 from byom.variants.base import Delta, PackingVariant, Parts, Shared
 from byom.weights import Weights, require_match
+from byom.weights.lowrank import Adapted, Piece, add
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch.nn.functional import l1_loss
 from torch.nn.init import kaiming_uniform_
 from tqdm import tqdm
 
-from byom.adapt import require, require_finite, require_unlabelled, shuffled
+from byom.functional.seeding import keyed
 from byom.merge.base import Problem
-from byom.needs import Needs
-from byom.packed import READOUT, Delta, Parts, Readout, Served, Shared
-from byom.seeding import keyed
+from byom.merge.base.descent import require, require_finite, require_unlabelled, shuffled
+from byom.merge.base.needs import Needs
 from byom.variants.base import Variant
+from byom.variants.base.delta import READOUT, Delta, Parts, Readout, Served, Shared
 from byom.weights import Weights, require_match
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byom import bits, sparse
 from byom.errors import OptionError, fraction
-from byom.selection import Part, kept, locate
-from byom.tensors import wide
-from byom.variants.base import PackingVariant, Parts, Shared
+from byom.functional.selection import Part, kept, locate
+from byom.functional.tensors import wide
+from byom.variants.base import PackingVariant, Parts, Shared, bits, sparse
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class BinaryTaskSwitch(PackingVariant):
     Differences:
         The paper has one scale a task; the authors' code, and this, one a tensor. Their code keeps all ties at the
         threshold, and ``int(10 * (1 - 0.9))`` of their counts is 0; here counts are exact. Their packing needs sizes
-        that are multiples of 4 and keeps no scale; ours is described in `byom.bits`. They use 0.6 for fully
-        fine-tuned models and 0.4 for LoRA of rank 64.
+        that are multiples of 4 and keeps no scale; ours is described in `byom.variants.base.bits`. They use 0.6 for
+        fully fine-tuned models and 0.4 for LoRA of rank 64.
     """
 
     drop: float = 0.6

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byom import bits
-from byom.deltas import tall_mask
 from byom.errors import OptionError
-from byom.tensors import wide
-from byom.variants.base import PackingVariant, Parts, Shared
+from byom.functional.deltas import tall_mask
+from byom.functional.tensors import wide
+from byom.variants.base import PackingVariant, Parts, Shared, bits
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
-from byom.adapt import Blend, merged, require, require_finite, require_unlabelled
 from byom.errors import OptionError, fraction, listed
+from byom.functional.seeding import keyed
 from byom.merge.base import Problem
-from byom.needs import Needs
-from byom.packed import READOUT, Delta, Parts, Readout, Served, Shared
-from byom.probe import Batch, require_classes
-from byom.seeding import keyed
+from byom.merge.base.descent import Blend, merged, require, require_finite, require_unlabelled
+from byom.merge.base.needs import Needs
+from byom.merge.base.probe import Batch, require_classes
 from byom.variants.base import Variant
+from byom.variants.base.delta import READOUT, Delta, Parts, Readout, Served, Shared
 from byom.weights import Weights
 
 HEAD = "head"

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from byom import sparse, truncated
 from byom.errors import OptionError, fraction
-from byom.linalg import is_matrix
+from byom.functional.linalg import is_matrix
+from byom.functional.selection import kept
+from byom.functional.tensors import wide
 from byom.merge.base import Problem
-from byom.selection import kept
-from byom.tensors import wide
-from byom.variants.base import PackingVariant, Parts, Shared
+from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base import factors as truncated
 from byom.weights import Weights
 
 

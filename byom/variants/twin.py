@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom import sparse, truncated
 from byom.errors import OptionError, fraction
-from byom.linalg import is_matrix
-from byom.seeding import keyed
-from byom.selection import Part, kept, locate
-from byom.tensors import wide
-from byom.variants.base import PackingVariant, Parts, Shared
+from byom.functional.linalg import is_matrix
+from byom.functional.seeding import keyed
+from byom.functional.selection import Part, kept, locate
+from byom.functional.tensors import wide
+from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base import factors as truncated
 from byom.weights import Weights
 
 

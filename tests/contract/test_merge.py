@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import CheckpointError, OptionError, WeightsMismatch
-from byom.merge import base as merging
+from byom.merge.base import method as merging
 from byom.merge.base import PlannedMethod, TensorwiseMethod
-from byom.needs import Needs
+from byom.merge.base.needs import Needs
 from byom.weights import Weights
 from tests.problems import (
     BUFFERS,

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from byom import config
+from byom.cli import config
 from byom.errors import OptionError
+from byom.functional.seeding import keyed
 from byom.merge.base import Problem
-from byom.packed import Served
-from byom.probe import Features
-from byom.router.oracle import Oracle
-from byom.seeding import keyed
+from byom.merge.base.probe import Features
+from byom.pipeline.router.oracle import Oracle
+from byom.variants.base.delta import Served
 from byom.weights import Weights
 from tests.problems import bits
 

@@ -9,17 +9,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from byom import measure, trim
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError, WeightsMismatch
-from byom.merge import base as merging
+from byom.functional.selection import kept
+from byom.merge.base import method as merging
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.packed import Delta
-from byom.selection import kept
-from byom.sparse import TopMagnitude
+from byom.pipeline import measure
+from byom.variants.base.delta import Delta
+from byom.variants.base.sparse import TopMagnitude
 from byom.variants.fft import ByomFft
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
+from byom.weights import cuts as trim
 from tests.problems import BUFFERS, FLOATS, TIED, bits, counted, grid, model, models, options, posed, problem, same
 
 VARIANTS = options("byom")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from byom import config, scaling
+from byom.cli import config
+from byom.report import scaling
 from experiments import catalogue
 
 SCALING = Path(__file__).parents[2] / "results" / "scaling"

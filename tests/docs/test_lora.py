@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments import lora
+from experiments.lora import page as lora
 
 
 def test_lora_tables_are_current(tmp_path):

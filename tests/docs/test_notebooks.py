@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 from byom.__main__ import main
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.weights import Weights
 from tests.e2e.tiny import DROPPED, KEPT, overrides
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from byom.__main__ import main
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
 

@@ -65,9 +65,6 @@ def finished(folder):
 
 def main(folder, numbers, *command):
     """Run a command once for each number, killed at that change, and print what is finished after each."""
-    import byom.pipeline
-    import byom.report
-    import byom.run  # noqa: F401 - imported once, not in every fork
 
     for number in map(int, numbers.split(",")):
         status, seen = attempt(folder, number, list(command))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from byom import config
 from byom.__main__ import main
+from byom.cli import config
 from tests.hub import build, tasks, visit
 from tests.published_models import add_experts
 from tests.tiny_clip import tiny_clip
@@ -57,7 +57,7 @@ def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
     if (chosen(name, "backbone") or "clip").startswith("clip") and chosen(name, "suite").startswith("vision"):
         overrides += [f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
     with visit(home, patch), patch.context() as undo:
-        undo.setattr("byom.config.cells", shorter)
+        undo.setattr("byom.cli.config.cells", shorter)
         return main(["table", name, *overrides]), results
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from byom import config, pipeline
+from byom.cli import config
+from byom.pipeline import cell as pipeline
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from byom import config
 from byom.__main__ import main
+from byom.cli import config
 from tests.e2e.tiny import overrides
 
 ROOT = Path(__file__).parents[2]
@@ -134,9 +134,9 @@ def test_a_new_merge_method_is_one_python_file_and_one_yaml(tmp_path):
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     experiment = "vision8_offline_headline"
     options = [experiment, *overrides(tmp_path), "tune=none"]
-    monkeypatch.setattr("byom.commands._job", _stop_after(3))
+    monkeypatch.setattr("byom.cli.commands._job", _stop_after(3))
     with pytest.raises(KeyboardInterrupt):
-        from byom import commands
+        from byom.cli import commands
 
         commands.table(options)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("runs/**/*.json")}
@@ -150,7 +150,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 def _stop_after(cells):
-    from byom import commands
+    from byom.cli import commands
 
     original, seen = commands._job, []
 

@@ -22,7 +22,7 @@ def encoder():
 @pytest.fixture
 def base(encoder, monkeypatch):
     weights = Weights.of(encoder.state_dict(), origin="pre-trained")
-    monkeypatch.setattr("byom.convert.pretrained", lambda option: weights)
+    monkeypatch.setattr("byom.checkpoint.convert.pretrained", lambda option: weights)
     return weights
 
 
@@ -116,6 +116,8 @@ def test_mistakes_and_hostile_files_are_one_sentence_and_write_nothing(tmp_path,
 
 
 def test_other_names_are_for_image_towers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("byom.convert.pretrained", lambda _: Weights.of({"model.layer.weight": torch.ones(2)}))
+    monkeypatch.setattr(
+        "byom.checkpoint.convert.pretrained", lambda _: Weights.of({"model.layer.weight": torch.ones(2)})
+    )
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "like=minilm", "to=huggingface"]) == 1
     assert "to=huggingface is for image towers of open_clip, and backbone=minilm is none" in capsys.readouterr().err

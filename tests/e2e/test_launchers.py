@@ -9,10 +9,11 @@ import pytest
 import yaml
 from hydra.utils import get_class
 
-from byom import config, pipeline, sweeps
 from byom.__main__ import main
+from byom.cli import config, sweeps
 from byom.errors import OptionError
 from byom.merge.ties import Ties
+from byom.pipeline import cell as pipeline
 from tests.e2e.tiny import overrides
 
 HEADLINE = "vision8_offline_headline"

@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 
-from byom import config
 from byom.__main__ import main
-from byom.lowrank import Adapted
-from byom.packed import Served
-from byom.pipeline import laboratory, serve
-from byom.run import run
-from byom.source.base import DataError
+from byom.cli import config
+from byom.data.source.base import DataError
+from byom.pipeline.cell import laboratory, serve
+from byom.pipeline.run import run
+from byom.variants.base.delta import Served
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted
 from tests.e2e.tiny import KEPT, overrides
 
 pytestmark = pytest.mark.data
@@ -114,7 +114,7 @@ def test_export_writes_adapters_that_read_back(settings, folder, capsys):
 
 
 def test_pack_writes_a_bundle(folder, settings):
-    from byom.bundle import Bundle
+    from byom.checkpoint.bundle import Bundle
 
     assert main(["pack", str(folder / "bundle"), *overrides(folder, "scratch"), *LORA, "byom=lora", "byom.rank=2"]) == 0
     served = serve(settings(*LORA, "byom=lora", "byom.rank=2"))[1]
@@ -124,7 +124,7 @@ def test_pack_writes_a_bundle(folder, settings):
 
 @pytest.mark.parametrize("option", ["fft", "tall_mask", "emr"])
 def test_pack_packs_every_task_once_and_holds_one_at_a_time(folder, settings, monkeypatch, capsys, option):
-    from byom.bundle import Bundle
+    from byom.checkpoint.bundle import Bundle
     from byom.variants.base import PackingVariant
 
     chosen, packed, alive, most = [*LORA, "merge=ties", f"byom={option}"], [], [], []

@@ -7,13 +7,13 @@ import math
 
 import pytest
 
-from byom import config
-from byom.bootstrap import unpack_hits
-from byom.methods_table import display_methods, methods
-from byom.pipeline import laboratory
-from byom.report import generate
-from byom.run import run
-from byom.source.base import DataError
+from byom.cli import config
+from byom.data.source.base import DataError
+from byom.pipeline.cell import laboratory
+from byom.pipeline.run import run
+from byom.report.bootstrap import unpack_hits
+from byom.report.methods import display_methods, methods
+from byom.report.report import generate
 from tests.e2e.tiny import KEPT, overrides
 
 pytestmark = pytest.mark.data
@@ -122,7 +122,7 @@ def test_what_was_made_before_keeps_its_cost(cell, settings, folder):
 
 
 def test_statistics_are_made_ahead_and_found_again(settings, cell, capsys):
-    from byom import commands
+    from byom.cli import commands
 
     made = settings("merge=regmean", "byom=none")
     lab = laboratory(made)

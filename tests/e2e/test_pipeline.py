@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from byom import config
 from byom.__main__ import main
-from byom.run import metric, run
-from byom.source.base import DataError
+from byom.cli import config
+from byom.data.source.base import DataError
+from byom.pipeline.run import metric, run
 from tests.e2e.tiny import KEPT, overrides
 from tests.golden.make import scores
 
@@ -95,14 +95,14 @@ def test_tuning_keeps_the_best_setting_on_validation(cell):
 
 def test_a_finished_cell_is_not_run_again(cell, folder, monkeypatch):
     record = cell("merge=average", "byom=none")
-    monkeypatch.setattr("byom.pipeline.execute", lambda _: pytest.fail("ran again"))
+    monkeypatch.setattr("byom.pipeline.cell.execute", lambda _: pytest.fail("ran again"))
     assert cell("merge=average", "byom=none") == record
     assert metric(record) == record["summary"]["validation"]["absolute"]
 
 
 def test_a_failing_cell_is_marked_and_tried_again(cell, folder, monkeypatch):
     options = ("merge=average", "byom=fft", "byom.density=0.3")
-    monkeypatch.setattr("byom.pipeline._merged", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr("byom.pipeline.cell._merged", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     with pytest.raises(RuntimeError, match="boom"):
         cell(*options)
     failed = list(folder.rglob("*.failed.json"))
@@ -118,7 +118,7 @@ def test_a_damaged_cached_expert_is_refused_by_name(cell, folder):
     original = file.read_bytes()
     file.write_bytes(original[:-5] + bytes([original[-5] ^ 1]) + original[-4:])
     try:
-        from byom import pipeline
+        from byom.pipeline import cell as pipeline
 
         pipeline._KEPT.clear()
         with pytest.raises(Exception, match=r"does not match its checksum") as caught:
@@ -150,7 +150,7 @@ def test_the_command_writes_a_record_and_reports_it(cell, folder, capsys):
 
 def test_an_unwritable_results_folder_is_found_before_any_work(cell, folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("byom.pipeline.execute", lambda _: pytest.fail("work was started"))
+    monkeypatch.setattr("byom.pipeline.cell.execute", lambda _: pytest.fail("work was started"))
     arguments = ["run", *overrides(folder), "merge=average", "byom=none", f"results={tmp_path}/file/scratch"]
     assert main(arguments) == 1
     assert "set results= to a writable folder" in capsys.readouterr().err

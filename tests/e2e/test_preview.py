@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from byom import config, preview, scorer
 from byom.__main__ import main
-from byom.pareto import agreement
-from byom.preview import accuracies
-from byom.run import run
-from byom.source.base import DataError
+from byom.cli import config
+from byom.data.source.base import DataError
+from byom.functional.pareto import agreement
+from byom.pipeline import preview, scorer
+from byom.pipeline.preview import accuracies
+from byom.pipeline.run import run
 from tests.e2e.tiny import KEPT, overrides
 
 pytestmark = pytest.mark.data
@@ -112,7 +113,7 @@ def test_the_agreement_compares_the_same_weights(record):
 
 
 def test_a_finished_preview_is_shown_again_without_work(command, record, monkeypatch):
-    monkeypatch.setattr("byom.preview.execute", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr("byom.pipeline.preview.execute", lambda *_: pytest.fail("ran again"))
     status, shown = command(*OPTIONS)
     assert status == 0 and read(shown) == record
 
@@ -126,7 +127,7 @@ def interrupted_after(scored, monkeypatch):
         count[0] += 1
         return score(self, job, bar)
 
-    monkeypatch.setattr("byom.scorer.Scorer._score", once_more)
+    monkeypatch.setattr("byom.pipeline.scorer.Scorer._score", once_more)
     return count
 
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from byom import config, hub
 from byom.__main__ import main
+from byom.cli import config
+from byom.storage import repository as hub
 from tests.hub import build, visit
 from tests.published_models import add_experts
 from tests.tiny_clip import tiny_clip
@@ -54,7 +55,7 @@ def test_what_is_not_here_is_named_with_its_remedy(tmp_path, monkeypatch, capsys
 
 
 def test_records_say_whose_checkpoints_they_are(home, tmp_path, monkeypatch):
-    from byom.run import run
+    from byom.pipeline.run import run
 
     with visit(home, monkeypatch):
         overrides = ["suite=vision8", "experts=clip_hf_b32", "merge=ties", "byom=fft", "evaluate=test", *tiny(tmp_path)]

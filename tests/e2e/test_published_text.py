@@ -2,7 +2,7 @@
 
 import pytest
 
-from byom import config
+from byom.cli import config
 from tests.e2e.published import check, chosen, run
 from tests.hub import build
 from tests.published_models import add_experts, add_flan_t5, add_roberta

@@ -2,7 +2,7 @@
 
 import pytest
 
-from byom import config
+from byom.cli import config
 from tests.e2e.published import IMAGES, add_images, check, run
 from tests.published_models import pickled_experts
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from byom import lock
+from byom.storage import lock
 from tests.e2e.tiny import overrides
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_two_processes_that_want_one_cell_train_each_expert_once(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_free_and_who_waits_says_so(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "expert"
-    code = "from byom.lock import alone; from pathlib import Path; import sys, time\n"
+    code = "from byom.storage.lock import alone; from pathlib import Path; import sys, time\n"
     code += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     holder = start("-c", code, str(folder))
     assert holder.stdout.readline() == "held\n"

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from byom import config
 from byom.backbone.seq2seq import Seq2Seq
-from byom.lowrank import Adapted
-from byom.metric import value_of
-from byom.pipeline import laboratory
-from byom.run import run
-from byom.source.table import Table
-from byom.suite import Suite, Task
+from byom.cli import config
+from byom.data.source.table import Table
+from byom.data.suite import Suite, Task
+from byom.functional.metrics import value_of
+from byom.pipeline.cell import laboratory
+from byom.pipeline.run import run
+from byom.weights.lowrank import Adapted
 from tests.tiny_t5 import tiny_t5
 
 MOODS = {"good": "good", "fine": "good", "bad": "not good", "poor": "not good"}

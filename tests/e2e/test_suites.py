@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from byom import config, data
-from byom.draw import Draws
+from byom.cli import config
+from byom.data import splits as data
+from byom.data.draw import Draws
 from tests.hub import SIZES, build, tasks, visit
 
 WORDS = {
@@ -96,7 +97,7 @@ def test_a_task_of_the_benchmark_can_come_from_image_folders(home, monkeypatch, 
             folder.mkdir(parents=True, exist_ok=True)
             pool.inputs[i].save(folder / f"{i:04}.png")
     source = {
-        "_target_": "byom.source.images.ImageFolder",
+        "_target_": "byom.data.source.images.ImageFolder",
         "root": str(tmp_path),
         "splits": {"train": "train/*/*", "test": "test/*/*"},
     }

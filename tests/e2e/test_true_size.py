@@ -7,11 +7,12 @@ import torch
 
 from benchmarks import true_models, true_size, true_stages
 from benchmarks.peak import Taken, measured
-from byom import config, storage
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
+from byom.cli import config
 from byom.merge.base import Problem
+from byom.merge.base.needs import Needs
 from byom.merge.ties import Ties
-from byom.needs import Needs
+from byom.storage import tensor_files as storage
 from byom.variants.base import PackingVariant
 from byom.weights import Weights
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from byom import config
-from byom.record import write_json
-from byom.run import run
+from byom.cli import config
+from byom.pipeline.run import run
+from byom.storage.record import write_json
 from tests.e2e.tiny import overrides
 
 ROWS = {

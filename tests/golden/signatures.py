@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from byom import config
-from byom.record import write_json
+from byom.cli import config
+from byom.storage.record import write_json
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("signatures.json")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from byom import config
-from byom.signature import describe, signature
+from byom.cli import config
+from byom.storage.signature import describe, signature
 from tests.golden.signatures import FILE, committed, record
 
 GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.adapt import JOINED, Blend, blended, encoded, plain
 from byom.errors import OptionError
 from byom.merge.adamerging import AdaMerging, elected, entropies, entropy
 from byom.merge.awd import AdaptiveWeightDisentanglement
 from byom.merge.base import Problem
+from byom.merge.base.descent import JOINED, Blend, blended, encoded, plain
+from byom.merge.base.probe import Batch
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.probe import Batch
 from byom.weights import Weights
 from tests.probes import TinyProbe, networks
 from tests.problems import models, problem, same

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.deltas import total
 from byom.errors import OptionError
+from byom.functional.deltas import total
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.signature import signature
+from byom.storage.signature import signature
 from byom.weights import Weights
 from tests.problems import BUFFERS, FLOATS, bits, models, problem
 

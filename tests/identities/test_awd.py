@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom import config
-from byom.deltas import inner_products
+from byom.cli import config
 from byom.errors import CheckpointError, OptionError
+from byom.functional.deltas import inner_products
 from byom.merge.awd import AdaptiveWeightDisentanglement, disentangle, gradient, loss, redundant
 from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.deltas import tall_mask
 from byom.errors import OptionError
+from byom.functional.deltas import tall_mask
 from byom.merge.base import Problem
 from byom.merge.consensus import ConsensusMerging, consensus
 from byom.merge.task_arithmetic import TaskArithmetic

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom import config
+from byom.cli import config
 from byom.errors import OptionError
 from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.needs import Needs
 from byom.merge.dare import Dare, flips
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.needs import Needs
 from byom.weights import Weights
 from tests.problems import grid, models, problem, same
 

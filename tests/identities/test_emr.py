@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom import bits, measure
 from byom.errors import OptionError
 from byom.merge.base import Problem
-from byom.variants.base import WHOLE
+from byom.pipeline import measure
+from byom.variants.base import WHOLE, bits
 from byom.variants.emr import ElectMaskRescale, unify
 from byom.weights import Weights
 from tests.problems import FLOATS, grid, models, same

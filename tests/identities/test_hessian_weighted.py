@@ -6,9 +6,9 @@ from torch.testing import assert_close
 
 from byom.errors import OptionError
 from byom.merge.base import Problem
+from byom.merge.base.needs import Needs
 from byom.merge.fisher import FisherMerging
 from byom.merge.hessian_weighted import HessianWeighted
-from byom.needs import Needs
 from byom.weights import Weights
 
 

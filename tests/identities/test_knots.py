@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom import config
+from byom.cli import config
 from byom.errors import OptionError
-from byom.lowrank import Adapted, Piece
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.fisher import FisherMerging
@@ -16,6 +15,7 @@ from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
 from byom.merge.tsv import TaskSingularVectors
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted, Piece
 from tests.problems import models, problem
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (9, 9)}

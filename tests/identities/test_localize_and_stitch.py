@@ -11,9 +11,9 @@ from byom.errors import OptionError
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.localize_and_stitch import LocalizeAndStitch, Scored, stitch, top
-from byom.trim import cuts
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
+from byom.weights.cuts import cuts
 from tests.probes import TinyProbe, networks
 from tests.problems import FLOATS, grid, models, problem, same
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom import linalg, measure
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
-from byom.lowrank import Adapted, Piece, product_svd
+from byom.functional import linalg
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.packed import Delta
+from byom.pipeline import measure
 from byom.variants import lora
 from byom.variants.base import Shared
+from byom.variants.base.delta import Delta
 from byom.variants.lora import ByomLora, allocate
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted, Piece, product_svd
 from tests.problems import bits, same
 
 WIDTH, RANK = 24, 6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.deltas import inner_products
+from byom.functional.deltas import inner_products
 from byom.merge.base import Problem
 from byom.merge.model_stock import ModelStock, interpolation
 from byom.weights import Weights

@@ -6,7 +6,7 @@ import torch
 from byom.errors import OptionError
 from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.prune import Pruned
+from byom.variants.base.pruned import Pruned
 from byom.variants.fft import ByomFft
 from byom.variants.prune_merge_prune import PruneMergePrune
 from byom.variants.prune_then_merge import PruneThenMerge

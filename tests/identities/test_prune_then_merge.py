@@ -8,7 +8,7 @@ from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.prune import Pruned
+from byom.variants.base.pruned import Pruned
 from byom.variants.post_pruning import PostPruning
 from byom.variants.prune_then_merge import PruneThenMerge
 from byom.weights import Weights

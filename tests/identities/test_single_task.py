@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from byom import measure
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError
-from byom.lowrank import Adapted
 from byom.merge.base import Problem
-from byom.packed import Delta
+from byom.pipeline import measure
+from byom.variants.base.delta import Delta
 from byom.variants.single_task import SingleTask, SingleTaskAdapters
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted
 from tests.identities.test_lora import SHAPES, WIDTH, adapted, dense, model, pieces
 from tests.problems import bits, same
 

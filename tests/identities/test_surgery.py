@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import l1_loss
 from torch.testing import assert_close
 
-from byom.adapt import shuffled
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
+from byom.merge.base.descent import shuffled
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.packed import READOUT
+from byom.variants.base.delta import READOUT
 from byom.variants.surgery import RepresentationSurgery, corrected, initial
 from byom.weights import Weights
 from tests.probes import TinyProbe, networks

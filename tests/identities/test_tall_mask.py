@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from byom import bits
 from byom.errors import OptionError
 from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
+from byom.variants.base import bits
 from byom.variants.tall_mask import TallMasks
 from byom.weights import Weights
 from tests.problems import FLOATS, grid, models, problem

@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from byom.bundle import Bundle
+from byom.checkpoint.bundle import Bundle
 from byom.errors import OptionError
 from byom.merge.adamerging import AdaMerging
 from byom.merge.base import Problem
-from byom.packed import READOUT
 from byom.variants import tinting
+from byom.variants.base.delta import READOUT
 from byom.variants.tinting import ModelTinting, Predictions, trusted
 from byom.weights import Weights
 from tests.probes import TinyProbe, networks

@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from byom.functional.seeding import keyed
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.breadcrumbs import ModelBreadcrumbs
@@ -31,7 +32,6 @@ from byom.merge.dare import Dare, flips
 from byom.merge.model_stock import ModelStock
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.seeding import keyed
 from byom.weights import Weights
 
 mergekit = pytest.importorskip("mergekit.merge_methods")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from byom.functional.seeding import keyed
 from byom.merge.base import Problem
 from byom.merge.dare import Dare, flips
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.seeding import keyed
 from byom.weights import Weights
 from tests.problems import FLOATS
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from byom.adapter import Adapter
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.errors import CheckpointError
-from byom.fused import split
-from byom.lowrank import Adapted
 from byom.weights import Weights
+from byom.weights.fused import split
+from byom.weights.lowrank import Adapted
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]

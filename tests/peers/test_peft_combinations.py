@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from byom.combine import cat, truncated
 from byom.errors import OptionError
-from byom.lowrank import Adapted, Piece
 from byom.merge.base import Problem
 from byom.merge.knots import KnowledgeOrientationThroughSvd
 from byom.merge.ties import Ties
 from byom.weights import Weights
+from byom.weights.combine import cat, truncated
+from byom.weights.lowrank import Adapted, Piece
 
 peft = pytest.importorskip("peft")
 experiment = pytest.importorskip("experiments.peft_combinations")

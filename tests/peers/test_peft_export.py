@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from byom import config, fused
 from byom.__main__ import main
-from byom.export import adapters
+from byom.checkpoint.adapters.export import adapters
+from byom.cli import config
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.pipeline import laboratory
+from byom.pipeline.cell import laboratory
 from byom.variants.lora import ByomLora
 from byom.variants.tsv_compress import TaskSingularVectorsCompress
-from byom.weights import Weights
+from byom.weights import Weights, fused
 from tests.e2e.tiny import overrides
 
 peft = pytest.importorskip("peft")
@@ -155,7 +155,7 @@ def test_peft_computes_what_byom_computes(make, variant, tmp_path):
 
 
 def test_rows_of_timms_qkv_load_onto_the_model_taken_apart(tmp_path):
-    from byom.lowrank import Adapted, Piece
+    from byom.weights.lowrank import Adapted, Piece
 
     wrapped, inputs = Wrapped(made(vit)), INPUTS[vit]()
     base = Weights.of(wrapped.state_dict(), "base")
@@ -219,7 +219,7 @@ def test_byom_reads_its_own_export(make, tmp_path):
 @pytest.mark.data
 @pytest.mark.slow
 def test_the_command_writes_what_peft_loads_onto_the_merged_model_and_pack_the_same_tasks(tmp_path, capsys):
-    from byom.bundle import Bundle
+    from byom.checkpoint.bundle import Bundle
 
     chosen = [*overrides(tmp_path), "byom=lora", "byom.rank=2", "byom.rest=drop", "byom.reference=merged", "merge=ties"]
     assert main(["export", str(tmp_path / "out"), *chosen]) == 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from byom.preview import summary
-from byom.simplex import simplex, spread, trained
+from byom.functional.simplex import simplex, spread, trained
+from byom.pipeline.preview import summary
 
 TASKS = ("mnist", "traffic_lights", "fashion_mnist", "cifar10", "rotten_tomatoes", "chess", "molecules", "chest_xray")
 OWN = np.array([0.985, 0.93, 0.905, 0.96, 0.82, 0.55, 0.78, 0.89])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from byom.adapter import Adapter
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.errors import CheckpointError
 from byom.weights import Weights
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from byom import anatomy, anatomy_figures
 from byom.errors import CheckpointError, OptionError
+from byom.report import anatomy
+from byom.report.figures import anatomy as anatomy_figures
 from byom.variants.fft import ByomFft
 from byom.weights import Weights
 

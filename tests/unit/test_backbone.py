@@ -14,10 +14,10 @@ from torch.nn.functional import normalize
 from byom.backbone.clip import Clip
 from byom.backbone.encoder import Encoder
 from byom.backbone.vit import Vit, read_state
-from byom.data import Split
+from byom.data.source.images import ImageFolder
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
-from byom.source.images import ImageFolder
-from byom.suite import Task
 from byom.weights import Weights
 from tests.hub import visit
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byom import bits
 from byom.errors import CheckpointError
+from byom.variants.base import bits
 
 
 @given(st.lists(st.booleans(), max_size=70))

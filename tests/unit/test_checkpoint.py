@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from byom.backbone.clip import Clip
 from byom.checkpoint import read
 from byom.checkpoint.clip import from_hugging_face, to_hugging_face
+from byom.checkpoint.convert import convert
 from byom.checkpoint.recognise import same_left_overs
-from byom.convert import convert
 from byom.errors import CheckpointError
 from byom.weights import Weights
 from tests.tiny_clip import SIZES, tiny_clip
@@ -86,7 +86,7 @@ def test_transformers_opens_what_convert_writes(tmp_path, base, monkeypatch):
 
     state = moved(base)
     Weights.of(state).save(tmp_path / "ours")
-    monkeypatch.setattr("byom.convert.pretrained", lambda _: base)
+    monkeypatch.setattr("byom.checkpoint.convert.pretrained", lambda _: base)
     lines = list(convert(tmp_path / "ours", tmp_path / "theirs", like="clip_vit_b32", to="huggingface"))
     assert lines == [f"safetensors: {len(to_hugging_face(base))} tensors, {base.numel:,} parameters"]
     CLIPVisionConfig(**SIZES).save_pretrained(tmp_path / "theirs")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from byom import storage
 from byom.backbone.clip import Clip
 from byom.checkpoint import read
 from byom.checkpoint.clip import to_hugging_face
 from byom.errors import CheckpointError
+from byom.storage import tensor_files as storage
 from byom.weights import Weights
 from tests.tiny_clip import tiny_clip
 

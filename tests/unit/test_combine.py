@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.combine import cat, truncated
 from byom.errors import CheckpointError, OptionError
-from byom.lowrank import Adapted, Piece
 from byom.weights import Weights
+from byom.weights.combine import cat, truncated
+from byom.weights.lowrank import Adapted, Piece
 
 SHAPES = {"bias": (6,), "layer": (6, 4), "qkv": (9, 5)}
 WEIGHTS = {"a": 0.5, "b": -0.25, "c": 2.0}

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from byom.bootstrap import interval, unpack_hits
-from byom.comparison import against_post_pruning, display_comparison
 from byom.errors import ByomError
+from byom.report.bootstrap import interval, unpack_hits
+from byom.report.comparison import against_post_pruning, display_comparison
 from tests.unit import synthetic_runs as synthetic
 
 

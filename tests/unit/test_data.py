@@ -5,14 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from byom import data
-from byom.data import Split
-from byom.draw import SPLITS, content, draw
+from byom.data import splits as data
+from byom.data.draw import SPLITS, content, draw
+from byom.data.source.base import Pool
+from byom.data.source.images import ImageFolder
+from byom.data.source.table import Table
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import DataError
-from byom.source.base import Pool
-from byom.source.images import ImageFolder
-from byom.source.table import Table
-from byom.suite import Task
 
 LENGTH = 12
 

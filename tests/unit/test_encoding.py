@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byom import encoding
-from byom.encoding import decode, encode
 from byom.errors import CheckpointError
+from byom.variants.base import positions as encoding
+from byom.variants.base.positions import decode, encode
 
 GAPS = st.one_of(st.integers(0, 3), st.sampled_from([0, 253, 254, 255, 256, 509, 510, 511, 10**6]))
 

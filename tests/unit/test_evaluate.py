@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from byom.errors import OptionError
-from byom.evaluate import score
+from byom.functional.seeding import keyed
 from byom.merge.average import Average
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.record import Place, Stages, results_root
-from byom.seeding import keyed
-from byom.signature import describe, signature
-from byom.tune import AsGiven, Validation
+from byom.pipeline.evaluate import score
+from byom.pipeline.tune import AsGiven, Validation
+from byom.storage.record import Place, Stages, results_root
+from byom.storage.signature import describe, signature
 
 
 def test_hits_come_back_in_the_splits_order_whatever_the_batches():
@@ -99,10 +99,10 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def test_a_dirty_tree_writes_to_scratch(monkeypatch):
-    monkeypatch.setattr("byom.record.revision", lambda: {"commit": "x", "dirty": True})
+    monkeypatch.setattr("byom.storage.record.revision", lambda: {"commit": "x", "dirty": True})
     assert results_root(Path("results")) == Path("results/scratch")
     assert results_root(Path("results/scratch/demo")) == Path("results/scratch/demo")
-    monkeypatch.setattr("byom.record.revision", lambda: {"commit": "x", "dirty": False})
+    monkeypatch.setattr("byom.storage.record.revision", lambda: {"commit": "x", "dirty": False})
     assert results_root(Path("results")) == Path("results")
 
 

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from byom import sparse, storage
 from byom.__main__ import main
 from byom.backbone.base import Head
+from byom.checkpoint.adapters.export import adapters
 from byom.errors import CheckpointError, OptionError
-from byom.export import adapters
-from byom.packed import Delta, Served
+from byom.storage import tensor_files as storage
+from byom.variants.base import sparse
+from byom.variants.base.delta import Delta, Served
 from byom.variants.fft import ByomFft
 from byom.variants.lora import ByomLora
 from byom.variants.single_task import SingleTask

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from byom import figures
-from byom.figure_style import LOOKS, SPARE, looks, spread_out
-from byom.table import numbers
+from byom.report.figures import suite as figures
+from byom.report.figures.style import LOOKS, SPARE, looks, spread_out
+from byom.report.frame import numbers
 from tests.unit import synthetic_runs as synthetic
 
 DRAWN = list(figures.FIGURES.values())

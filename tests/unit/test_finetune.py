@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from byom.backbone.base import Head, prototypes
-from byom.data import Split
-from byom.evaluate import evaluate
-from byom.finetune import loop as module
-from byom.finetune.full import Full
-from byom.finetune.loop import Lesson, finetune
+from byom.data.splits import Split
+from byom.experts.finetune import loop as module
+from byom.experts.finetune.full import Full
+from byom.experts.finetune.loop import Lesson, finetune
+from byom.pipeline.evaluate import evaluate
 from byom.weights import Weights
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from byom import heads
 from byom.backbone.base import Head
 from byom.backbone.encoder import Encoder, PooledEncoder
-from byom.data import Split
+from byom.data.source.table import Table
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
-from byom.heads import Answers, Classifier, Regression
-from byom.source.table import Table
-from byom.suite import Task
+from byom.functional import heads
+from byom.functional.heads import Answers, Classifier, Regression
 from tests.tiny_t5 import tokenizer as words
 
 SIZES = {

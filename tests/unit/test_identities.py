@@ -8,18 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byom import selection, trim
-from byom.deltas import agreeing, disjoint_mean, elect_sign, total
-from byom.merge import base as merging
+from byom.functional import selection
+from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
+from byom.functional.selection import kept
+from byom.merge.base import method as merging
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.pretrained import Pretrained
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.selection import kept
 from byom.variants.fft import ByomFft
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
+from byom.weights import cuts as trim
 
 ZERO = [0.0, 0.0, 0.0, 0.0]
 ONE = [1.0, 0.0, 0.5, -2.0]

@@ -6,8 +6,8 @@ import re
 import pandas as pd
 import pytest
 
-from byom.rank_table import SPARSE
-from experiments import lora
+from experiments.lora import page as lora
+from experiments.lora.tables import SPARSE
 from tests.unit import synthetic_ranks as synthetic
 
 STEM = "vision8_offline--vit_small_dinov2"

@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from byom.bootstrap import RESAMPLES, gain_interval, interval, unpack_hits
+from byom.data.source.table import Table
+from byom.data.suite import Suite, Task
 from byom.errors import DataError, OptionError
-from byom.evaluate import Score, evaluate
-from byom.metric import METRICS, metric, value_of
-from byom.source.table import Table
-from byom.suite import Suite, Task
+from byom.functional.metrics import METRICS, metric, value_of
+from byom.pipeline.evaluate import Score, evaluate
+from byom.report.bootstrap import RESAMPLES, gain_interval, interval, unpack_hits
 
 
 def pair(seed=0, count=40):
@@ -66,7 +66,7 @@ def test_a_head_may_say_what_its_logits_predict():
         def predict(self, logits):
             return 2 * logits[:, 0]
 
-    from byom.data import Split
+    from byom.data.splits import Split
 
     net = torch.nn.Identity()
     net.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from byom import config
+from byom.cli import config
 from byom.errors import OptionError
+from byom.functional.pareto import agreement, hypervolume, rank_correlation, unbeaten
+from byom.functional.simplex import simplex, spread, trained
 from byom.merge.average import Average
 from byom.merge.hessian_weighted import HessianWeighted
 from byom.merge.mtl import JointFineTuning
 from byom.merge.ties import Ties
-from byom.pareto import agreement, hypervolume, rank_correlation, unbeaten
-from byom.preview import Preview, accuracies, require_known, require_weighable, summary
-from byom.preview_table import agreement_table, best_table, text
-from byom.record import Place
-from byom.simplex import simplex, spread, trained
+from byom.pipeline.preview import Preview, accuracies, require_known, require_weighable, summary
+from byom.report.preview import agreement_table, best_table, text
+from byom.storage.record import Place
 from tests.unit.synthetic_previews import TASKS, record
 
 # integers, so that ties are frequent and sums exact
@@ -307,7 +307,7 @@ def test_the_text_fits_a_terminal(tasks):
 
 
 def test_records_of_previews_lie_beside_those_of_runs(tmp_path):
-    from byom.preview import PreviewPlace
+    from byom.pipeline.preview import PreviewPlace
 
     place = PreviewPlace(tmp_path, "suite", "vit", "a+b", "0123")
     assert place.done == tmp_path / "previews" / "suite" / "vit" / "a+b--0123.json"

@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from byom import preview_figures as figures
-from byom.preview import accuracies
-from byom.triangle import HEIGHT, places
+from byom.pipeline.preview import accuracies
+from byom.report.figures import preview as figures
+from byom.report.figures.triangle import HEIGHT, places
 from tests.unit.synthetic_previews import record
 
 RECORDS = {

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import yaml
 
-from byom import config
+from byom.cli import config
 from byom.errors import OptionError
-from byom.figure_style import save
-from byom.published import CONFIDENCE, UNCHECKED, Line, Published, read
-from byom.published_figure import ours_against_published
-from byom.published_table import as_latex, as_markdown, generate, pairs
-from byom.report import read_runs
+from byom.report.figures.published import ours_against_published
+from byom.report.figures.style import save
+from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, read
+from byom.report.published_table import as_latex, as_markdown, generate, pairs
+from byom.report.report import read_runs
 from tests.unit.synthetic_runs import TASKS, records
 
 NAMES = config.options("published")
@@ -142,7 +142,9 @@ def test_a_note_of_the_runs_stands_on_top(runs):
 
 
 def test_files_hold_every_published_row(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("byom.published_table.every", lambda names: [table(), table(title="again", dagger=False)])
+    monkeypatch.setattr(
+        "byom.report.published_table.every", lambda names: [table(), table(title="again", dagger=False)]
+    )
     text, files = generate(tmp_path, "vision8_offline", "vit_small_dinov2", ["x", "x"])
     assert {file.suffix for file in files} == {".md", ".csv", ".tex", ".png", ".pdf"}
     assert all(file.stat().st_size for file in files) and "two tasks" in text

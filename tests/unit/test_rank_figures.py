@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from byom import rank_figures as figures
-from byom.figure_style import save
-from byom.rank_table import ranked, recipes
+from byom.report.figures.style import save
+from experiments.lora import figures
+from experiments.lora.tables import ranked, recipes
 from tests.unit import synthetic_ranks as synthetic
 
 EVERY, SEEDS = synthetic.every(), synthetic.every((0, 1))

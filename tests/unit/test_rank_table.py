@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from byom import rank_display as display
-from byom import rank_table as table
-from byom.bootstrap import unpack_hits
 from byom.errors import ByomError
-from byom.table import rows
+from byom.report.bootstrap import unpack_hits
+from byom.report.frame import rows
+from experiments.lora import display
+from experiments.lora import tables as table
 from tests.unit import synthetic_ranks as synthetic
 
 

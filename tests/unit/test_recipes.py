@@ -15,18 +15,18 @@ from transformers import BertConfig, BertModel
 from byom.backbone.base import Backbone, Head
 from byom.backbone.encoder import PooledEncoder
 from byom.backbone.vit import PixelEncoder
-from byom.data import Split
+from byom.data.splits import Split
 from byom.errors import OptionError
-from byom.finetune.bottleneck import Bottleneck
-from byom.finetune.full import Full
-from byom.finetune.ia3 import Ia3
-from byom.finetune.loop import Lesson, finetune
-from byom.finetune.lora import Lora
-from byom.fused import split
-from byom.lowrank import Adapted
-from byom.targets import checked, chosen
-from byom.tensors import copied
+from byom.experts.finetune.bottleneck import Bottleneck
+from byom.experts.finetune.full import Full
+from byom.experts.finetune.ia3 import Ia3
+from byom.experts.finetune.loop import Lesson, finetune
+from byom.experts.finetune.lora import Lora
+from byom.experts.finetune.targets import checked, chosen
+from byom.functional.tensors import copied
 from byom.weights import Weights
+from byom.weights.fused import split
+from byom.weights.lowrank import Adapted
 
 WIDTH = {"timm": 64, "open_clip": 32, "bert": 32}
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from byom import render
-from byom.comparable import check_comparable
-from byom.comparison import against_post_pruning
 from byom.errors import ByomError, OptionError
-from byom.labels import labels
-from byom.report import Runs, as_markdown, as_text, generate, read_runs, table
-from byom.table import best, display, numbers, rows, task_names
+from byom.report import render
+from byom.report.comparable import check_comparable
+from byom.report.comparison import against_post_pruning
+from byom.report.frame import best, display, numbers, rows, task_names
+from byom.report.report import Runs, as_markdown, as_text, generate, read_runs, table
+from byom.report.rows import labels
 from tests.unit import synthetic_runs as synthetic
 
 SUITE, BACKBONE = "vision8_offline", "vit_small_dinov2"
@@ -290,7 +290,7 @@ def test_short_names_stay_apart():
 
 
 def test_import_is_fast_and_light():
-    code = "import sys, byom.report; print([m for m in ('torch', 'matplotlib', 'hydra') if m in sys.modules])"
+    code = "import sys, byom.report.report; print([m for m in ('torch', 'matplotlib', 'hydra') if m in sys.modules])"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from byom.report import read_runs
-from byom.scaling import display, generate, summarised
-from byom.scaling_figure import accuracy_by_tasks
+from byom.report.figures.scaling import accuracy_by_tasks
+from byom.report.report import read_runs
+from byom.report.scaling import display, generate, summarised
 from tests.unit.synthetic_runs import TASKS, records
 
 SUBSETS = {"vision8_offline-2-0": TASKS[:2], "vision8_offline-2-1": TASKS[2:4], "vision8_offline-4-0": TASKS[:4]}

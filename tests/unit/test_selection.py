@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byom import selection
 from byom.errors import CheckpointError, OptionError
-from byom.selection import Cut, Part, kept, locate
+from byom.functional import selection
+from byom.functional.selection import Cut, Part, kept, locate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

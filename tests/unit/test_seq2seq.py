@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from byom.backbone import seq2seq
 from byom.backbone.seq2seq import Seq2Seq
 from byom.checkpoint import read
-from byom.data import Split
+from byom.data.source.table import Table
+from byom.data.splits import Split
+from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError, OptionError
-from byom.evaluate import evaluate
-from byom.source.table import Table
-from byom.suite import Task
-from byom.tensors import copied
+from byom.functional.tensors import copied
+from byom.pipeline.evaluate import evaluate
 from byom.weights import Weights
 from tests.tiny_t5 import tiny_t5
 

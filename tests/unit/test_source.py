@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from byom.data.source.archive import Archive
+from byom.data.source.base import Pool
+from byom.data.source.hub import Hub
+from byom.data.source.idx import Idx
+from byom.data.source.images import ImageFolder
+from byom.data.source.package import Package, PackageMissing
+from byom.data.source.pixels import Pixels
+from byom.data.source.root import Folder, content_digest, write_atomically
+from byom.data.source.table import ImageTable, Table
 from byom.errors import DataError, OptionError
-from byom.signature import describe, signature
-from byom.source.archive import Archive
-from byom.source.base import Pool
-from byom.source.hub import Hub
-from byom.source.idx import Idx
-from byom.source.images import ImageFolder
-from byom.source.package import Package, PackageMissing
-from byom.source.pixels import Pixels
-from byom.source.root import Folder, content_digest, write_atomically
-from byom.source.table import ImageTable, Table
+from byom.storage.signature import describe, signature
 
 
 def paint(path, grey, mode="L"):
@@ -293,7 +293,7 @@ def test_archive_is_found_beside_the_environment(tmp_path, monkeypatch):
 def test_digest_is_remembered_for_unchanged_files(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     first = content_digest(tmp_path, ["a.txt"], tmp_path / "cache")
-    monkeypatch.setattr("byom.source.root._bytes", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("byom.data.source.root._bytes", lambda path: pytest.fail(f"{path} was read again"))
     assert content_digest(tmp_path, ["a.txt", "a.txt"], tmp_path / "cache") == first
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from byom.lowrank import Adapted, Piece
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted, Piece
 from experiments import spectra
 
 PLACES = np.arange(1, 65)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from byom import storage
 from byom.errors import CheckpointError
-from byom.lock import owner
+from byom.storage import tensor_files as storage
+from byom.storage.lock import owner
 from byom.weights import Weights
 from tests.problems import bits, counted, model, same
 

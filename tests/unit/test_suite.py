@@ -10,15 +10,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
-from byom.data import load
+from byom.data.source.archive import Archive
+from byom.data.source.base import FileSource
+from byom.data.source.hub import Hub
+from byom.data.source.package import Package, PackageMissing
+from byom.data.source.table import Table
+from byom.data.splits import load
+from byom.data.suite import Suite, Task
 from byom.errors import DataError, OptionError
-from byom.signature import describe, signature
-from byom.source.archive import Archive
-from byom.source.base import FileSource
-from byom.source.hub import Hub
-from byom.source.package import Package, PackageMissing
-from byom.source.table import Table
-from byom.suite import Suite, Task
+from byom.storage.signature import describe, signature
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from byom import tables
+from byom.cli import tables
 from byom.errors import DataError
 from tests.unit import synthetic_runs as synthetic
 

@@ -1,0 +1,1 @@
+"""PEFT adapters: read as low-rank weights, and written."""

@@ -1,0 +1,196 @@
+"""Tasks as PEFT adapters: one folder a task that PEFT, and servers that read its adapters, load onto one model.
+
+A plain model loads a task as any other adapter (`transformers`, and ``encoder.visual`` of an image encoder alike)::
+
+    model = AutoModel.from_pretrained(base)  # or FOLDER/reference, where tasks were packed against a merged model
+    model = PeftModel.from_pretrained(model, "FOLDER/task")
+
+Where ``export.json`` says ``"split": true``, attention is fused in the model and its query, key and value are adapted
+on their own; take it apart first, which changes nothing of what it computes::
+
+    model = byom.weights.fused.split(encoder.visual)
+    model = PeftModel.from_pretrained(model, "FOLDER/task")
+
+Where ``adapter_config.json`` says ``"bias": "lora_only"``, trained biases replace the model's own: PEFT holds one such
+adapter at a time, and unloading it does not bring the model's biases back. ``byom.rest=drop`` makes adapters without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from byom.checkpoint.adapters.modules import Layer, Layout, Plan, idle, plan
+from byom.errors import OptionError
+from byom.storage import tensor_files as storage
+from byom.variants.base.delta import Served
+from byom.weights import Spec, Weights
+
+if TYPE_CHECKING:
+    from byom.merge.base.probe import Readout
+
+ROOT = "base_model.model"
+REFERENCE = "reference"
+Heads = Mapping[str, "tuple[Readout, Sequence[str]]"]
+
+
+def adapters(
+    served: Served,
+    folder: str | Path,
+    *,
+    base_model: str,
+    prefix: str = "",
+    module: nn.Module | None = None,
+    heads: Heads | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write every task as a PEFT folder, all or nothing.
+
+    The factors are ``U sqrt(s)`` and ``sqrt(s) Vt`` with ``lora_alpha = r``, so that PEFT's scale is 1. Biases of
+    adapted modules are written as PEFT does for ``bias="lora_only"``, other modules whole (``modules_to_save``).
+
+    Args:
+        served: A reference and low-rank differences to it: BYOM-LoRA, TSV-Compress, adapters as they are.
+        folder: Created, or replaced as a whole if it holds an earlier export. ``reference/`` is written into it where
+            differences were taken to a merged model.
+        base_model: What the configurations name as the base where the reference is the pre-trained model.
+        prefix: Start of the parameters' names that the plain model has not, for example ``model.``.
+        module: The model with the names of `served`, to tell embeddings from linear layers and to write a merged
+            transformers model with its configuration; None takes every matrix for a linear layer.
+        heads: Task to its head and class names, written as ``<task>/head.safetensors``.
+        notes: What ``export.json`` says besides: the suite, for example.
+
+    Returns:
+        The tasks' folders.
+
+    Raises:
+        OptionError: If a task cannot name a folder, or its difference is none that an adapter can hold.
+        CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
+    """
+    folder, layout = Path(folder), Layout.of(_nameable(served), prefix, module)
+    merged = any(delta.variant.reference == "merged" for delta in served.deltas.values())
+    base = str(folder / REFERENCE) if merged else base_model
+    spare, written = idle(layout, served), {}
+    with storage.replacing(folder) as partial:
+        if merged:
+            _write_reference(layout, partial / REFERENCE)
+        for task, delta in served.deltas.items():
+            weights = served.weights(task)
+            found = plan(layout, delta, weights, spare)
+            written[task] = _write_adapter(layout, found, weights, partial / task, base)
+        for task, (head, classes) in (heads or {}).items():
+            _write_head(partial / task, head, task, classes)
+        record = {"format": 1, **(notes or {}), "base_model": base, "reference": served.reference.fingerprint()}
+        record |= {"prefix": prefix, "split": layout.apart, "tasks": written}
+        (partial / "export.json").write_text(json.dumps(record, indent=1))
+    return [folder / task for task in served.deltas]
+
+
+def config(layout: Layout, found: Plan, base_model: str) -> dict[str, Any]:
+    """Return PEFT's ``adapter_config.json`` of one task.
+
+    Args:
+        layout: The model's modules.
+        found: What the adapter holds.
+        base_model: Id or folder of the model that it is loaded onto.
+    """
+    ranks = {path: layer.up.shape[1] for path, layer in found.layers.items()}
+    rank = max(ranks.values())
+    # PEFT takes the first key that ends a path, so the longest come first and none is left to the default
+    pattern = {} if set(ranks.values()) == {rank} else {p: ranks[p] for p in sorted(ranks, key=lambda p: (-len(p), p))}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "modules_to_save": found.saved or None,
+        "bias": "lora_only" if found.biases else "none",
+        "fan_in_fan_out": any(layout.role(layer.site) == "transposed" for layer in found.layers.values()),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def tensors(layout: Layout, found: Plan, weights: Weights) -> dict[str, Tensor]:
+    """Return one task's tensors under PEFT's names.
+
+    Args:
+        layout: The model's modules.
+        found: What the adapter holds.
+        weights: The task's weights, for what is kept whole.
+    """
+    named: dict[str, Tensor] = {}
+    for path, layer in found.layers.items():
+        named |= {f"{ROOT}.{path}.{key}": value for key, value in _factors(layout, layer).items()}
+    for site in found.biases:
+        named[f"{ROOT}.{site.path}.base_layer.bias"] = layout.value(site, weights)
+    for path in found.saved:
+        named |= {f"{ROOT}.{path}.{s.kind}": layout.value(s, weights) for s in layout.modules[path]}
+    return named
+
+
+def _factors(layout: Layout, layer: Layer) -> dict[str, Tensor]:
+    """Return a module's factors as PEFT shapes them; embeddings and transposed layers hold ``Wᵀ = downᵀ upᵀ``."""
+    up, down, role = layer.up, layer.down, layout.role(layer.site)
+    if role == "embedding":
+        return {"lora_embedding_A": up.T, "lora_embedding_B": down.T}
+    if role == "transposed":
+        return {"lora_A.weight": up.T, "lora_B.weight": down.T}
+    inputs = layout.reference.shape(layer.site.rows.name)[1:]
+    ones = [1] * (len(inputs) - 1)  # a convolution's kernel is in the first factor, the second is 1 x 1
+    return {"lora_A.weight": down.reshape(len(down), *inputs), "lora_B.weight": up.reshape(*up.shape, *ones)}
+
+
+def _write_adapter(layout: Layout, found: Plan, weights: Weights, folder: Path, base_model: str) -> dict[str, Any]:
+    """Write one task's folder and return what `export.json` says of it."""
+    folder.mkdir()
+    settings, named = config(layout, found, base_model), tensors(layout, found, weights)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+    storage.write_file(folder / "adapter_model.safetensors", named, {"format": 1})
+    ranks = [layer.up.shape[1] for layer in found.layers.values()]
+    return {
+        "rank": [min(ranks), max(ranks)],
+        "modules": len(ranks),
+        "parameters": sum(tensor.numel() for tensor in named.values() if tensor.is_floating_point()),
+        "bytes": sum(tensor.nbytes for tensor in named.values()),
+    }
+
+
+def _write_reference(layout: Layout, folder: Path) -> None:
+    """Write the merged model under the plain model's names, with its configuration if it is one of transformers."""
+    _plain(layout.reference, layout.prefix).save(folder)
+    inner = layout.module and layout.module.get_submodule(layout.prefix.rstrip("."))
+    settings: Any = getattr(inner, "config", None)
+    if hasattr(settings, "save_pretrained"):
+        settings.save_pretrained(folder)
+
+
+def _plain(weights: Weights, prefix: str) -> Weights:
+    names = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
+    specs = {short: Spec(weights.shape(name), weights.dtype(name)) for short, name in names.items()}
+    pairs = {a.removeprefix(prefix): n.removeprefix(prefix) for a, n in weights.ties.items()}
+    ties = {alias: name for alias, name in pairs.items() if alias in names and name in names}
+    return Weights(specs, lambda short: weights[names[short]], ties=ties, origin=weights.origin)
+
+
+def _write_head(folder: Path, head: Readout, task: str, classes: Sequence[str]) -> None:
+    from byom.functional import heads
+
+    storage.write_file(folder / "head.safetensors", heads.pack(head), {"task": task, "classes": list(classes)})
+
+
+def _nameable(served: Served) -> Served:
+    if odd := [task for task in served.deltas if Path(task).name != task or task == REFERENCE]:
+        raise OptionError(f"the task '{odd[0]}' cannot name a folder of the export; rename it")
+    return served

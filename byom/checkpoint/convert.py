@@ -1,0 +1,89 @@
+"""`byom convert`: a checkpoint of another format as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from byom.checkpoint import Checkpoint, read
+from byom.checkpoint.clip import hugging_face_names, to_hugging_face
+from byom.checkpoint.files import open_raw
+from byom.checkpoint.recognise import ADAPTER
+from byom.errors import OptionError, suggest
+from byom.weights import Spec, Weights
+
+NAMES = ("safetensors", "openclip", "huggingface")
+TOWER = "visual."
+
+
+def convert(source: Path, target: Path, like: str = "", to: str = "safetensors") -> Iterator[str]:
+    """Read a checkpoint of any format and write it as safetensors with checksums.
+
+    Args:
+        source: The file or folder.
+        target: The folder that is written, all or nothing.
+        like: An option of ``backbone=`` whose names and shapes the result has; empty keeps the names of the file.
+        to: ``safetensors`` writes what experts of the backbone hold; ``openclip`` writes an image tower of open_clip
+            together with the text left-overs that came with it; ``huggingface`` writes it as transformers'
+            `CLIPVisionModelWithProjection` names it.
+
+    Yields:
+        Lines that say what the checkpoint was.
+
+    Raises:
+        OptionError: If an option is unknown, or a backbone is needed.
+        CheckpointError: If the checkpoint cannot be read, or does not fit.
+    """
+    if to not in NAMES:
+        raise OptionError(f"to={to}; {suggest(to, NAMES)}")
+    if like:
+        yield from _as(source, target, like, to)
+        return
+    if to != "safetensors" or (source / ADAPTER).is_file():
+        what = f"to={to}" if to != "safetensors" else f"{source}, an adapter,"
+        raise OptionError(f"{what} needs like=BACKBONE, for example like=clip_vit_b32")
+    raw, container = open_raw(source)
+    raw.save(target)
+    yield f"{container}: {_size(raw)}, under their own names"
+
+
+def _as(source: Path, target: Path, like: str, to: str) -> Iterator[str]:
+    base = pretrained(like)
+    if to != "safetensors" and not all(hugging_face_names(name.removeprefix(TOWER)) for name in base):
+        raise OptionError(f"to={to} is for image towers of open_clip, and backbone={like} is none")
+    checkpoint = read(source, base)
+    written = _written(checkpoint, to)
+    written.save(target)
+    yield f"{checkpoint.format}: {_size(written)}"
+    if checkpoint.frozen:
+        counts, done = checkpoint.conventions, "kept" if to == "openclip" else "left out"
+        yield f"{done}: {len(checkpoint.frozen)} frozen tensors of a text tower ({counts['with frozen']:,} with them)"
+    if checkpoint.extra:
+        yield f"left out: tensors of a head ({', '.join(sorted(checkpoint.extra))})"
+    yield from checkpoint.notes
+
+
+def _size(weights: Weights) -> str:
+    return f"{len(weights)} tensors, {weights.numel:,} parameters"
+
+
+def _written(checkpoint: Checkpoint, to: str) -> Weights:
+    if to == "huggingface":
+        return to_hugging_face(checkpoint.weights, TOWER)
+    if to == "openclip" and checkpoint.frozen:
+        return _joined(checkpoint.weights, checkpoint.frozen)
+    return checkpoint.weights
+
+
+def _joined(*parts: Weights) -> Weights:
+    owner = {name: part for part in parts for name in part}
+    specs = {name: Spec(part.shape(name), part.dtype(name)) for name, part in owner.items()}
+    return Weights(specs, lambda name: owner[name][name], origin=parts[0].origin)
+
+
+def pretrained(option: str) -> Weights:
+    """Return the pre-trained weights of a backbone option, in the names that experts of it have."""
+    from byom.cli import config
+
+    encoder = config.option("backbone", option).load()
+    return Weights.of(encoder.state_dict(), origin=f"backbone={option}")

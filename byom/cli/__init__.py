@@ -1,0 +1,1 @@
+"""The command line and Hydra: the only package that imports `hydra` and `omegaconf`."""

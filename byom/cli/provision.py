@@ -1,0 +1,70 @@
+"""The commands that look ahead: what an experiment needs and costs, bringing it, and converting checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from byom.cli import config
+from byom.errors import OptionError, suggest
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Say which cells are finished, and what the others cost, before anything starts."""
+    from byom.pipeline import plan as plans
+
+    name, cells = _settings(arguments)
+    sys.stdout.write(f"{plans.text(name, plans.plan(cells))}\n")
+    return 0
+
+
+def fetch(arguments: Sequence[str]) -> int:
+    """Bring what an experiment needs from hubs, for machines that will have no network."""
+    from byom.pipeline import plan as plans
+
+    _, cells = _settings(arguments)
+    for line in plans.fetch(cells):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _settings(arguments: Sequence[str]) -> tuple[str, list[Any]]:
+    """Return the runs of an experiment, or the one run that overrides alone describe."""
+    if arguments and "=" not in arguments[0]:
+        every = cells(arguments[0], arguments[1:])
+        return arguments[0], [config.settings(cell) for cell in every]
+    return "run", [config.settings(list(arguments))]
+
+
+def cells(name: str, extra: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every cell of an experiment.
+
+    Args:
+        name: An option of ``conf/experiment``.
+        extra: Further overrides, of all cells.
+    """
+    return config.cells(*plain(name, extra))
+
+
+def plain(name: str, extra: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return an experiment's sweep lines, and what is common to them."""
+    found = config.resolve([f"experiment={name}"], "table").values["experiment"]
+    return found["rows"], [*found["common"], *extra]
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Read a checkpoint of any format and write it as safetensors, then say what it was."""
+    places = [a for a in arguments if "=" not in a]
+    if len(places) != 2:
+        raise OptionError("byom convert SOURCE TARGET [like=BACKBONE] [to=safetensors|openclip|huggingface]")
+    from byom.checkpoint import convert as converter
+
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    if unknown := sorted(set(options) - {"like", "to"}):
+        raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
+    for line in converter.convert(Path(places[0]), Path(places[1]), **options):
+        sys.stdout.write(f"{line}\n")
+    return 0

@@ -1,0 +1,1 @@
+"""Tasks and suites, and the sources of their labelled examples."""

@@ -1,0 +1,13 @@
+"""The problem that is merged, the kinds of merge method, and the inputs and statistics that a method may ask for."""
+
+from byom.merge.base.method import (
+    Group,
+    Member,
+    MergeMethod,
+    PlannedMethod,
+    Problem,
+    TensorwiseMethod,
+    blockwise,
+)
+
+__all__ = ["Group", "Member", "MergeMethod", "PlannedMethod", "Problem", "TensorwiseMethod", "blockwise"]

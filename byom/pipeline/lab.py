@@ -1,0 +1,269 @@
+"""The lab: what all runs of one suite, backbone, recipe and seed share, kept in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from byom.backbone.base import Backbone
+from byom.data import splits as data
+from byom.data.suite import Suite, Task
+from byom.experts.base import Experts
+from byom.experts.finetune.base import Recipe
+from byom.experts.finetune.loop import Lesson, finetune
+from byom.functional import heads
+from byom.functional.metrics import value_of
+from byom.functional.seeding import keyed
+from byom.functional.tensors import copied
+from byom.merge.base.probe import Features, Readout
+from byom.pipeline.evaluate import Score, evaluate
+from byom.statistics.base import Statistic, fit
+from byom.storage import tensor_files as storage
+from byom.storage.lock import alone
+from byom.storage.record import write_json
+from byom.storage.signature import describe, signature
+from byom.weights import Weights
+
+
+class Lab:
+    """Encoder, data, heads and experts, made on first use and cached by the signature of what determines them.
+
+    Args:
+        suite: The tasks.
+        backbone: The encoder.
+        recipe: How models are fine-tuned here.
+        experts: Where the tasks' own models come from.
+        seed: Draws training, validation and head examples, and orders training.
+        cache: Folder for everything that can be made again.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch_size: Examples a forward pass in evaluation.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        backbone: Backbone,
+        recipe: Recipe,
+        experts: Experts,
+        seed: int,
+        cache: Path,
+        device: str,
+        batch_size: int,
+    ) -> None:
+        for task in suite.tasks:
+            backbone.require(task)
+        self.suite, self.backbone, self.recipe, self.experts = suite, backbone, recipe, experts
+        self.seed, self.cache = seed, cache
+        self.device = resolve(device)
+        self.batch_size = batch_size
+        self._splits: dict[str, data.Splits] = {}
+        self._heads: dict[str, Readout] = {}
+        self._experts: dict[str, Weights] = {}
+        self._features: dict[tuple[str, str, str], Features] = {}
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by name."""
+        return {task.name: task for task in self.suite.tasks}
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The module that every model of this lab is loaded into."""
+        return self.recipe.host(self.backbone.load(), self.backbone).to(self.device)
+
+    @cached_property
+    def pretrained(self) -> Weights:
+        """theta_0."""
+        return Weights.of(copied(self.encoder.state_dict()), origin="pre-trained")
+
+    def splits(self, task: str) -> data.Splits:
+        """Return a task's train, validation, test and shots, each read when it is asked for."""
+        if task not in self._splits:
+            self._splits[task] = data.load(self.tasks[task], self.backbone, self.seed, self.cache)
+        return self._splits[task]
+
+    def read_all(self, splits: Iterable[str]) -> None:
+        """Read every task's data, so that missing or altered data is found before any training.
+
+        Args:
+            splits: Those that are evaluated; experts that are trained here need the others too.
+        """
+        wanted = data.SPLITS if self.experts.trained else tuple(splits)
+        for task in tqdm(list(self.tasks), desc="read data", unit="task", leave=False, mininterval=1):
+            for split in wanted:
+                self.splits(task)[split]
+
+    def head(self, task: str) -> Readout:
+        """Return a task's frozen head: that of its expert's checkpoint, or the backbone's."""
+        if task not in self._heads:
+            own = self.experts.head(self, task)
+            self._heads[task] = self._cached_head(task) if own is None else own
+        return self._heads[task]
+
+    def expert(self, task: str, member: int = 0) -> Weights:
+        """Return theta_t.
+
+        Args:
+            task: The task.
+            member: 0 for theta_t itself; further members see the same examples in another order.
+        """
+        key = self.signature_of(task, member)
+        if key not in self._experts:
+            self._experts[key] = self.experts.open(self, task, member)
+        return self._experts[key]
+
+    def trained(self, task: str, member: int = 0) -> Weights:
+        """Return theta_t as it is fine-tuned here; see `expert`."""
+        folder = self.cache / "experts" / self.signature_of(task, member)
+        label = f"fine-tune {task}" + (f" (member {member})" if member else "")
+        seed = keyed(self.seed, "member", member) if member else self.seed
+        self._once(folder, {task: 1.0}, label, seed)
+        return self.recipe.open(folder, self.pretrained)
+
+    def joint(self, shares: Mapping[str, float]) -> Weights:
+        """Return a model fine-tuned on several tasks together, the batches of each as frequent as its share.
+
+        Args:
+            shares: Task to weight; tasks of weight 0 are left out. Only their ratios matter, and equal ones give
+                every batch of every task once an epoch.
+        """
+        known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
+        mean = sum(known.values()) / len(known)
+        parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
+        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []))
+        folder = self.cache / "joint" / key
+        self._once(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
+        return self.recipe.open(folder, self.pretrained)
+
+    def signature_of(self, task: str, member: int = 0) -> str:
+        """Return the signature of a task's expert and everything made with it."""
+        of = self.recipe if self.experts.trained else self.experts.identify(self.tasks[task])
+        return signature(self.backbone, self.tasks[task], of, self.seed, *([member] if member else []))
+
+    def statistics(self, task: str, wanted: Mapping[str, Statistic], member: int = 0) -> dict[str, Weights]:
+        """Return statistics of a task's expert; those that are not cached are fitted together in one pass.
+
+        Args:
+            task: The task.
+            wanted: Name to what is fitted.
+            member: Which of the task's experts.
+        """
+        key = self.signature_of(task, member)
+        folders = {name: self.cache / "statistics" / signature(key, what) for name, what in wanted.items()}
+        if not all((folder / "cost.json").is_file() for folder in folders.values()):
+            with alone(self.cache / "statistics" / key):
+                self._fit_missing(task, member, wanted, folders)
+        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
+
+    def _fit_missing(
+        self, task: str, member: int, wanted: Mapping[str, Statistic], folders: Mapping[str, Path]
+    ) -> None:
+        missing = {name: wanted[name] for name, folder in folders.items() if not (folder / "cost.json").is_file()}
+        for split in sorted({what.split for what in missing.values()}):
+            self._fit(task, member, {n: w for n, w in missing.items() if w.split == split}, split, folders)
+
+    def statistics_cost(self, wanted: Mapping[str, Statistic], members: int = 1) -> float:
+        """Return the seconds that fitting took, for all tasks, whenever that was."""
+        keys = [self.signature_of(task, member) for task in self.tasks for member in range(members)]
+        files = [
+            self.cache / "statistics" / signature(key, what) / "cost.json" for key in keys for what in wanted.values()
+        ]
+        return sum(json.loads(file.read_text())["seconds"] for file in files)
+
+    @torch.no_grad()
+    def features(self, weights: Weights, task: str, split: str) -> Features:
+        """Return the features of a split under some weights, in the split's order."""
+        key = (weights.fingerprint(), task, split)
+        if key not in self._features:
+            self.fill(weights.state())
+            self._features[key] = self._encoded(self.splits(task)[split])
+        return self._features[key]
+
+    def _encoded(self, split: data.Split) -> Features:
+        self.encoder.eval()
+        rows: list[Tensor] = [torch.empty(0)] * len(split)
+        for inputs, _, places in split.batches(self.batch_size):
+            found = self.encoder(**{k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
+            for place, row in zip(places.tolist(), found, strict=True):
+                rows[place] = row
+        return Features(torch.stack(rows), split.labels)
+
+    def _fit(
+        self, task: str, member: int, wanted: Mapping[str, Statistic], split: str, folders: Mapping[str, Path]
+    ) -> None:
+        self.fill(self.expert(task, member).state())
+        start = time.perf_counter()
+        found = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.batch_size)
+        seconds = (time.perf_counter() - start) / len(wanted)  # of a shared pass, each bears its part
+        for name, values in found.items():
+            Weights.of({n: v.cpu() for n, v in values.items()}).save(folders[name] / "values")
+            write_json(folders[name] / "cost.json", {"seconds": round(seconds, 3), "statistic": describe(wanted[name])})
+
+    def score(self, task: str, weights: Weights, split: str, head: Readout | None = None) -> Score:
+        """Score weights on a task's split, with the task's own head or one that a variant changed."""
+        self.fill(weights.state())
+        held, metric = self.splits(task)[split], self.tasks[task].metric
+        return evaluate(self.encoder, head or self.head(task), held, self.batch_size, metric)
+
+    def hits(self, head: Readout, split: data.Split) -> Tensor:
+        """Return which examples what the encoder holds gets right, bool ``[N]``."""
+        return evaluate(self.encoder, head, split, self.batch_size).hits
+
+    def single_task(self, task: str, split: str) -> float:
+        """Return the score of a task's own expert: the denominator of normalised accuracy."""
+        file = self.cache / "scores" / f"{self.signature_of(task)}-{split}.json"
+        if not file.is_file():
+            score = self.score(task, self.expert(task), split)
+            write_json(file, {"accuracy" if score.metric == "accuracy" else "value": score.value})
+        return value_of(json.loads(file.read_text()))
+
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Load a state dict into the encoder."""
+        self.encoder.load_state_dict(dict(state))
+
+    def _cached_head(self, task: str) -> Readout:
+        file = self.cache / "heads" / f"{signature(self.backbone, self.tasks[task], self.seed)}.safetensors"
+        if not file.is_file():
+            self.fill(self.pretrained.state())
+            shots = self.splits(task)["shots"] if self.backbone.reads_shots else None
+            head = self.backbone.head(self.encoder, self.tasks[task], shots)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_file(file, heads.pack(head), {"task": task})
+        return heads.unpack(load_file(file))
+
+    def _once(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
+        """Train a model that is not there; of several processes that want it, one trains and the others wait."""
+        if (folder / "training.json").is_file():
+            return
+        with alone(folder):
+            if not (folder / "training.json").is_file():
+                self._train(folder, shares, label, seed)
+
+    def _train(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
+        lessons = [Lesson(self.head(task), self.splits(task)["train"], share) for task, share in shares.items()]
+        self.fill(self.pretrained.state())
+        trained = self.recipe.attach(self.encoder, self.backbone, seed)
+        training = folder.with_name(f"{folder.name}.training")
+        finetune(trained, lessons, self.recipe, self.recipe.rate(self.backbone), seed, training, label)
+        shutil.rmtree(folder, ignore_errors=True)  # without training.json it is the rest of an interrupted save
+        self.recipe.save(trained, folder)
+        examples = sum(len(lesson.split) for lesson in lessons)
+        notes = {"task": "+".join(shares), "backbone": type(self.backbone).__name__, "seed": self.seed}
+        write_json(folder / "training.json", notes | {"examples": examples})
+        shutil.rmtree(training, ignore_errors=True)
+
+
+def resolve(name: str) -> torch.device:
+    """Return a device by its name; ``auto`` takes a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,0 +1,108 @@
+"""Loggers: where a finished record is shown or mirrored. Records stay the truth."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from byom.errors import OptionError
+from byom.functional.metrics import value_of
+
+Record = Mapping[str, Any]
+
+
+class Logger(ABC):
+    """Told about every record, finished now or found finished."""
+
+    @abstractmethod
+    def finished(self, record: Record, path: Path) -> None:
+        """Take a record that this run has written."""
+
+    def skipped(self, record: Record, path: Path) -> None:
+        """Take a record that an earlier run has written."""
+        tqdm.write(f"{headline(record)}  finished before: {path}", file=sys.stdout)
+
+
+@dataclass(frozen=True)
+class Console(Logger):
+    """Print one line a run."""
+
+    def finished(self, record: Record, path: Path) -> None:
+        """Print the scores and the record's path."""
+        seconds = sum(stage["seconds"] for stage in record["stages"].values())
+        tqdm.write(f"{headline(record)}  {seconds:.1f} s  {path}", file=sys.stdout)
+
+
+@dataclass(frozen=True)
+class Wandb(Logger):
+    """Mirror each record to Weights & Biases: one run a job, grouped by sweep, always finished.
+
+    Args:
+        project: W&B project.
+        entity: W&B team or user; None takes the account's default.
+        group: Runs of one sweep share it.
+        mode: ``online`` or ``offline``.
+        folder: Where W&B keeps its files.
+    """
+
+    project: str = "byom"
+    entity: str | None = None
+    group: str = "single"
+    mode: Literal["online", "offline"] = "online"
+    folder: str = "results/scratch"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("online", "offline"):
+            raise OptionError(f"logger.mode={self.mode} is not known; use online or offline")
+
+    def finished(self, record: Record, path: Path) -> None:
+        """Send configuration, metrics per task, and the table as an artifact."""
+        import wandb
+
+        Console().finished(record, path)
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        with wandb.init(
+            project=self.project, entity=self.entity, group=self.group, name=f"{path.stem}", mode=self.mode,
+            dir=self.folder, config={"choices": record["choices"], **record["config"]}, reinit="finish_previous",
+        ) as live:  # fmt: skip
+            live.log(metrics(record))
+            live.log_artifact(_table_artifact(wandb, record))
+
+
+def metrics(record: Record) -> dict[str, float]:
+    """Return a record's numbers under flat names such as ``test/mnist/accuracy``."""
+    flat = {
+        f"{split}/{task}/{row.get('metric', 'accuracy')}": value_of(row)
+        for split, rows in record["scores"].items()
+        for task, row in rows.items()
+    }
+    flat |= {f"{split}/mean/{kind}": v for split, row in record["summary"].items() for kind, v in row.items()}
+    flat |= {f"storage/{key}": record["storage"][key] for key in ("parameters", "bytes")}
+    return flat | {f"seconds/{stage}": row["seconds"] for stage, row in record["stages"].items()}
+
+
+def headline(record: Record) -> str:
+    """Return one line that names a run and its score."""
+    choices, split = record["choices"], "test" if "test" in record["summary"] else "validation"
+    density = record["hyperparameters"]["byom"].get("density")
+    variant = choices["byom"] + (f" {density:g}" if density is not None else "")
+    score = record["summary"][split]
+    return (
+        f"{choices['merge']:>15} + {variant:<17} seed {choices['seed']}  {split} {100 * score['absolute']:5.1f} %"
+        f"  normalised {100 * score['normalised']:5.1f} %"
+    )
+
+
+def _table_artifact(wandb: Any, record: Record) -> Any:
+    splits = list(record["scores"])
+    tasks = list(record["scores"][splits[0]])
+    rows = [[task, *(value_of(record["scores"][split][task]) for split in splits)] for task in tasks]
+    artifact = wandb.Artifact(f"scores-{record['signature']}", type="table")
+    artifact.add(wandb.Table(columns=["task", *splits], data=rows), "scores")
+    return artifact

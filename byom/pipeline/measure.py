@@ -1,0 +1,120 @@
+"""What is measured of a run besides predictions: summaries, distances, storage, fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from byom.functional.metrics import value_of
+from byom.merge.base import Problem
+from byom.pipeline.lab import Lab
+from byom.pipeline.router.base import Routing
+from byom.storage import tensor_files as storage
+from byom.variants.base.delta import Served
+from byom.weights import Weights
+
+
+def norms(problem: Problem, task: str, reference: Weights, model: Weights) -> dict[str, float]:
+    """Return the distances that say what was put back and what was lost.
+
+    Args:
+        problem: The models.
+        task: The task.
+        reference: What the variant's difference was taken to.
+        model: The task's weights after the difference was put back.
+
+    Returns:
+        Euclidean norms of theta_t - theta_0, theta_t - reference, what was kept and what was dropped.
+    """
+    expert = problem.finetuned[task]
+    return {
+        "to_pretrained": _distance(expert, problem.pretrained),
+        "to_merged": _distance(expert, reference),
+        "kept": (model - reference).norm(),
+        "dropped": (expert - model).norm(),
+    }
+
+
+@lru_cache(maxsize=64)  # the cells of a sweep share their experts and references
+def _distance(a: Weights, b: Weights) -> float:
+    return (a - b).norm()
+
+
+def stored(served: Served, problem: Problem, frozen: int = 0) -> dict[str, Any]:
+    """Account for what must be stored to serve all tasks.
+
+    Args:
+        served: Shared models, and one packed difference a task.
+        problem: The models.
+        frozen: Parameters outside the encoder that published counts include and no expert changes.
+
+    Returns:
+        Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
+        and the density: values stored a task relative to all parameters of one model, and to those that differ
+        from the pre-trained model. Masks and signs are bytes and no values, so that the density of a variant that
+        stores masks is near 0, and ``task_bytes`` says what they take. Where `frozen` is given, ``with_frozen``
+        holds model parameters, parameters and density with those counted in.
+    """
+    base, tasks = problem.pretrained, served.deltas
+    shared = sum(weights.numel for weights in served.shared)
+    kept = {task: delta.stored_parameters for task, delta in tasks.items()}
+    taken = {task: delta.nbytes for task, delta in tasks.items()}
+    differing = {task: _count_differing(base, problem.finetuned[task]) for task in tasks}
+    return {
+        "model_parameters": base.numel,
+        "shared_models": len(served.shared),
+        "shared_parameters": shared,
+        "task_parameters": kept,
+        "parameters": shared + sum(kept.values()),
+        "task_bytes": taken,
+        "bytes": sum(map(_bytes, served.shared)) + sum(taken.values()),
+        "differing_parameters": differing,
+        "density": {
+            "of_all": sum(kept.values()) / (len(kept) * base.numel),
+            "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
+        },
+    } | ({"with_frozen": _with_frozen(frozen, base.numel, shared, kept)} if frozen else {})
+
+
+def _with_frozen(frozen: int, model: int, shared: int, kept: Mapping[str, int]) -> dict[str, float]:
+    """Count as papers do whose checkpoints hold frozen parameters too, which are stored once."""
+    density = sum(kept.values()) / (len(kept) * (model + frozen))
+    return {"model_parameters": model + frozen, "parameters": shared + frozen + sum(kept.values()), "density": density}
+
+
+def _bytes(weights: Weights) -> int:
+    """Return the bytes of a model's parameters, without reading them; buffers do not count."""
+    return sum(storage.size(weights.shape(name), weights.dtype(name)) for name in weights.mergeable())
+
+
+@lru_cache(maxsize=64)
+def _count_differing(a: Weights, b: Weights) -> int:
+    return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
+
+
+def fingerprints(lab: Lab, experts: Mapping[str, Weights]) -> dict[str, Any]:
+    """Return what identifies the inputs: pre-trained and fine-tuned weights, and every split read."""
+    return {
+        "pretrained": lab.pretrained.fingerprint(),
+        "experts": {task: weights.fingerprint() for task, weights in experts.items()},
+        "data": {task: {name: s.fingerprint for name, s in lab.splits(task).read.items()} for task in lab.tasks},
+    }
+
+
+def summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str, float]:
+    """Return absolute accuracy and normalised accuracy (the mean over tasks of the ratio to the task's own model)."""
+    accuracy = {task: value_of(row) for task, row in scores.items()}
+    ratios = [ratio(accuracy[task], single[task]) for task in accuracy]
+    return {"absolute": sum(accuracy.values()) / len(accuracy), "normalised": sum(ratios) / len(ratios)}
+
+
+def ratio(accuracy: float, single: float) -> float:
+    """Return an accuracy relative to the single-task model's; 1 where both are 0."""
+    return accuracy / single if single else float(accuracy == single)
+
+
+def routing(routing: Routing | None) -> dict[str, int]:
+    """Account for what a router stores; nothing where tasks are known."""
+    held = routing.stored if routing else ()
+    return {"router_parameters": sum(t.numel() for t in held), "router_bytes": sum(t.nbytes for t in held)}

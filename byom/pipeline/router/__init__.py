@@ -1,0 +1,1 @@
+"""Routers: one file each. `byom.pipeline.router.<name>` holds the class that ``router=<name>`` builds."""

@@ -1,0 +1,94 @@
+"""What a router is: it guesses each example's task, so that packed differences serve inputs of unknown origin."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from byom.errors import OptionError
+from byom.merge.base import Problem
+from byom.merge.base.needs import Needs
+from byom.variants.base.delta import Served
+
+
+class Routing(ABC):
+    """A fitted router."""
+
+    @abstractmethod
+    def shares(self, task: str, split: str) -> Tensor:
+        """Return how much each task's model should serve each example: ``[N, T]``, rows sum to 1.
+
+        Args:
+            task: Where the examples come from; used to find them, never to route them.
+            split: ``validation`` or ``test``.
+        """
+
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[Tensor, ...]:
+        """What has to be stored to route."""
+
+
+class Router(ABC):
+    """A frozen dataclass that says how tasks are told apart."""
+
+    title: ClassVar[str]
+    """Name in tables, appended to a row's; empty where the task is known."""
+    needs: ClassVar[Needs]
+
+    @abstractmethod
+    def fit(self, problem: Problem, served: Served) -> Routing | None:
+        """Learn to tell tasks apart; None where they are known.
+
+        Args:
+            problem: The models, and a probe of the tasks' inputs.
+            served: What serves the tasks.
+        """
+
+
+@dataclass(frozen=True)
+class LearnedRouter(Router):
+    """Fields that every router with something to learn shares.
+
+    Args:
+        mix: ``sample`` sends each example to the model of its likeliest task. ``batch`` averages the shares over a
+            batch and mixes the task models by them, as published evaluations do; the examples of a batch come
+            from one data set, so their mean gives the task away, and tables flag it.
+        batch_size: Examples a batch, for ``mix=batch``.
+        heads: ``routed`` uses the head of the task an example was sent to, so that a wrong guess is a wrong answer;
+            ``given`` uses the data set's own head, as published evaluations do.
+
+    Raises:
+        OptionError: If a value is out of range.
+    """
+
+    mix: Literal["sample", "batch"] = "sample"
+    batch_size: int = 256
+    heads: Literal["routed", "given"] = "routed"
+
+    needs = Needs(inputs=frozenset({"train"}))
+
+    def __post_init__(self) -> None:
+        if self.mix not in ("sample", "batch"):
+            raise OptionError(f"router.mix={self.mix} is not known; use sample or batch")
+        if self.heads not in ("routed", "given"):
+            raise OptionError(f"router.heads={self.heads} is not known; use routed or given")
+        if self.batch_size < 1:
+            raise OptionError(f"router.batch_size={self.batch_size} must be 1 or more")
+
+
+def labelled_by_task(features: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack the features of all tasks and number them by task.
+
+    Args:
+        features: ``[N_t, D]`` a task.
+
+    Returns:
+        ``[N, D]`` and int64 ``[N]``.
+    """
+    labels = [torch.full((len(rows),), place) for place, rows in enumerate(features)]
+    return torch.cat(features), torch.cat(labels)

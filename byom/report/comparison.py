@@ -1,0 +1,118 @@
+"""Merge-then-prune against pruning alone: distances, what is dropped, and who wins by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from byom.report.bootstrap import Scores, gain_interval
+from byom.report.frame import MISSING, Record, Row, percent, rows
+from byom.report.rows import labels
+
+COLUMNS = (
+    "method", "density", "distance", "distance_std", "residual", "residual_std",
+    "difference", "difference_std", "lower", "upper", "seeds",
+)  # fmt: skip
+
+
+def against_post_pruning(records: Iterable[Record]) -> pd.DataFrame:
+    """Compare BYOM-FFT with post-pruning at each density, paired over seeds and test examples.
+
+    Args:
+        records: Finished runs of one suite and backbone.
+
+    Returns:
+        One row a BYOM-FFT row of the main table, as fractions. ``distance`` is the mean over tasks of
+        ‖θₜ − θ*‖ / ‖θₜ − θ₀‖; ``residual`` the same ratio of what is left out after putting back;
+        ``difference`` BYOM-FFT less post-pruning; ``lower`` and ``upper`` its interval over examples. A
+        quantity without its partner is NaN.
+    """
+    found = rows(records)
+    pruned = [row for row in found if row.variant == "post_pruning"]
+    made = [
+        {"method": label, "density": row.density, **_compare(row, _partner(row, pruned))}
+        for row, label in zip(found, labels(found), strict=True)
+        if row.variant == "fft"
+    ]
+    return pd.DataFrame(made, columns=list(COLUMNS))
+
+
+def _partner(row: Row, pruned: Sequence[Row]) -> Row | None:
+    """Return the post-pruning row chosen in the same way: every BYOM setting the two share is equal."""
+    return next((other for other in pruned if _same_choice(row.settings, other.settings)), None)
+
+
+def _same_choice(one: Mapping, two: Mapping) -> bool:
+    shared = [name for name in one.keys() & two.keys() if name.startswith("byom.")]
+    return "byom.density" in shared and all(one[name] == two[name] for name in shared)
+
+
+def _compare(row: Row, partner: Row | None) -> dict[str, float]:
+    distance = [float(np.mean(_distances(record))) for record in row.records if record.get("norms")]
+    pairs = _paired(row, partner)
+    measured = [pair for pair in pairs if all(record.get("norms") for record in pair)]
+    residual = [float(np.mean(_residuals(*pair))) for pair in measured]
+    difference = [_mean(one) - _mean(two) for one, two in pairs]
+    out = _spread("distance", distance) | _spread("residual", residual) | _spread("difference", difference)
+    lower, upper = gain_interval([_test(*pair) for pair in pairs]) if pairs else (np.nan, np.nan)
+    return out | {"lower": lower, "upper": upper, "seeds": len(pairs)}
+
+
+def _paired(row: Row, partner: Row | None) -> list[tuple[Record, Record]]:
+    other = {record["choices"]["seed"]: record for record in partner.records} if partner else {}
+    seeds = [(record, record["choices"]["seed"]) for record in row.records]
+    return [(record, other[seed]) for record, seed in seeds if seed in other]
+
+
+def _distances(record: Record) -> list[float]:
+    return [_ratio(norms["to_merged"], norms["to_pretrained"]) for norms in record["norms"].values()]
+
+
+def _residuals(one: Record, two: Record) -> list[float]:
+    return [_ratio(norms["dropped"], two["norms"][task]["dropped"]) for task, norms in one["norms"].items()]
+
+
+def _ratio(one: float, two: float) -> float:
+    """Return the ratio of two norms; 1 where both are 0, as at density 1 where nothing is dropped."""
+    if one == two:
+        return 1.0
+    return one / two if two else np.inf
+
+
+def _mean(record: Record) -> float:
+    return record["summary"]["test"]["absolute"]
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+    return {name: float(np.mean(values)) if len(values) else np.nan, f"{name}_std": std}
+
+
+def _test(one: Record, two: Record) -> tuple[Scores, Scores]:
+    return one["scores"]["test"], two["scores"]["test"]
+
+
+def display_comparison(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the printed form of `against_post_pruning`: ratios, and differences in points."""
+    out = pd.DataFrame({"Method": frame["method"], "m %": [percent(m) for m in frame["density"]]})
+    out["Distance ratio"] = _ratios(frame, "distance")
+    out["Dropped ratio"] = _ratios(frame, "residual")
+    pairs = zip(frame["difference"], frame["difference_std"], strict=True)
+    out["Difference (points)"] = [_plus_minus(100 * a, 100 * s, "+.1f", ".1f") for a, s in pairs]
+    ends = zip(frame["lower"], frame["upper"], strict=True)
+    out["95 % interval"] = [MISSING if np.isnan(a) else f"[{100 * a:+.1f}, {100 * b:+.1f}]" for a, b in ends]
+    out["Seeds"] = frame["seeds"].astype(str)
+    return out
+
+
+def _ratios(frame: pd.DataFrame, name: str) -> list[str]:
+    pairs = zip(frame[name], frame[f"{name}_std"], strict=True)
+    return [_plus_minus(value, std, ".3f", ".3f") for value, std in pairs]
+
+
+def _plus_minus(value: float, std: float, form: str, spread: str) -> str:
+    if np.isnan(value):
+        return MISSING
+    return f"{value:{form}}" + ("" if np.isnan(std) else f" ± {std:{spread}}")

@@ -1,0 +1,299 @@
+"""Figures from the numbers of a report: accuracy against what is put back, against size, and by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from byom.report.figures.style import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
+from byom.report.frame import KINDS, kind, percent, task_names
+
+TYPICAL_DENSITY = 0.1
+SAME_SIZE = 0.02
+# the height of a line of labels, of the axes
+LABEL_GAP = 0.06
+
+
+def _kinds(frame: pd.DataFrame) -> pd.Series:
+    return pd.Series([kind(*pair) for pair in zip(frame["merge"], frame["variant"], strict=True)], index=frame.index)
+
+
+def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    return pd.DataFrame(frame.loc[mask])
+
+
+def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Split the rows that put a density back into curves.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        For each name such as ``BYOM-FFT on TIES`` its rows by density.
+    """
+    put_back = _where(frame, frame["variant"].isin(["post_pruning", "fft"]) & (frame["density"] > 0))
+    parts = put_back.groupby("method", sort=False)
+    return {str(name): part.sort_values(by="density") for name, part in parts}
+
+
+def _base(method: str) -> str:
+    """Return what a row starts from as the table names it: ``TIES`` for ``BYOM-FFT on TIES``."""
+    return method.partition(" on ")[2] or method
+
+
+def _looks(frame: pd.DataFrame) -> dict[str, Look]:
+    """Give every merge method and post-pruning its look, under the names `_base` returns."""
+    wanted = zip(frame["method"], frame["merge"], frame["variant"], strict=True)
+    return looks({_base(m): variant if variant == "post_pruning" else merge for m, merge, variant in wanted})
+
+
+def _start(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of a curve at density 0: the merged model, or the pre-trained one."""
+    alone = _where(frame, (frame["variant"] == "none") & (frame["merge"] == rows["merge"].iloc[0]))
+    named = _where(alone, alone["method"] == _base(rows["method"].iloc[0]))
+    return named if len(named) else alone.head(1)
+
+
+@styled
+def accuracy_by_density(frame: pd.DataFrame) -> Figure:
+    """Draw the mean accuracy against m, the part put back for each task.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        The figure; the open marker at "0" is the model nothing was put back into.
+    """
+    found = families(frame)
+    figure, axes = blank(2.75, found)
+    look = _looks(frame)
+    densities = sorted({m for rows in found.values() for m in rows["density"]})
+    zero = _zero_place(densities)
+    for name, rows in found.items():
+        style = look[_base(name)]
+        _errorbar(axes, 100 * rows["density"], rows, style, name)
+        _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
+    _density_axis(axes, densities, zero)
+    _reference(axes, frame, "single_task", "Single-task", 1.0)
+    _reference(axes, frame, "pretrained", "Pre-trained", 0.0)
+    axes.set_ylabel("Mean test accuracy (%)")
+    legend(figure, axes)
+    return figure
+
+
+def _zero_place(densities: Sequence[float]) -> float:
+    return 100 * densities[0] / 2.6 if densities else 0.1
+
+
+def _errorbar(axes: Axes, x: Any, rows: pd.DataFrame, look: Look, label: str) -> None:
+    spread = 100 * rows["mean_std"].fillna(0)
+    axes.errorbar(x, 100 * rows["mean"], yerr=spread, capsize=1.8, elinewidth=0.7, label=label, **look.line)
+
+
+def _draw_start(axes: Axes, row: pd.DataFrame, zero: float, first: float, look: Look) -> None:
+    """Mark the model before anything is put back, and carry its level to where the curve begins."""
+    for value in 100 * row["mean"]:
+        axes.plot([zero, first], [value, value], color=look.color, linestyle="--", linewidth=0.6, zorder=1)
+        axes.plot([zero], [value], **look.hollow.line, zorder=3)
+
+
+def _density_axis(axes: Axes, densities: Sequence[float], zero: float) -> None:
+    axes.set_xscale("log")
+    places = [zero, *(100 * m for m in densities)]
+    names = ["0", *(percent(m) for m in densities)]
+    axes.set_xticks(places, labels=names)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(zero / 1.35, places[-1] * 1.25)
+    axes.set_xlabel("Put back for each task, m (% of parameters)")
+    _mark_break(axes, (zero * places[min(1, len(places) - 1)]) ** 0.5)
+
+
+def _mark_break(axes: Axes, place: float) -> None:
+    """Strike through the axis where the scale is not logarithmic: 0 has no place on it."""
+    axes.annotate("//", (place, 0), xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=7)
+
+
+def _reference(axes: Axes, frame: pd.DataFrame, what: str, label: str, right: float) -> None:
+    """Draw a labelled line across, and its label just above, at the left or right end."""
+    for value in 100 * _where(frame, _kinds(frame) == what)["mean"].head(1):
+        axes.axhline(value, color=LOOKS[what].color, linewidth=0.8, zorder=0)
+        side = "right" if right else "left"
+        spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
+        axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
+
+
+@styled
+def accuracy_by_size(frame: pd.DataFrame) -> Figure:
+    """Draw the mean accuracy against the bytes stored for all tasks together.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        The figure; open markers are merged models alone, the light line is the Pareto front.
+    """
+    found = families(frame)
+    figure, axes = blank(2.75, [*found, "Pareto front"])
+    look = _looks(frame)
+    for name, rows in found.items():
+        _errorbar(axes, rows["bytes"] / 1e6, rows, look[_base(name)], name)
+    shared = _where(frame, _kinds(frame).isin(["pretrained", "merged"]))
+    _draw_front(axes, pd.concat([*found.values(), shared, _where(frame, frame["variant"] == "single_task")]))
+    _label_single(axes, frame)
+    _label_shared(axes, shared, look)
+    _label_densities(axes, found)
+    size_axis(axes, frame["bytes"] / 1e6, longest=max(map(len, shared["method"]), default=0))
+    axes.set_ylabel("Mean test accuracy (%)")
+    legend(figure, axes)
+    return figure
+
+
+def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that no other row beats in mean accuracy at the same or a smaller size, smallest first.
+
+    Sizes within 2 % count as the same: encoded positions differ a little in length.
+    """
+    sizes, means = frame["bytes"].to_numpy(float), frame["mean"].to_numpy(float)
+    margin = (1 + SAME_SIZE) * sizes[:, None]
+    better = (sizes[None, :] <= margin) & (means[None, :] > means[:, None])
+    cheaper = (sizes[None, :] * (1 + SAME_SIZE) < sizes[:, None]) & (means[None, :] >= means[:, None])
+    beaten = (better | cheaper).any(axis=1)
+    return _where(frame, pd.Series(~beaten, index=frame.index)).sort_values(by="bytes")
+
+
+def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
+    front = pareto_front(frame)
+    shade = {"color": "#d9d9d9", "linewidth": 4, "solid_capstyle": "round", "solid_joinstyle": "round"}
+    axes.plot(front["bytes"] / 1e6, 100 * front["mean"], zorder=0, label="Pareto front", **shade)
+
+
+def _label_shared(axes: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
+    """Mark the models without anything put back, their names to the left, moved apart where they meet."""
+    ordered = rows.sort_values(by="mean")
+    for row in ordered.to_dict("records"):
+        axes.plot(row["bytes"] / 1e6, 100 * row["mean"], **look[row["method"]].hollow.line, zorder=3)
+    low, high = axes.get_ylim()
+    heights = spread_out(100 * ordered["mean"].to_numpy(), LABEL_GAP * (high - low))
+    for height, row in zip(heights, ordered.to_dict("records"), strict=True):
+        here = (row["bytes"] / 1e6, 100 * row["mean"])
+        axes.annotate(row["method"], here, (here[0] * 0.93, height), ha="right", va="center", fontsize=7)
+
+
+def _label_single(axes: Axes, frame: pd.DataFrame) -> None:
+    for row in _where(frame, frame["variant"] == "single_task").head(1).to_dict("records"):
+        here, style = (row["bytes"] / 1e6, 100 * row["mean"]), LOOKS["single_task"]
+        axes.plot(*here, color=style.color, marker=style.marker, markersize=7)
+        spot = {"xytext": (3, -6), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7}
+        axes.annotate("Single-task", here, **spot)
+
+
+def _label_densities(axes: Axes, found: dict[str, pd.DataFrame]) -> None:
+    """Write m below the lowest point of each density."""
+    points = pd.concat([*found.values()]).sort_values(by="mean")
+    for low in points.drop_duplicates("density").to_dict("records"):
+        spot = {"xytext": (4, -4), "textcoords": "offset points", "ha": "left", "va": "top"}
+        here = (low["bytes"] / 1e6, 100 * low["mean"])
+        axes.annotate(f"{percent(low['density'])} %", here, color="#555555", fontsize=6.5, **spot)
+
+
+@styled
+def accuracy_by_task(frame: pd.DataFrame) -> Figure:
+    """Draw the accuracy on each task of the rows that tell the story.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        The figure: one line a task, one marker a row of `selected`.
+    """
+    tasks = task_names(frame)
+    rows = selected(frame)
+    figure, axes = blank(0.7 + 0.24 * (len(tasks) + 1), rows)
+    places = [*range(len(tasks)), len(tasks) + 0.4]
+    axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color="#e4e4e4", linewidth=0.7, zorder=0)
+    look = _looks(frame)
+    for name, row in rows.items():
+        values = [100 * row[f"accuracy_{task}"] for task in tasks] + [100 * row["mean"]]
+        axes.plot(values, places, label=name, **_task_marker(row, look))
+    axes.axhline(len(tasks) - 0.3, color="black", linewidth=0.5)
+    axes.set_yticks(places, labels=[*(task.replace("_", " ") for task in tasks), "Mean"])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set_xlabel("Test accuracy (%)")
+    legend(figure, axes)
+    return figure
+
+
+def _task_marker(row: dict, look: dict[str, Look]) -> dict:
+    """Return the marker of a row: as in the other figures, but a tick that stays visible for single-task."""
+    what = kind(row["merge"], row["variant"])
+    if what == "single_task":
+        return {"color": "black", "marker": "|", "markersize": 9, "markeredgewidth": 1.3, "linestyle": "none"}
+    style = look[_base(row["method"])]
+    return {**(style.hollow if what == "merged" else style).line, "linestyle": "none"}
+
+
+def selected(frame: pd.DataFrame) -> dict[str, dict]:
+    """Pick the rows of the figure by task; what is best is decided on validation data.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        Up to five rows by name: pre-trained, best merged model, post-pruning and BYOM-FFT on that merge at
+        the density nearest 10 %, single-task.
+    """
+    kinds = _kinds(frame)
+    parts = {what: _where(frame, kinds == what) for what in KINDS}
+    merged = _best(parts["merged"])
+    same = _where(parts["fft"], parts["fft"]["method"].map(_base).isin(merged["method"]))
+    fft = same if len(same) else parts["fft"]
+    pruned = _typical(parts["post_pruning"])
+    picks = [parts["pretrained"], merged, pruned, _typical(fft), parts["single_task"]]
+    found = [row for rows in picks for row in rows.head(1).to_dict("records")]
+    return {_row_label(row): row for row in found}
+
+
+def _typical(rows: pd.DataFrame) -> pd.DataFrame:
+    nearest = (rows["density"] - TYPICAL_DENSITY).abs()
+    return _best(_where(rows, nearest == nearest.min()))
+
+
+def _best(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the best row on validation data, or the last in table order where validation was not evaluated."""
+    measured = _where(rows, rows["validation"].notna())
+    return measured.nlargest(1, columns="validation") if len(measured) else rows.tail(1)
+
+
+def _row_label(row: dict) -> str:
+    return row["method"] + ("" if np.isnan(row["density"]) else f", {percent(row['density'])} %")
+
+
+FIGURES = {
+    "accuracy-by-density": accuracy_by_density,
+    "accuracy-by-size": accuracy_by_size,
+    "accuracy-by-task": accuracy_by_task,
+}
+
+
+def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
+    """Draw every figure the rows allow and write each as PNG and PDF.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+        folder: Where the files go.
+        stem: What their names begin with.
+
+    Returns:
+        The paths written; the figures against density and size need a method with several densities.
+    """
+    curves = any(part["density"].nunique() > 1 for part in families(frame).values())
+    names = FIGURES if curves else ["accuracy-by-task"]
+    return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]

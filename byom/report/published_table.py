@@ -1,0 +1,244 @@
+"""Our rows beside published ones: a table for every source, and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from byom.report import render
+from byom.report.frame import MISSING, Row, numbers, percent, rows
+from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, every
+from byom.report.report import Runs, read_runs, write
+
+DAGGER = "†"
+OURS, THEIRS, GAP = "ours", "published", "difference"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A published row, and ours with the same settings.
+
+    Args:
+        line: The published row.
+        row: Ours; None if there is none.
+        values: Ours in per cent, by task.
+        mean: Our average over the published tasks, in per cent; NaN if we have other tasks.
+        label: How our tables write the row.
+        apart: Why the two cannot be subtracted; empty if they can.
+    """
+
+    line: Line
+    row: Row | None
+    values: dict[str, float]
+    mean: float
+    label: str = ""
+    apart: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Ours less the published average, in points; NaN where the two cannot be subtracted."""
+        return np.nan if self.apart else self.mean - self.line.mean
+
+
+def generate(results: Path, suite: str, backbone: str, names: Sequence[str]) -> tuple[str, list[Path]]:
+    """Write our rows beside published ones.
+
+    Args:
+        results: The folder that holds ``runs``; tables and figures are written beside it.
+        suite: The suite's name.
+        backbone: The backbone's name.
+        names: Published tables, in order.
+
+    Returns:
+        The tables as text, and the paths of all files.
+    """
+    runs = read_runs(results, suite, backbone)
+    compared = [(table, pairs(runs, table)) for table in every(names)]
+    stem = f"{suite}--{backbone}--published"
+    frame = pd.concat([_full(table, found) for table, found in compared], ignore_index=True)
+    texts = {
+        f"{stem}.md": as_markdown(runs, compared),
+        f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
+        f"{stem}.tex": as_latex(runs, compared),
+    }
+    files = [write(results / "tables" / name, text) for name, text in texts.items()]
+    from byom.report.figures.published import ours_against_published
+    from byom.report.figures.style import save
+
+    if any(not np.isnan(pair.mean) for _, found in compared for pair in found):
+        files += save(ours_against_published(compared, _marks(runs)), results / "figures" / stem)
+    return as_text(runs, compared), files
+
+
+def pairs(runs: Runs, table: Published) -> list[Pair]:
+    """Match a published table with our runs.
+
+    Args:
+        runs: Ours.
+        table: The published one.
+
+    Returns:
+        Published rows in order, one pair for each of ours that has the same settings, or one without.
+    """
+    frame, found = numbers(runs.done), rows(runs.done)
+    out: list[Pair] = []
+    for line in table.rows:
+        same, apart = [place for place, row in enumerate(found) if line.fits(row)], _apart(runs, table, line)
+        out += [_pair(line, found[place], frame.iloc[place], table, apart) for place in same]
+        out += [Pair(line, None, {}, np.nan)] * (not same)
+    return out
+
+
+def _pair(line: Line, row: Row, measured: pd.Series, table: Published, apart: str) -> Pair:
+    values = {t: 100 * float(measured.at[f"accuracy_{t}"]) for t in table.tasks if f"accuracy_{t}" in measured}
+    mean = float(np.mean(list(values.values()))) if len(values) == len(table.tasks) else np.nan
+    if table.measure == "normalised" and not np.isnan(mean):
+        mean = 100 * float(measured.at["normalised"])
+    return Pair(line, row, values if line.values else {}, mean, str(measured["method"]), apart)
+
+
+def _apart(runs: Runs, table: Published, line: Line) -> str:
+    if not same_family(runs, table):
+        return "other checkpoints"
+    return "" if line.alone or same_tasks(runs, table) else "other tasks merged"
+
+
+def same_family(runs: Runs, table: Published) -> bool:
+    """Say whether our experts are the checkpoints that the published numbers were measured on."""
+    return _family(runs) == table.family
+
+
+def same_tasks(runs: Runs, table: Published) -> bool:
+    """Say whether we merged the tasks that the published numbers were measured on."""
+    return set(runs.done[0]["scores"]["test"]) == set(table.tasks)
+
+
+def _family(runs: Runs) -> str:
+    return runs.done[0].get("family", "trained")
+
+
+def _full(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
+    """Return every number at full precision."""
+    made = [
+        {
+            "published": table.name, "label": pair.line.label, "ours": pair.label, "task": task,
+            "our_value": ours, "published_value": theirs, "difference": np.nan if pair.apart else ours - theirs,
+            "apart": pair.apart,
+        }
+        for pair in found
+        for task, ours, theirs in _values(table, pair)
+    ]  # fmt: skip
+    return pd.DataFrame(made)
+
+
+def _values(table: Published, pair: Pair) -> Iterator[tuple[str, float, float]]:
+    for place, task in enumerate(table.tasks if pair.line.values else ()):
+        yield task, pair.values.get(task, np.nan), pair.line.values[place]
+    yield "mean", pair.mean, pair.line.mean
+
+
+def _cells(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
+    """Return the printed table: first rows that both have, then those that only the source has."""
+    ordered = sorted(found, key=lambda pair: pair.row is None)
+    lines = [line for pair in ordered for line in _lines(table, pair)]
+    return pd.DataFrame(lines, columns=["Method", "", *table.tasks, "Mean", "Parameters"])
+
+
+def _lines(table: Published, pair: Pair) -> Iterator[list[str]]:
+    line, (digits, of_mean) = pair.line, pair.line.decimals
+    theirs = line.values or [np.nan] * len(table.tasks)
+    ours = [pair.values.get(task, np.nan) for task in table.tasks]
+    if pair.row:
+        yield [_named(pair), OURS, *_plain(ours, digits), *_plain([pair.mean], of_mean), _millions(pair.row)]
+    name = line.label + DAGGER * table.dagger
+    yield [name, THEIRS, *_plain(theirs, digits), *_plain([line.mean], of_mean), line.parameters or MISSING]
+    if pair.row and not pair.apart:
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        yield ["", GAP, *_plain(gaps, digits, "+"), *_plain([pair.gap], of_mean, "+"), ""]
+
+
+def _named(pair: Pair) -> str:
+    density = pair.row.density if pair.row else np.nan
+    return pair.label if np.isnan(density) else f"{pair.label}, {percent(density)} %"
+
+
+def _millions(row: Row) -> str:
+    stored = row.records[0]["storage"]
+    count = stored.get("with_frozen", stored)["parameters"]
+    return f"{count / 1e6:.0f}M"
+
+
+def _plain(values: Iterable[float], digits: int, sign: str = "") -> list[str]:
+    return [MISSING if np.isnan(value) else f"{value:{sign}.{digits}f}" for value in values]
+
+
+def notes(runs: Runs, table: Published) -> list[str]:
+    """Return what a reader must know of a published table, and of ours beside it."""
+    told = [
+        f"Published: {table.source} ({table.url}), {CONFIDENCE[table.confidence]}. Values: {table.what}, in per cent. "
+        "Differences are ours less published, in percentage points, with the decimals of the source."
+    ]
+    told += [f"{DAGGER} {UNCHECKED}."] * table.dagger
+    told += [_checkpoints(runs, table), *_merged(runs, table), *[table.note] * bool(table.note)]
+    return told + [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
+
+
+def _checkpoints(runs: Runs, table: Published) -> str:
+    if same_family(runs, table):
+        return f"Checkpoints: '{table.family}', ours and published. Numbers of other families are not comparable."
+    return (
+        f"Our experts are of the family '{_family(runs)}', the published numbers of '{table.family}': other "
+        "checkpoints, not comparable, so no differences are printed."
+    )
+
+
+def _merged(runs: Runs, table: Published) -> list[str]:
+    if same_tasks(runs, table):
+        return []
+    ours = len(runs.done[0]["scores"]["test"])
+    return [f"We merge {ours} tasks, the source {len(table.tasks)}: no differences of merged models are printed."]
+
+
+def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
+    """Return all tables as Markdown."""
+    parts = [
+        f"# {runs.suite}, {runs.backbone}: ours beside published numbers\n\n",
+        *(f"**{n}**\n\n" for n in _marks(runs)),
+    ]
+    for table, found in compared:
+        parts += [f"## {table.title}\n\n", render.markdown(_cells(table, found)), "\n"]
+        parts += [*(f"- {note}\n" for note in notes(runs, table)), "\n"]
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def as_latex(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
+    """Return all tables as LaTeX, each above what a reader must know of it."""
+    parts = [rf"\textbf{{{render.escape_latex(mark)}}}\par" "\n" for mark in _marks(runs)]
+    for table, found in compared:
+        told = " ".join(render.escape_latex(note) for note in notes(runs, table))
+        parts.append(f"{render.latex(_cells(table, found))}\\par{{\\footnotesize {told}\\par}}\n\n")
+    return "".join(parts)
+
+
+def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
+    """Return the tables for a terminal: averages, as tasks are in the files."""
+    lines = [f"{runs.suite}, {runs.backbone}: ours beside published numbers", *_marks(runs)]
+    for table, found in compared:
+        lines += ["", table.title, *notes(runs, table), ""]
+        shown = [_short(table, pair) for pair in found]
+        lines.append(render.text(pd.DataFrame(shown, columns=["Method", "Ours", "Published", "Difference"]), []))
+    return "\n".join(lines)
+
+
+def _short(table: Published, pair: Pair) -> list[str]:
+    digits = pair.line.decimals[1]
+    cells = [*_plain([pair.mean, pair.line.mean], digits), *_plain([pair.gap], digits, "+")]
+    return [pair.line.label + DAGGER * table.dagger, *cells]
+
+
+def _marks(runs: Runs) -> list[str]:
+    return sorted({record["note"] for record in runs.done if record.get("note")})

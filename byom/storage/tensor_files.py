@@ -1,0 +1,300 @@
+"""Safetensors on disk: lazy reading with checksums, writing that is all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from byom.errors import CheckpointError
+from byom.storage.lock import owner
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# what a folder written by byom may hold beside tensors
+OWN_JSON = {INDEX, "bundle.json", "training.json", "export.json", "adapter_config.json"}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def crc32(tensor: Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes in row-major order, as 8 hexadecimal digits."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0:08x}"
+
+
+def digest(value: Any) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return a tensor's size in bytes."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+class TensorFiles:
+    """One safetensors file, or a folder of shards, opened without reading any tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.ties: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        self._recorded: dict[str, str] = {}
+        self._verified: set[str] = set()
+        for file in _files(path):
+            self._add(file)
+        if lost := sorted(set(_promised(path)) - set(self.specs)):
+            raise CheckpointError(f"{path / INDEX} names tensors that no shard holds: {lost[:5]}. Download it again")
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor; the first read of a tensor with a recorded checksum verifies it."""
+        try:
+            tensor = self._handles[name].get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(self.path, str(error)) from error
+        if name in self._recorded and name not in self._verified:
+            self._verify(name, tensor)
+        return tensor
+
+    def checksum(self, name: str) -> str:
+        """Return the recorded checksum of a tensor, or compute it."""
+        return self._recorded.get(name) or crc32(self.read(name))
+
+    def _verify(self, name: str, tensor: Tensor) -> None:
+        if crc32(tensor) != self._recorded[name]:
+            raise _damaged(self.path, f"tensor '{name}' does not match its checksum")
+        self._verified.add(name)
+
+    def _add(self, file: Path) -> None:
+        with _readable(file):
+            handle = safe_open(file, framework="pt")
+        for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            part = handle.get_slice(name)
+            self.specs[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            self._handles[name] = handle
+        notes = json.loads((handle.metadata() or {}).get("byom", "{}"))
+        self.ties |= notes.get("ties", {})
+        self._recorded |= notes.get("crc32", {})
+
+
+def save(
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], Tensor],
+    ties: Mapping[str, str],
+    shard_bytes: int,
+) -> Path:
+    """Write tensors into a folder of safetensors files; an interrupted or failed write leaves the old folder alone.
+
+    Args:
+        folder: Where the result goes.
+        sizes: Tensor name to its size in bytes, in the order to write.
+        read: Gives one tensor by name.
+        ties: Alias to canonical name, recorded in the metadata.
+        shard_bytes: Largest size of a file in bytes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder holds other files or cannot be written.
+    """
+    with replacing(folder) as partial:
+        shards = _shards(sizes, shard_bytes)
+        for number, names in enumerate(shards):
+            _write(partial / _shard_name(number, len(shards)), names, read, ties if number == 0 else {})
+        if len(shards) > 1:
+            _write_index(partial, shards, sum(sizes.values()))
+    return folder
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Write one safetensors file with checksums and notes, atomically and with the umask's permissions.
+
+    Args:
+        path: The file; replaced only when the new one is complete.
+        tensors: Name to tensor.
+        notes: JSON metadata stored beside the checksums.
+    """
+    tensors = _apart(tensors)
+    notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
+    temporary = path.with_name(f".{path.name}.{owner()}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
+        _settle(temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}. Free space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return the notes that `write_file` stored in a safetensors file."""
+    with _readable(path), safe_open(path, framework="pt") as handle:
+        return json.loads((handle.metadata() or {}).get("byom", "{}"))
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
+
+    Args:
+        folder: The folder to create or replace; it may hold only what byom writes.
+
+    Yields:
+        The scratch folder, beside it.
+
+    Raises:
+        CheckpointError: If the folder holds other files or its parent cannot be written.
+    """
+    folder = folder.resolve()  # what a link points at is replaced, and the link stays
+    _refuse_foreign(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{owner()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
+        partial.mkdir(parents=True)
+        yield partial
+        _swap(partial, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error}. Free space or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        return _indexed(path)
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}"
+        )
+    return found
+
+
+def _indexed(folder: Path) -> list[Path]:
+    names = set(_promised(folder).values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(f"{folder / INDEX} names shards that are missing: {missing}. Download them again")
+    return [folder / name for name in sorted(names)]
+
+
+def _promised(folder: Path) -> dict[str, str]:
+    """Return the index's tensor names and their shards; empty without an index."""
+    file = folder / INDEX
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, repr(error), "an index") from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, str(error)) from error
+
+
+def _damaged(path: Path, why: str, what: str = "a safetensors file") -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or not {what} ({why}). Delete it and make or fetch it again")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what overlaps another tensor, which safetensors refuses to write; not what merely shares a mapped file."""
+    apart = {name: given.detach().cpu().contiguous() for name, given in tensors.items()}
+    end = 0
+    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return apart
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and used + nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += nbytes
+    return shards
+
+
+def _shard_name(number: int, total: int) -> str:
+    return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _write(path: Path, names: list[str], read: Callable[[str], Tensor], ties: Mapping[str, str]) -> None:
+    write_file(path, {name: read(name) for name in names}, {"format": 1, "ties": dict(ties)})
+
+
+def _write_index(folder: Path, shards: list[list[str]], total: int) -> None:
+    where = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+
+
+def _settle(file: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a shared cache cannot use
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _refuse_foreign(folder: Path) -> None:
+    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not _ours(f)] if folder.is_dir() else []
+    if foreign or folder.is_file():
+        raise CheckpointError(
+            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
+            "and would lose them; choose a new folder"
+        )
+
+
+def _ours(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return bool(read_notes(file))
+    exported = file.name == "config.json" and (file.parent.parent / "export.json").is_file()
+    return exported or file.name in OWN_JSON
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old-{owner()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    try:
+        partial.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

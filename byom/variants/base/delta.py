@@ -1,0 +1,182 @@
+"""What a variant stores: one packed difference a task, and the models that all tasks share."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from byom.errors import CheckpointError, OptionError, suggest
+from byom.merge.base.probe import Changed, Readout
+from byom.storage import tensor_files as storage
+from byom.weights import Weights
+
+if TYPE_CHECKING:
+    from byom.variants.base.variant import Variant
+
+Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
+READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
+WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts beside each parameter's own
+
+
+class Shared(NamedTuple):
+    """One parameter of the models that all tasks share."""
+
+    reference: Tensor  # [*shape], what differences are taken to
+    base: Tensor | None = None  # [*shape], of the second shared model where a variant stores two
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One task's packed difference.
+
+    Args:
+        variant: The variant that packed it.
+        parts: Parameter name to stored tensors; parameters that are not listed are the reference's.
+        shapes: Parameter name to the shape it was packed from.
+    """
+
+    variant: Variant
+    parts: Mapping[str, Parts]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def apply(self, reference: Weights, base: Weights | None = None) -> Weights:
+        """Return the task's weights, lazily.
+
+        Args:
+            reference: The weights the difference was taken to.
+            base: The second shared model, for variants that store two.
+
+        Returns:
+            The reference with this task's values put back.
+
+        Raises:
+            CheckpointError: If the difference does not fit the reference.
+            OptionError: If a second shared model is needed and not given.
+        """
+        names, whole = self.parts.keys() - {READOUT, WHOLE}, self.parts.get(WHOLE, {})
+        if unknown := sorted(names - set(reference)):
+            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} has not")
+        if odd := [n for n, shape in sorted(self.shapes.items()) if tuple(shape) != reference.shape(n)]:
+            raise CheckpointError(
+                f"the packed difference was taken to another model: '{odd[0]}' was {tuple(self.shapes[odd[0]])}, and "
+                f"is {reference.shape(odd[0])} in {reference.origin}; apply it to the model it was packed against"
+            )
+        require_base(self.variant, base)
+
+        def read(name: str) -> Tensor:
+            value = reference[name]
+            if name not in names:
+                return value
+            return self.variant.unpack({**whole, **self.parts[name]}, Shared(value, base[name] if base else None))
+
+        return reference.derived(read, f"{reference.origin} + {self.variant.title}")
+
+    def readout(self, head: Readout) -> Readout:
+        """Return the task's head, changed if the variant stores something for heads."""
+        if READOUT not in self.parts:
+            return head
+        return Changed(head, self.variant.readout(self.parts[READOUT], head))
+
+    @property
+    def stored_parameters(self) -> int:
+        """Floating-point values stored, positions and masks not counted (the BYOM convention)."""
+        return sum(t.numel() for parts in self.parts.values() for t in parts.values() if t.is_floating_point())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: values, positions and masks."""
+        return sum(tensor.nbytes for parts in self.parts.values() for tensor in parts.values())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the difference as one safetensors file with checksums, atomically.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The path.
+        """
+        flat = {f"{name}//{part}": tensor for name, parts in self.parts.items() for part, tensor in parts.items()}
+        notes = {"format": 1, "variant": _named(self.variant), "shapes": {n: list(s) for n, s in self.shapes.items()}}
+        storage.write_file(Path(path), flat, notes)
+        return Path(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Delta:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The packed difference.
+
+        Raises:
+            CheckpointError: If the file is damaged or is no packed difference.
+        """
+        notes = storage.read_notes(Path(path))
+        if "variant" not in notes:
+            raise CheckpointError(f"{path} is not a packed task difference; use Weights.open for a checkpoint")
+        file = storage.TensorFiles(Path(path))
+        parts: dict[str, Parts] = {}
+        for key in file.specs:
+            name, part = key.rsplit("//", 1)
+            parts.setdefault(name, {})[part] = file.read(key)
+        return cls(_built(notes["variant"]), parts, {n: tuple(s) for n, s in notes.get("shapes", {}).items()})
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves all tasks: shared models, and one packed difference a task.
+
+    Args:
+        reference: The model that differences were taken to.
+        deltas: Task name to packed difference.
+        base: The second shared model, where there is one: theta_0 beside a merged reference, or the unified task
+            vector of EMR-Merging beside theta_0.
+    """
+
+    reference: Weights
+    deltas: Mapping[str, Delta]
+    base: Weights | None = None
+
+    def weights(self, task: str) -> Weights:
+        """Return one task's weights, lazily.
+
+        Raises:
+            OptionError: If there is no such task.
+        """
+        if task not in self.deltas:
+            raise OptionError(f"the bundle has no task '{task}'; {suggest(task, self.deltas)}")
+        return self.deltas[task].apply(self.reference, self.base)
+
+    @property
+    def shared(self) -> list[Weights]:
+        """The models stored once for all tasks."""
+        stored = [self.reference] if all(delta.variant.shares_reference for delta in self.deltas.values()) else []
+        return stored if self.base is None else [*stored, self.base]
+
+
+def require_base(variant: Variant, base: Weights | None) -> None:
+    """Refuse to go on without the second shared model where a variant needs one beside the reference."""
+    if variant.shares_base and base is None:
+        raise OptionError(f"{variant.title} puts weights together from two shared models; give base= (Served.base)")
+
+
+def _named(variant: Variant) -> dict[str, Any]:
+    module = type(variant).__module__.rsplit(".", 1)[-1]
+    return {"module": module, "class": type(variant).__name__, "fields": dataclasses.asdict(variant)}
+
+
+def _built(named: Mapping[str, Any]) -> Variant:
+    try:
+        module = importlib.import_module(f"byom.variants.{named['module']}")
+        return getattr(module, named["class"])(**named["fields"])
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"the packed difference was written by a variant this version lacks: {named}") from error

@@ -1,0 +1,205 @@
+"""What a BYOM variant is: a way to pack one task's difference to a reference, and to put it back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from byom.errors import CheckpointError
+from byom.merge.base import Problem
+from byom.merge.base.needs import Needs
+from byom.variants.base.delta import READOUT, WHOLE, Delta, Parts, Readout, Served, Shared, require_base
+from byom.weights import Weights, require_match
+
+__all__ = [
+    "READOUT",
+    "WHOLE",
+    "Delta",
+    "Packing",
+    "PackingVariant",
+    "Parts",
+    "Preparation",
+    "Readout",
+    "Served",
+    "Shared",
+    "Variant",
+]
+
+
+@dataclass(frozen=True)
+class Variant(ABC):
+    """A frozen dataclass of hyperparameters that turns N models into shared ones and a little of each task."""
+
+    reference: ClassVar[Literal["merged", "pretrained"]]
+    """Whether the merge method matters (``merged``), or the pre-trained model takes its place."""
+    shares_reference: ClassVar[bool] = True
+    """Whether the reference has to be stored beside the packed differences."""
+    shares_base: ClassVar[bool] = False
+    """Whether a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
+    title: ClassVar[str]
+    """Name in tables."""
+    stores: ClassVar[str]
+    """What is stored a task, in words, for the README's table."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it cannot work without besides weights."""
+        return Needs()
+
+    @property
+    def before(self) -> Preparation | None:
+        """What is done to the fine-tuned models before they are merged; None leaves them alone."""
+        return None
+
+    @abstractmethod
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Make what serves every task.
+
+        Args:
+            problem: The models, as they were fine-tuned (not as `before` prepared them).
+            reference: The merged model, or theta_0, as the class variable `reference` says.
+
+        Returns:
+            Shared models and one packed difference a task.
+
+        Raises:
+            OptionError: If the problem lacks what the variant needs.
+            CheckpointError: If a value is not finite.
+        """
+
+    def streamed(self, problem: Problem, reference: Weights) -> Served:
+        """Return what `serve` returns, for a reader that takes every task once and keeps none.
+
+        Args:
+            problem: The models.
+            reference: theta_merged or theta_0.
+
+        Returns:
+            Shared models and differences, which a `PackingVariant` packs when they are asked for.
+        """
+        return self.serve(problem, reference)
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Put a packed difference back.
+
+        Args:
+            parts: What is stored for one parameter, and what is stored under `WHOLE`.
+            shared: The parameter in the shared models; not modified.
+
+        Returns:
+            ``[*shape]`` values for the task, in the reference's dtype.
+        """
+
+    def readout(self, parts: Parts, head: Readout) -> Readout:
+        """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
+        raise CheckpointError(f"{self.title} stores nothing for heads, but {sorted(parts)} came with its difference")
+
+
+class Preparation(ABC):
+    """A frozen dataclass that changes a problem before it is merged, such as by pruning its task vectors."""
+
+    @abstractmethod
+    def __call__(self, problem: Problem) -> Problem:
+        """Return the changed problem; lazy."""
+
+
+@dataclass(frozen=True)
+class PackingVariant(Variant):
+    """A variant that packs ``theta_t`` against a reference it does not choose, one task and parameter at a time."""
+
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Any:
+        """Find what has to be known about the whole difference before one parameter can be packed."""
+        return None
+
+    @abstractmethod
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
+        """Pack one parameter.
+
+        Args:
+            name: The parameter's name.
+            target: ``[*shape]`` fine-tuned values.
+            shared: The parameter in the shared models.
+            plan: What `plan` returned.
+
+        Returns:
+            Dense tensors to store, empty if nothing is put back. Floating-point parts count as parameters, others
+            (positions, masks) as bytes only.
+        """
+
+    def suited(self, problem: Problem, reference: Weights) -> PackingVariant:
+        """Return the variant that packs these tasks: this one, or one that depends on how many or what they are."""
+        return self
+
+    def serve(self, problem: Problem, reference: Weights) -> Served:
+        """Pack every task; see `Variant.serve`."""
+        lazy = self.streamed(problem, reference)
+        return Served(reference, dict(lazy.deltas), lazy.base)
+
+    def streamed(self, problem: Problem, reference: Weights) -> Served:
+        """Pack a task each time its difference is asked for; see `Variant.streamed`.
+
+        Saving that as a bundle holds one packed difference at a time, whatever the number of tasks.
+        """
+        base = problem.pretrained if self.shares_base else None
+        packing = Packing(self.suited(problem, reference), problem.finetuned, reference, base)
+        return Served(reference, packing, base)
+
+    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
+        """Pack one task's difference.
+
+        Args:
+            target: theta_t.
+            reference: theta_merged or theta_0.
+            base: theta_0, for variants that share it beside a merged reference.
+
+        Returns:
+            The packed difference.
+
+        Raises:
+            CheckpointError: If names or shapes differ or a value is not finite.
+            OptionError: If the variant needs theta_0 and has none.
+        """
+        require_match(target, reference)
+        require_base(self, base)
+        plan = self.plan(target, reference, base)
+        packed = {name: self._packed(name, target, reference, base, plan) for name in target.mergeable()}
+        kept = {name: parts for name, parts in packed.items() if parts}
+        return Delta(self, kept, {name: target.shape(name) for name in kept})
+
+    def _packed(self, name: str, target: Weights, reference: Weights, base: Weights | None, plan: Any) -> Parts:
+        shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
+        return self.pack(name, target.read_finite(name), shared, plan)
+
+
+@dataclass(frozen=True)
+class Packing(Mapping[str, Delta]):
+    """The packed differences of several tasks, each packed when it is asked for.
+
+    Args:
+        variant: How a difference is packed.
+        finetuned: Task name to theta_t.
+        reference: theta_merged or theta_0.
+        base: theta_0, for variants that share it beside a merged reference.
+    """
+
+    variant: PackingVariant
+    finetuned: Mapping[str, Weights]
+    reference: Weights
+    base: Weights | None = None
+
+    def __getitem__(self, task: str) -> Delta:
+        return self.variant.delta(self.finetuned[task], self.reference, self.base)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.finetuned  # the inherited one would pack the task
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.finetuned)
+
+    def __len__(self) -> int:
+        return len(self.finetuned)
