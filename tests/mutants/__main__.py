@@ -7,91 +7,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-from tests.mutants.mutant import AREAS, Misplaced, Mutant, locate
+from tests.mutants.hunt import STAGES, Hunt, Result
+from tests.mutants.mutant import AREAS, Misplaced, locate
 from tests.mutants.mutants import MUTANTS
-from tests.mutants.runner import Outcome, preload, run
+from tests.mutants.runner import preload
 from tests.mutants.tree import Tree
-
-STAGES = {
-    "near": (),
-    "inner": ("unit", "identities", "contract", "peers", "golden", "config"),
-    "all": ("e2e", "docs"),
-}
-NEAR_SECONDS = 60.0  # a target takes a few seconds; a fault without end should not take an hour
-STAGE_SECONDS = 3600.0
-
-
-@dataclass
-class Result:
-    """What became of one mutant; `stage` and `test` say what found it, `survived` which stages did not."""
-
-    name: str
-    area: str
-    killed: bool = False
-    stage: str = ""
-    test: str = ""
-    why: str = ""
-    survived: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-class Hunt:
-    """The runs of pytest on one tree, and the tests that fail in it without any fault."""
-
-    def __init__(self, tree: Tree, ignored: Sequence[str], log: Path) -> None:
-        self.tree, self.log, self.red = tree, log, set[str]()
-        self._ignored = tuple(f"--ignore={path}" for path in ignored)
-        self._sound: set[str] = set()
-        self._limits: dict[str, float] = {}
-
-    def check(self, targets: Sequence[str]) -> None:
-        """Run the nearest tests of the tree without a fault; those that fail are left out from then on."""
-        for target in targets:
-            outcome = self._run([target], STAGE_SECONDS)
-            while not outcome.passed:
-                self._leave_out(outcome)
-                outcome = self._run([target], STAGE_SECONDS)
-            self._limits[target] = max(NEAR_SECONDS, 10 * outcome.seconds)
-
-    def find(self, mutant: Mutant, file: Path, stages: Sequence[str], result: Result) -> None:
-        """Run the stages until a test finds the mutant."""
-        for stage in stages:
-            batches = [[target] for target in mutant.tests] if stage == "near" else [_folders(stage)]
-            for batch in batches:
-                outcome = self._found(mutant, file, batch, result)
-                if not outcome.passed:
-                    result.killed, result.stage = True, stage
-                    result.test, result.why = outcome.test, outcome.why
-                    return
-            result.survived.append(stage)
-
-    def _found(self, mutant: Mutant, file: Path, targets: list[str], result: Result) -> Outcome:
-        while True:
-            with self.tree.planted(mutant, file):
-                outcome = self._run(targets, self._limits.get(targets[0], STAGE_SECONDS))
-            result.seconds = round(result.seconds + outcome.seconds, 1)
-            if outcome.passed or self._is_sound(outcome.test):
-                return outcome
-            self._leave_out(outcome)
-
-    def _is_sound(self, test: str) -> bool:
-        if test and test not in self._sound and self._run([test], STAGE_SECONDS).passed:
-            self._sound.add(test)
-        return not test or test in self._sound
-
-    def _run(self, targets: list[str], limit: float) -> Outcome:
-        left_out = tuple(f"--deselect={test}" for test in sorted(self.red))
-        return run(self.tree.folder, targets, limit, self._ignored + left_out, self.log)
-
-    def _leave_out(self, outcome: Outcome) -> None:
-        if not outcome.test or outcome.test in self.red:
-            said = self.log.read_text(encoding="utf-8")[-3000:]
-            sys.exit(f"the tree without a fault cannot be tested: {outcome.why}\n{said}")
-        self.red.add(outcome.test)
-        print(f"fails without any fault, and is left out: {outcome.test} ({outcome.why})", flush=True)
 
 
 def main() -> None:
@@ -102,20 +25,26 @@ def main() -> None:
         files = locate(chosen, given.root / "byom")
     except Misplaced as error:
         sys.exit(f"these mutants cannot be planted; move their text along with the code:\n{error}")
-    known = _read(given.json) if given.resume else {}
-    todo = [m for m in chosen if _left(known.get(m.name), given.stages)]
+    results = {m.name: Result(m.name, m.area) for m in chosen} | (_read(given.json) if given.resume else {})
+
+    def told(result: Result) -> None:
+        word = f"killed   {result.stage:5}" if result.killed else f"survived {result.survived[-1]:5}"
+        print(f"{word} {result.seconds:7.1f} s  {result.name}  {result.test}", flush=True)
+        _write(given.json, [results[m.name] for m in MUTANTS if m.name in results], hunt.red)
+
     preload()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        hunt = Hunt(Tree(given.root, Path(folder) / "tree"), given.ignore, Path(folder) / "log")
-        if "near" in given.stages:
-            hunt.check(sorted({target for mutant in todo for target in mutant.tests}))
-        for place, mutant in enumerate(todo, 1):
-            result = known.get(mutant.name) or Result(mutant.name, mutant.area)
-            hunt.find(mutant, files[mutant.name], _left(result, given.stages), result)
-            known[mutant.name] = result
-            _line(place, len(todo), result)
-            _write(given.json, [known[m.name] for m in MUTANTS if m.name in known], hunt.red)
-    _summary([known[mutant.name] for mutant in chosen])
+        tree, log = Tree(given.root, Path(folder) / "tree"), Path(folder) / "log"
+        hunt = Hunt(tree, files, results, given.ignore, told, log)
+        for stage in given.stages:
+            left = [m for m in chosen if not results[m.name].killed and stage not in results[m.name].survived]
+            print(f"stage {stage}: {len(left)} mutants", flush=True)
+            if stage == "near":
+                hunt.check({target for mutant in left for target in mutant.tests})
+                hunt.near(left)
+            else:
+                hunt.stage(stage, left)
+    _summary([results[mutant.name] for mutant in chosen])
 
 
 def _arguments() -> argparse.Namespace:
@@ -143,17 +72,6 @@ def _stages(text: str) -> list[str]:
     return [stage for stage in STAGES if stage in names]
 
 
-def _folders(stage: str) -> list[str]:
-    return [f"tests/{folder}" for folder in STAGES[stage]]
-
-
-def _left(result: Result | None, stages: Sequence[str]) -> list[str]:
-    """Return the stages that a mutant has still to go through."""
-    if result is None:
-        return list(stages)
-    return [] if result.killed else [stage for stage in stages if stage not in result.survived]
-
-
 def _read(file: Path) -> dict[str, Result]:
     if not file.is_file():
         return {}
@@ -166,11 +84,6 @@ def _write(file: Path | None, results: Sequence[Result], red: set[str]) -> None:
     if file:
         value = {"left_out": sorted(red), "mutants": [asdict(result) for result in results]}
         file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _line(place: int, count: int, result: Result) -> None:
-    word = f"killed   {result.stage:5}" if result.killed else "survived      "
-    print(f"{place:4}/{count} {word} {result.seconds:7.1f} s  {result.name}  {result.test}", flush=True)
 
 
 def _summary(results: Sequence[Result]) -> None:

@@ -8,14 +8,14 @@ FUNCTIONAL = (
         "functional",
         "return sign if majority == 0 else torch.where(sign == 0, torch.full_like(sign, majority), sign)",
         "return sign",
-        ("tests/unit -k majority", "tests/identities/test_emr.py"),
+        ("tests/unit/test_identities.py -k ties", "tests/identities/test_emr.py"),
     ),
     Mutant(
         "entries-without-an-elected-sign-agree",
         "functional",
         "return deltas * (deltas * sign > 0)",
         "return deltas * (deltas * sign >= 0)",
-        ("tests/unit -k ties", "tests/identities/test_emr.py"),
+        ("tests/unit/test_identities.py -k ties", "tests/identities/test_emr.py"),
     ),
     Mutant(
         "unchanged-entries-pass-the-mask",
@@ -141,7 +141,7 @@ FUNCTIONAL = (
         "functional",
         r'"\x1f".join(map(str, key))',
         '"".join(map(str, key))',
-        ("tests/unit -k seed", "tests/peers/test_mergekit.py"),
+        ("tests/unit/test_evaluate.py -k keyed", "tests/unit/test_preview.py -k sample"),
     ),
     Mutant(
         "minus-infinity-is-finite",

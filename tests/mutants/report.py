@@ -26,7 +26,7 @@ REPORT = (
         "report",
         "np.std(means, ddof=1)",
         "np.std(means, ddof=0)",
-        ("tests/unit -k methods", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
     ),
     Mutant(
         "validation-is-the-test-split",
@@ -117,14 +117,14 @@ REPORT = (
         "report",
         'max(r["cost"][s]["extra_mib"] for s in',
         'sum(r["cost"][s]["extra_mib"] for s in',
-        ("tests/unit -k methods", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
     ),
     Mutant(
         "the-price-of-routing-is-a-gain",
         "report",
         "np.mean([a - b for a, b in pairs])",
         "np.mean([b - a for a, b in pairs])",
-        ("tests/unit -k 'methods or price'", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
     ),
     Mutant(
         "rows-without-density-fall-out",

@@ -36,14 +36,14 @@ class Outcome:
     Args:
         passed: Whether no test failed; true as well where there was none.
         ran: How many tests ran.
-        test: The test that failed, or that was running when time was up.
-        why: The last line of its failure.
+        tests: The tests that failed; the one that was running, if the child had to be ended or died.
+        why: The first line of the first failure.
         seconds: Wall clock.
     """
 
     passed: bool
     ran: int
-    test: str
+    tests: tuple[str, ...]
     why: str
     seconds: float
 
@@ -53,7 +53,7 @@ class Watch:
     """Tells the parent through a pipe which test has begun and which has failed."""
 
     pipe: int
-    told: dict[str, Any] = field(default_factory=lambda: {"ran": 0, "failed": "", "why": ""})
+    told: dict[str, Any] = field(default_factory=lambda: {"ran": 0, "failed": [], "why": ""})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Say which test has begun."""
@@ -70,9 +70,10 @@ class Watch:
         self._failed(report)
 
     def _failed(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        if report.failed and not self.told["failed"]:
+        if report.failed and report.nodeid not in self.told["failed"]:
             lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
-            self._say(failed=report.nodeid, why=lines[0].removeprefix("E").strip()[:200] if lines else "")
+            why = lines[0].removeprefix("E").strip()[:200] if lines else ""
+            self._say(failed=[*self.told["failed"], report.nodeid], why=self.told["why"] or why)
 
     def _say(self, **news: Any) -> None:
         self.told |= news
@@ -95,7 +96,7 @@ def preload() -> None:
 
 
 def run(tree: Path, targets: Sequence[str], limit: float, options: Sequence[str], log: Path) -> Outcome:
-    """Run pytest until a test fails.
+    """Run pytest.
 
     Args:
         tree: The tree.
@@ -112,25 +113,25 @@ def run(tree: Path, targets: Sequence[str], limit: float, options: Sequence[str]
     there = [word for word in words if word not in paths or (tree / word.partition("::")[0]).exists()]
     started = time.monotonic()
     if not paths & set(there):
-        return Outcome(True, 0, "", "", 0.0)
+        return Outcome(True, 0, (), "", 0.0)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _inside(tree, ["-x", *there, *options], writing, log)
+        _inside(tree, [*there, *options], writing, log)
     os.close(writing)
     told, code = _listen(reading, child, started + limit)
     seconds = round(time.monotonic() - started, 1)
-    if code is None:
-        return Outcome(False, told["ran"], told["running"], f"not done after {limit:.0f} s", seconds)
     if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        return Outcome(True, told["ran"], "", "", seconds)
-    return Outcome(False, told["ran"], told["failed"] or told["running"], told["why"] or f"exit code {code}", seconds)
+        return Outcome(True, told["ran"], (), "", seconds)
+    ended = [told["running"]] if told["running"] and (code is None or code < 0) else []
+    why = told["why"] or (f"not done after {limit:.0f} s" if code is None else f"exit code {code}")
+    return Outcome(False, told["ran"], (*told["failed"], *ended), why, seconds)
 
 
 def _listen(pipe: int, child: int, deadline: float) -> tuple[dict[str, Any], int | None]:
     """Return the latest news of a child, and its exit code; None if it had to be ended."""
-    told: dict[str, Any] = {"ran": 0, "running": "", "failed": "", "why": ""}
+    told: dict[str, Any] = {"ran": 0, "running": "", "failed": [], "why": ""}
     rest, late = b"", False
     while True:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))

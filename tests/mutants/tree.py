@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,26 +29,30 @@ class Tree:
         self._commit()
 
     @contextmanager
-    def planted(self, mutant: Mutant, file: Path) -> Iterator[None]:
-        """Plant one fault, and take it out again, along with all that was written since."""
-        path = self.folder / file
-        source = path.read_text(encoding="utf-8")
-        path.write_text(mutant.planted(source), encoding="utf-8")
-        _forget(path)
-        self._commit()  # a tree with changes would put its results elsewhere
+    def planted(self, mutants: Mapping[Mutant, Path]) -> Iterator[None]:
+        """Plant faults in their files, and take them out again, along with all that was written since."""
+        sources = {file: (self.folder / file).read_text(encoding="utf-8") for file in mutants.values()}
+        changed = dict(sources)
+        for mutant, file in mutants.items():
+            changed[file] = mutant.planted(changed[file])
+        self._write(changed)  # and commit: a tree with changes would put its results elsewhere
         try:
             yield
         finally:
             self.clean()
-            path.write_text(source, encoding="utf-8")
-            _forget(path)
-            self._commit()
+            self._write(sources)
 
     def clean(self) -> None:
         """Remove what tests left behind."""
         self._git("reset", "-q", "--hard")
         self._git("clean", "-fdq")
         shutil.rmtree(self.folder / ".hypothesis", ignore_errors=True)  # its examples are those of another fault
+
+    def _write(self, sources: Mapping[Path, str]) -> None:
+        for file, source in sources.items():
+            (self.folder / file).write_text(source, encoding="utf-8")
+            _forget(self.folder / file)
+        self._commit()
 
     def _commit(self) -> None:
         self._git("add", "-A")
