@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := results/scratch/demo
 
-.PHONY: help setup demo test check lint types bench tables proofs clean
+.PHONY: help setup demo test check lint types mutants bench tables proofs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ lint: $(READY) ## ruff
 
 types: $(READY) ## pyright on byom/
 	@$(BIN)/pyright
+
+mutants: $(READY) ## plant faults one at a time and say which of them no test finds
+	@$(BIN)/python -m tests.mutants
 
 bench: $(READY) ## speed of the exact selection beside torch's own, and of BYOM-LoRA beside dense SVDs
 	@$(BIN)/python -m benchmarks.selection --check

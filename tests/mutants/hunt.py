@@ -1,0 +1,166 @@
+"""Which test finds which mutant: the nearest tests one mutant at a time, the rest of the suite many at once."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.runner import Outcome, run
+from tests.mutants.tree import Tree
+
+STAGES = {
+    "near": (),
+    "inner": ("unit", "identities", "contract", "peers", "golden", "config"),
+    "all": ("e2e", "docs"),
+}
+FIRST = ("-x",)
+NEAR_SECONDS = 300.0  # most targets take seconds; a fault without end should not take an hour
+STAGE_SECONDS = 3600.0
+TOLD = 40  # failures of a stage that are tried on each mutant
+
+
+@dataclass
+class Result:
+    """What became of one mutant; `stage` and `test` say what found it, `survived` which stages did not."""
+
+    name: str
+    area: str
+    killed: bool = False
+    stage: str = ""
+    test: str = ""
+    why: str = ""
+    survived: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Hunt:
+    """The runs of pytest on one tree.
+
+    Args:
+        tree: The tree.
+        files: Name of a mutant -> its file.
+        results: Name of a mutant -> what has become of it so far; brought up to date.
+        ignored: Tests that no stage runs.
+        told: Called with the result of a mutant after each change.
+        log: Where pytest's output goes.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        files: Mapping[str, Path],
+        results: Mapping[str, Result],
+        ignored: Sequence[str],
+        told: Callable[[Result], None],
+        log: Path,
+    ) -> None:
+        self.red: set[str] = set()
+        self._tree, self._files, self._results, self._told, self._log = tree, files, results, told, log
+        self._ignored = tuple(f"--ignore={path}" for path in ignored)
+        self._sound: set[str] = set()
+
+    def check(self, targets: Iterable[str]) -> None:
+        """Run the nearest tests of the tree without a fault; those that fail are left out from then on."""
+        for session in _sessions(targets):
+            self._require_sound(self._run(session))
+
+    def near(self, mutants: Iterable[Mutant]) -> None:
+        """Run the nearest tests of each mutant."""
+        for mutant in mutants:
+            if not any(self._killed(mutant, "near", [target], NEAR_SECONDS) for target in mutant.tests):
+                self._survived([mutant], "near")
+
+    def stage(self, stage: str, mutants: Sequence[Mutant]) -> None:
+        """Run a stage on many mutants at once, try on each of them what fails, and go on with those that are left.
+
+        Most of them are found by no test of a stage or by few, and a stage takes minutes.
+        """
+        left = list(mutants)
+        while left:
+            group = _apart(left)
+            outcome = self._planted(group, [f"tests/{folder}" for folder in STAGES[stage]], STAGE_SECONDS, ())
+            if outcome.passed:
+                self._survived(group, stage)
+                left = [mutant for mutant in left if mutant not in group]
+                continue
+            failed = [shlex.quote(test) for test in outcome.tests[:TOLD]]
+            found = [mutant for mutant in group if self._killed(mutant, stage, failed, STAGE_SECONDS)]
+            if not found:
+                self._require_sound(self._run(failed))
+                found = self._one_by_one(stage, group)
+            left = [mutant for mutant in left if mutant not in found]
+
+    def _one_by_one(self, stage: str, group: Sequence[Mutant]) -> Sequence[Mutant]:
+        """Run the whole stage on each mutant: some tests fail only with several faults at once."""
+        folders = [f"tests/{folder}" for folder in STAGES[stage]]
+        self._survived([mutant for mutant in group if not self._killed(mutant, stage, folders, STAGE_SECONDS)], stage)
+        return group
+
+    def _killed(self, mutant: Mutant, stage: str, targets: Sequence[str], limit: float) -> bool:
+        result = self._results[mutant.name]
+        while True:
+            outcome = self._planted([mutant], targets, limit, FIRST)
+            result.seconds = round(result.seconds + outcome.seconds, 1)
+            if outcome.passed:
+                return False
+            if stage == "near" or self._is_sound(outcome.tests):  # the nearest tests have been run without a fault
+                break
+        result.killed, result.stage, result.test, result.why = True, stage, "".join(outcome.tests[:1]), outcome.why
+        self._told(result)
+        return True
+
+    def _is_sound(self, tests: Sequence[str]) -> bool:
+        """Say whether the tests that failed pass without a fault; leave them out from then on if not."""
+        if not set(tests) <= self._sound:
+            outcome = self._run([shlex.quote(test) for test in tests])
+            self._require_sound(outcome)
+            self._sound |= set(tests) if outcome.passed else set()
+        return set(tests) <= self._sound
+
+    def _require_sound(self, outcome: Outcome) -> None:
+        if outcome.passed:
+            return
+        if not outcome.tests or set(outcome.tests) & self.red:
+            said = self._log.read_text(encoding="utf-8")[-3000:]
+            sys.exit(f"the tree without a fault cannot be tested: {outcome.why}\n{said}")
+        self.red |= set(outcome.tests)
+        for test in outcome.tests:
+            print(f"fails without any fault, and is left out: {test}", flush=True)
+
+    def _survived(self, mutants: Iterable[Mutant], stage: str) -> None:
+        for mutant in mutants:
+            result = self._results[mutant.name]
+            if not result.killed:
+                result.survived.append(stage)
+                self._told(result)
+
+    def _planted(self, group: Sequence[Mutant], targets: Sequence[str], limit: float, how: Sequence[str]) -> Outcome:
+        with self._tree.planted({mutant: self._files[mutant.name] for mutant in group}):
+            return self._run(targets, limit, how)
+
+    def _run(self, targets: Sequence[str], limit: float = STAGE_SECONDS, how: Sequence[str] = ()) -> Outcome:
+        left_out = [f"--deselect={test}" for test in sorted(self.red)]
+        return run(self._tree.folder, targets, limit, [*how, *self._ignored, *left_out], self._log)
+
+
+def _sessions(targets: Iterable[str]) -> list[list[str]]:
+    """Put targets together in few runs: whole files in one, and the expressions on a file in one."""
+    whole = sorted({target for target in targets if " -k " not in target})
+    by_path: dict[str, list[str]] = {}
+    for path, _, words in sorted(target.partition(" -k ") for target in targets):
+        if path not in whole:
+            by_path.setdefault(path, []).append(words.strip("'"))
+    return [whole, *([f"{path} -k '{' or '.join(words)}'"] for path, words in by_path.items())]
+
+
+def _apart(mutants: Sequence[Mutant]) -> list[Mutant]:
+    """Leave out mutants of a text that another one changes already."""
+    group: list[Mutant] = []
+    for mutant in mutants:
+        if not any(mutant.old in other.old or other.old in mutant.old for other in group):
+            group.append(mutant)
+    return group
