@@ -36,7 +36,8 @@ from benchmarks.true_models import MODELS, SHARD, written
 from byom.errors import suggest
 from byom.merge.base import MergeMethod
 from byom.merge.base.needs import Needs
-from byom.storage.record import provenance, write_json
+from byom.pipeline.provenance import provenance
+from byom.storage.record import write_json
 from byom.variants.base import Variant
 
 REFERENCE = "ties"

@@ -63,7 +63,7 @@ ALIASES = {
     "byom.combine": "byom.weights.combine",
     "byom.config": "byom.cli.config",
     "byom.finetune": "byom.experts.finetune",
-    "byom.fused": "byom.weights.fused",
+    "byom.fused": "byom.backbone.split_attention",
     "byom.logger": "byom.pipeline.logger",
     "byom.lowrank": "byom.weights.lowrank",
     "byom.needs": "byom.merge.base.needs",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from byom.backbone.base import Head
+from byom.functional.heads import Head
 from byom.functional.seeding import keyed
 from byom.merge.base import Problem
 from byom.merge.base.probe import Batch, Features, Probe

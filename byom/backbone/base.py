@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,25 +13,8 @@ from torch.nn.functional import normalize
 from byom.data.splits import Split
 from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
-from byom.merge.base.probe import Readout
+from byom.functional.heads import Head, Readout
 from byom.storage.repository import Download
-
-
-@dataclass(frozen=True)
-class Head:
-    """A frozen cosine classifier: ``logits = temperature * normalised features @ weight.T``.
-
-    Args:
-        weight: ``[C, D]`` unit rows, one a class.
-        temperature: Factor on the cosine.
-    """
-
-    weight: Tensor
-    temperature: float
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of features ``[B, D]``."""
-        return self.temperature * normalize(features.float(), dim=-1) @ self.weight.to(features.device).T
 
 
 class Backbone(ABC):

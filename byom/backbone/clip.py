@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from byom.backbone.base import Backbone, Head
+from byom.backbone.base import Backbone
 from byom.backbone.vit import PixelEncoder
 from byom.data.splits import Split
 from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
+from byom.functional.heads import Head
 from byom.storage import repository as hub
 from byom.storage.repository import Download
 

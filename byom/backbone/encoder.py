@@ -14,8 +14,7 @@ from byom.data.source.package import Package
 from byom.data.splits import Split
 from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError, listed
-from byom.functional.heads import Classifier, Regression
-from byom.merge.base.probe import Readout
+from byom.functional.heads import Classifier, Readout, Regression
 
 Row = str | Mapping[str, str]
 HEADS = (

@@ -16,13 +16,13 @@ NAMES = ("safetensors", "openclip", "huggingface")
 TOWER = "visual."
 
 
-def convert(source: Path, target: Path, like: str = "", to: str = "safetensors") -> Iterator[str]:
+def convert(source: Path, target: Path, base: Weights | None = None, to: str = "safetensors") -> Iterator[str]:
     """Read a checkpoint of any format and write it as safetensors with checksums.
 
     Args:
         source: The file or folder.
         target: The folder that is written, all or nothing.
-        like: An option of ``backbone=`` whose names and shapes the result has; empty keeps the names of the file.
+        base: A model whose names and shapes the result has; None keeps the names of the file.
         to: ``safetensors`` writes what experts of the backbone hold; ``openclip`` writes an image tower of open_clip
             together with the text left-overs that came with it; ``huggingface`` writes it as transformers'
             `CLIPVisionModelWithProjection` names it.
@@ -36,8 +36,8 @@ def convert(source: Path, target: Path, like: str = "", to: str = "safetensors")
     """
     if to not in NAMES:
         raise OptionError(f"to={to}; {suggest(to, NAMES)}")
-    if like:
-        yield from _as(source, target, like, to)
+    if base is not None:
+        yield from _as(source, target, base, to)
         return
     if to != "safetensors" or (source / ADAPTER).is_file():
         what = f"to={to}" if to != "safetensors" else f"{source}, an adapter,"
@@ -47,10 +47,9 @@ def convert(source: Path, target: Path, like: str = "", to: str = "safetensors")
     yield f"{container}: {_size(raw)}, under their own names"
 
 
-def _as(source: Path, target: Path, like: str, to: str) -> Iterator[str]:
-    base = pretrained(like)
+def _as(source: Path, target: Path, base: Weights, to: str) -> Iterator[str]:
     if to != "safetensors" and not all(hugging_face_names(name.removeprefix(TOWER)) for name in base):
-        raise OptionError(f"to={to} is for image towers of open_clip, and backbone={like} is none")
+        raise OptionError(f"to={to} is for image towers of open_clip, and {base.origin} is none")
     checkpoint = read(source, base)
     written = _written(checkpoint, to)
     written.save(target)
@@ -79,11 +78,3 @@ def _joined(*parts: Weights) -> Weights:
     owner = {name: part for part in parts for name in part}
     specs = {name: Spec(part.shape(name), part.dtype(name)) for name, part in owner.items()}
     return Weights(specs, lambda name: owner[name][name], origin=parts[0].origin)
-
-
-def pretrained(option: str) -> Weights:
-    """Return the pre-trained weights of a backbone option, in the names that experts of it have."""
-    from byom.cli import config
-
-    encoder = config.option("backbone", option).load()
-    return Weights.of(encoder.state_dict(), origin=f"backbone={option}")

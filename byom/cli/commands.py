@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from byom.cli import config, tables
+from byom.cli import config, sweeps, tables
 from byom.cli.sweeps import for_hydra
 from byom.errors import ByomError, OptionError, suggest
 from byom.experts.finetune.processes import led
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 def sweep(arguments: Sequence[str]) -> int:
     """Run a Hydra multirun; every job returns its metric to the sweeper."""
     _name_sweep()
-    for file in config.multirun(arguments, _job):
+    for file in sweeps.multirun(arguments, _job):
         _print_best(file)
     return 0
 
@@ -55,7 +55,7 @@ def table(arguments: Sequence[str]) -> int:
     name, extra = arguments[0], list(arguments[1:])
     plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
     launcher = [o for o in extra if for_hydra(o)]
-    every = config.cells(plan["rows"], [*plan["common"], *(o for o in extra if o not in launcher)])
+    every = sweeps.cells(plan["rows"], [*plan["common"], *(o for o in extra if o not in launcher)])
     _name_sweep()
     failures = _launched(every, launcher) if launcher else _cells(every)
     try:
@@ -97,7 +97,7 @@ def _weighed(asked: Any, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the settings of each previewed method; a field of ``merge`` reaches the methods that have it."""
     sweep = [*overrides, f"merge={','.join(asked.methods)}"]
     sweep += [f"merge.members={asked.components}"] if "mixture" in asked.methods else []
-    cells = [cell for part in config.fitting(sweep) for cell in config.cells([""], part)]
+    cells = [cell for part in sweeps.fitting(sweep) for cell in sweeps.cells([""], part)]
     built = [config.settings(cell, primary="preview") for cell in cells]
     return {one.names["merge"]: one for one in built}
 
@@ -243,7 +243,7 @@ def _launched(every: Sequence[list[str]], launcher: Sequence[str]) -> list[tuple
     sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
     sys.stdout.flush()
     try:
-        raised = config.launch(missing, _job, launcher) if missing else []
+        raised = sweeps.launch(missing, _job, launcher) if missing else []
     except ByomError:
         raise
     except Exception as error:  # a job that vanished takes the launcher along; what has a record is kept

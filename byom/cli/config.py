@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
-from hydra._internal.callbacks import Callbacks
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import byom
-from byom.cli import sweeps
 from byom.errors import ByomError, OptionError, suggest
 
 if TYPE_CHECKING:
-    from byom.pipeline.run import Settings
+    from byom.pipeline.settings import Settings
 
 PLACES = ("results", "cache")
+PLUGINS = ("hydra/launcher", "hydra/sweeper")
 HYDRAS_OWN = {"_args_", "_convert_", "_partial_", "_recursive_"}
 
 
@@ -101,15 +93,15 @@ def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     Raises:
         OptionError: If a group, option or key does not exist.
     """
-    parsed = _parsed(overrides)
-    values = [o for o in parsed if _sets_a_value(o)]
-    base = _base(tuple(o.input_line for o in parsed if o not in values), primary, folder())
-    given = {o.key_or_group: o.value() for o in values}
-    if not all(base.can_set(key, value) for key, value in given.items()) or not base.missing <= set(given):
+    given = parsed(overrides)
+    values = [o for o in given if _sets_a_value(o)]
+    base = _base(tuple(o.input_line for o in given if o not in values), primary, folder())
+    changes = {o.key_or_group: o.value() for o in values}
+    if not all(base.can_set(key, value) for key, value in changes.items()) or not base.missing <= set(changes):
         config = compose(overrides, primary)
         return Resolved(plain(config), _names(config))
     resolved = dict(base.resolved.values)
-    for key, value in given.items():
+    for key, value in changes.items():
         _set(resolved, key.split("."), value)
     return Resolved(resolved, dict(base.resolved.names))
 
@@ -200,7 +192,7 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     Raises:
         OptionError: If a value is refused by what it configures.
     """
-    from byom.pipeline.run import Settings
+    from byom.pipeline.settings import Settings
 
     groups: dict[str, Any] = {group: made(values[group]) for group in BUILT}
     groups["suite"] = groups["suite"].available()
@@ -228,11 +220,10 @@ def made(node: Any) -> Any:
         if HYDRAS_OWN & set(node):
             return instantiate(node, _convert_="all")
         target = get_object(node["_target_"])
-    values = {name: made(value) for name, value in node.items() if name != "_target_"}
     try:
-        return target(**values)
+        return target(**{name: made(value) for name, value in node.items() if name != "_target_"})
     except TypeError as error:
-        raise OptionError(f"{node['_target_']} cannot be made of {sorted(values)}: {error}") from error
+        raise OptionError(f"{node['_target_']} cannot be made of {sorted(node)[1:]}: {error}") from error
 
 
 def option(group: str, name: str) -> Any:
@@ -250,142 +241,8 @@ def option(group: str, name: str) -> Any:
     return made(node)
 
 
-PLUGINS = ("hydra/launcher", "hydra/sweeper")
 GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate", "logger")
 BUILT = (*GROUPS, "statistics")
-
-
-def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> list[Path]:
-    """Run a sweep through Hydra's own sweeper and launcher.
-
-    Args:
-        overrides: Hydra overrides with comma-separated or other sweeps.
-        job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
-
-    Returns:
-        The results of every sweeper that searches, such as Optuna; none where all combinations ran.
-
-    Raises:
-        OptionError: If a launcher or sweeper is not installed, or one that searches would see the test score.
-    """
-    _require_plugins(overrides)
-    found: list[Path] = []
-    for number, sweep in enumerate(fitting(overrides)):
-        arguments = [*sweeps.shared(number), *sweep]
-        with explained(), sweeps.arguments(["-m", *arguments]):
-            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
-        found += _searched(arguments)
-    return found
-
-
-def launch(cells: Sequence[Sequence[str]], job: Callable[[Any], float], overrides: Sequence[str]) -> list[Any]:
-    """Run cells, which need not have anything in common, through one of Hydra's launchers.
-
-    Args:
-        cells: Overrides of single runs.
-        job: Runs one cell's settings; other processes must be able to import it.
-        overrides: Hydra's own, for example ``hydra/launcher=joblib``.
-
-    Returns:
-        What each cell raised, or None.
-
-    Raises:
-        OptionError: If the launcher is not installed.
-    """
-    _require_plugins(overrides)
-    # the launcher's logs go below the cells' results; the bars of many processes would write over one another
-    own = [*sweeps.shared(), "++hydra.job.env_set.TQDM_DISABLE='1'", *(o for o in cells[0] if o.startswith("results="))]
-    with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
-        core: Any = GlobalHydra.instance().hydra
-        config = core.compose_config("run", [*own, *overrides], RunMode.MULTIRUN, with_log_configuration=False)
-        context = HydraContext(core.config_loader, Callbacks(config))
-        launcher = Plugins.instance().instantiate_launcher(context, _task(job), config)
-        return [_raised(done) for done in launcher.launch(cells, initial_job_idx=0)]
-
-
-def _require_plugins(overrides: Sequence[str]) -> None:
-    """Refuse a launcher or sweeper that is not installed, and let our presets stand for those that are."""
-    Plugins.instance()  # they store their own configurations, which Hydra would mix with presets of the same name
-    stored = ConfigStore.instance().repo["hydra"]
-    for group in PLUGINS:
-        for name in options(group):
-            stored[group.partition("/")[2]].pop(f"{name}.yaml", None)
-            target = OmegaConf.select(OmegaConf.load(folder() / group / f"{name}.yaml"), "_target_")
-            if f"{group}={name}" in overrides and not sweeps.installed(target):
-                raise OptionError(f"{group}={name} needs a package that is not installed: pip install 'byom[sweeps]'")
-
-
-def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
-    def task(config: DictConfig) -> float:
-        own = HydraConfig.get()
-        choices = own.runtime.choices
-        cell = build(plain(config), choices, own.overrides.task)
-        if choices["hydra/sweeper"] != "basic" and "validation" not in cell.evaluate.splits:
-            raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
-        return job(cell)
-
-    return task
-
-
-def _searched(arguments: Sequence[str]) -> list[Path]:
-    asked = compose([o for o in arguments if sweeps.for_hydra(o) or o.startswith("results=")])
-    file = Path(asked.hydra.sweep.dir) / "optimization_results.yaml"
-    return [file] if asked.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
-
-
-def _raised(done: JobReturn) -> Exception | None:
-    try:
-        done.return_value  # noqa: B018 - raises what the job raised
-    except Exception as error:
-        return error
-    return None
-
-
-def fitting(overrides: Sequence[str]) -> list[list[str]]:
-    """Split a sweep so that a field reaches only the options that have it.
-
-    ``byom=none,fft byom.density=0.01,0.1`` means both densities of `fft`, and `none` once: it has no density.
-
-    Args:
-        overrides: Overrides of one sweep.
-
-    Returns:
-        Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
-    """
-    found = [list(overrides)]
-    for group in GROUPS:
-        parts = [sweeps.split(each, group, _values, _fields) for each in found]
-        found = [part for some in parts for part in some]
-    return found
-
-
-def _values(override: str) -> list[str]:
-    return [one.partition("=")[2] for [one] in _expand([override])]
-
-
-def _fields(group: str, name: str) -> set[str] | None:
-    """Return an option's fields, those that hold another option included (``/merge@then: ties``)."""
-    file = folder() / group / f"{name}.yaml"
-    if not file.is_file():
-        return None
-    option: Any = OmegaConf.load(file)
-    nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
-    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
-
-
-def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
-    """Expand sweep lines into the overrides of single runs.
-
-    Args:
-        rows: Lines such as ``merge=average,ties byom=fft byom.density=0.01,0.1``.
-        common: Overrides added to every line; they may sweep as well.
-
-    Returns:
-        One list of overrides a cell, in order, without repetitions.
-    """
-    outer = _expand(common)  # outermost, so that neighbouring cells share their seed and its experts
-    expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
-    return [list(cell) for cell in dict.fromkeys(map(tuple, expanded))]
 
 
 @contextmanager
@@ -400,19 +257,10 @@ def explained() -> Iterator[None]:
         raise OptionError(_sentence(error)) from error
 
 
-def _expand(overrides: Sequence[str]) -> list[list[str]]:
-    return [list(cell) for cell in product(*map(_choices, _parsed(overrides)))]
-
-
-def _parsed(overrides: Sequence[str]) -> list[Any]:
+def parsed(overrides: Sequence[str]) -> list[Any]:
+    """Return Hydra's view of some overrides."""
     with explained():
         return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _choices(override: Any) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _sentence(error: Exception) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from byom.cli import config
+from byom.cli import config, sweeps
 from byom.errors import OptionError, suggest
+from byom.weights import Weights
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -46,7 +47,7 @@ def cells(name: str, extra: Sequence[str]) -> list[list[str]]:
         name: An option of ``conf/experiment``.
         extra: Further overrides, of all cells.
     """
-    return config.cells(*plain(name, extra))
+    return sweeps.cells(*plain(name, extra))
 
 
 def plain(name: str, extra: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -65,6 +66,13 @@ def convert(arguments: Sequence[str]) -> int:
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     if unknown := sorted(set(options) - {"like", "to"}):
         raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
-    for line in converter.convert(Path(places[0]), Path(places[1]), **options):
+    base = pretrained(options["like"]) if options.get("like") else None
+    for line in converter.convert(Path(places[0]), Path(places[1]), base, options.get("to", "safetensors")):
         sys.stdout.write(f"{line}\n")
     return 0
+
+
+def pretrained(option: str) -> Weights:
+    """Return the pre-trained weights of a backbone option, in the names that experts of it have."""
+    encoder = config.option("backbone", option).load()
+    return Weights.of(encoder.state_dict(), origin=f"backbone={option}")

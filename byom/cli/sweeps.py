@@ -1,4 +1,4 @@
-"""Sweeps: what can be said and done about their overrides without Hydra."""
+"""Sweeps: lines of overrides expanded into cells, and cells run through Hydra's launchers and sweepers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,34 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from byom.cli.config import GROUPS, PLUGINS, build, compose, explained, folder, options, parsed, plain
+from byom.errors import OptionError
 
 Fields = Callable[[str, str], set[str] | None]
 """The fields of a group's option; None where there is no such option."""
 
 
-def split(overrides: list[str], group: str, options: Callable[[str], list[str]], fields: Fields) -> list[list[str]]:
+def _split(overrides: list[str], group: str, values: Callable[[str], list[str]], fields: Fields) -> list[list[str]]:
     """Split a sweep over one group's options so that a field of that group reaches only those that have it.
 
     Args:
         overrides: Overrides of one sweep.
         group: The group.
-        options: Lists the values of a swept override, ``merge=average,ties`` or ``merge=choice(average,ties)``.
+        values: Lists the values of a swept override, ``merge=average,ties`` or ``merge=choice(average,ties)``.
         fields: See `Fields`; an option that does not exist keeps every field, to be refused by name.
 
     Returns:
@@ -30,7 +46,7 @@ def split(overrides: list[str], group: str, options: Callable[[str], list[str]],
     if swept is None or not given:
         return [overrides]
     by_fields: dict[tuple[str, ...], list[str]] = {}
-    for option in options(swept):
+    for option in values(swept):
         known = fields(group, option)
         had = (o for o, name in given.items() if known is None or name.partition(".")[0] in known)
         by_fields.setdefault(tuple(had), []).append(option)
@@ -67,7 +83,7 @@ def installed(target: str) -> bool:
 
 
 @contextmanager
-def arguments(given: Sequence[str]) -> Iterator[None]:
+def command_line(given: Sequence[str]) -> Iterator[None]:
     """Give Hydra the command line it insists on reading itself, and let its errors reach us."""
     argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *given]
@@ -77,3 +93,146 @@ def arguments(given: Sequence[str]) -> Iterator[None]:
     finally:
         sys.argv = argv
         os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
+
+
+def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> list[Path]:
+    """Run a sweep through Hydra's own sweeper and launcher.
+
+    Args:
+        overrides: Hydra overrides with comma-separated or other
+        job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
+
+    Returns:
+        The results of every sweeper that searches, such as Optuna; none where all combinations ran.
+
+    Raises:
+        OptionError: If a launcher or sweeper is not installed, or one that searches would see the test score.
+    """
+    _require_plugins(overrides)
+    found: list[Path] = []
+    for number, sweep in enumerate(fitting(overrides)):
+        arguments = [*shared(number), *sweep]
+        with explained(), command_line(["-m", *arguments]):
+            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
+        found += _searched(arguments)
+    return found
+
+
+def launch(cells: Sequence[Sequence[str]], job: Callable[[Any], float], overrides: Sequence[str]) -> list[Any]:
+    """Run cells, which need not have anything in common, through one of Hydra's launchers.
+
+    Args:
+        cells: Overrides of single runs.
+        job: Runs one cell's settings; other processes must be able to import it.
+        overrides: Hydra's own, for example ``hydra/launcher=joblib``.
+
+    Returns:
+        What each cell raised, or None.
+
+    Raises:
+        OptionError: If the launcher is not installed.
+    """
+    _require_plugins(overrides)
+    # the launcher's logs go below the cells' results; the bars of many processes would write over one another
+    own = [*shared(), "++hydra.job.env_set.TQDM_DISABLE='1'", *(o for o in cells[0] if o.startswith("results="))]
+    with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+        core: Any = GlobalHydra.instance().hydra
+        config = core.compose_config("run", [*own, *overrides], RunMode.MULTIRUN, with_log_configuration=False)
+        context = HydraContext(core.config_loader, Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(context, _task(job), config)
+        return [_raised(done) for done in launcher.launch(cells, initial_job_idx=0)]
+
+
+def _require_plugins(overrides: Sequence[str]) -> None:
+    """Refuse a launcher or sweeper that is not installed, and let our presets stand for those that are."""
+    Plugins.instance()  # they store their own configurations, which Hydra would mix with presets of the same name
+    stored = ConfigStore.instance().repo["hydra"]
+    for group in PLUGINS:
+        for name in options(group):
+            stored[group.partition("/")[2]].pop(f"{name}.yaml", None)
+            target = OmegaConf.select(OmegaConf.load(folder() / group / f"{name}.yaml"), "_target_")
+            if f"{group}={name}" in overrides and not installed(target):
+                raise OptionError(f"{group}={name} needs a package that is not installed: pip install 'byom[sweeps]'")
+
+
+def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
+    def task(config: DictConfig) -> float:
+        own = HydraConfig.get()
+        choices = own.runtime.choices
+        cell = build(plain(config), choices, own.overrides.task)
+        if choices["hydra/sweeper"] != "basic" and "validation" not in cell.evaluate.splits:
+            raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
+        return job(cell)
+
+    return task
+
+
+def _searched(arguments: Sequence[str]) -> list[Path]:
+    asked = compose([o for o in arguments if for_hydra(o) or o.startswith("results=")])
+    file = Path(asked.hydra.sweep.dir) / "optimization_results.yaml"
+    return [file] if asked.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
+
+
+def _raised(done: JobReturn) -> Exception | None:
+    try:
+        done.return_value  # noqa: B018 - raises what the job raised
+    except Exception as error:
+        return error
+    return None
+
+
+def fitting(overrides: Sequence[str]) -> list[list[str]]:
+    """Split a sweep so that a field reaches only the options that have it.
+
+    ``byom=none,fft byom.density=0.01,0.1`` means both densities of `fft`, and `none` once: it has no density.
+
+    Args:
+        overrides: Overrides of one sweep.
+
+    Returns:
+        Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
+    """
+    found = [list(overrides)]
+    for group in GROUPS:
+        parts = [_split(each, group, _values, _fields) for each in found]
+        found = [part for some in parts for part in some]
+    return found
+
+
+def _values(override: str) -> list[str]:
+    return [one.partition("=")[2] for [one] in _expand([override])]
+
+
+def _fields(group: str, name: str) -> set[str] | None:
+    """Return an option's fields, those that hold another option included (``/merge@then: ties``)."""
+    file = folder() / group / f"{name}.yaml"
+    if not file.is_file():
+        return None
+    option: Any = OmegaConf.load(file)
+    nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
+    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
+
+
+def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
+    """Expand sweep lines into the overrides of single runs.
+
+    Args:
+        rows: Lines such as ``merge=average,ties byom=fft byom.density=0.01,0.1``.
+        common: Overrides added to every line; they may sweep as well.
+
+    Returns:
+        One list of overrides a cell, in order, without repetitions.
+    """
+    outer = _expand(common)  # outermost, so that neighbouring cells share their seed and its experts
+    expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
+    return [list(cell) for cell in dict.fromkeys(map(tuple, expanded))]
+
+
+def _expand(overrides: Sequence[str]) -> list[list[str]]:
+    return [list(cell) for cell in product(*map(_choices, parsed(overrides)))]
+
+
+def _choices(override: Any) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

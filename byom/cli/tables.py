@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from byom.cli import config
-from byom.errors import ByomError, NothingFinished
+from byom.errors import ByomError, NothingFinished, OptionError, suggest
+
+if TYPE_CHECKING:
+    from byom.report.published import Published
 
 LISTED = 5
 """Cells that are named for each reason of a failure."""
@@ -105,7 +108,21 @@ def write(of: Place, published: Sequence[str] = ()) -> None:
     if published:
         from byom.report import published_table
 
-        _print(*published_table.generate(of.results, of.suite, of.backbone, published))
+        _print(*published_table.generate(of.results, of.suite, of.backbone, published_tables(published)))
+
+
+def published_tables(names: Sequence[str]) -> list[Published]:
+    """Return published tables by their names, in order.
+
+    Raises:
+        OptionError: If there is none of a name, or one contradicts itself.
+    """
+    from byom.report.published import read
+
+    known = config.options("published")
+    if unknown := [name for name in names if name not in known]:
+        raise OptionError(f"there is no published table '{unknown[0]}'; {suggest(unknown[0], known)}")
+    return [read(config.folder() / "published" / f"{name}.yaml") for name in names]
 
 
 def _print(text: str, files: Sequence[Path]) -> None:

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from byom.errors import CheckpointError, OptionError, suggest
 from byom.storage.repository import Download
 
 if TYPE_CHECKING:
+    from byom.backbone.base import Backbone
     from byom.data.suite import Task
-    from byom.merge.base.probe import Readout
-    from byom.pipeline.lab import Lab
+    from byom.functional.heads import Readout
     from byom.weights import Weights
 
 Validation = Literal["seen", "unseen", "unknown"]
 VALIDATIONS = ("seen", "unseen", "unknown")
 UNRELATED = 0.5
+
+
+class Host(Protocol):
+    """What experts are opened for: tasks, the encoder that they were fine-tuned from, and a place to train it."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder that is merged."""
+        ...
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Tasks by name."""
+        ...
+
+    @property
+    def pretrained(self) -> Weights:
+        """theta_0."""
+        ...
+
+    def trained(self, task: str, member: int = 0) -> Weights:
+        """Return theta_t as it is fine-tuned here."""
+        ...
 
 
 class Experts(ABC):
@@ -36,11 +59,11 @@ class Experts(ABC):
         """Return what determines a task's expert, as JSON."""
 
     @abstractmethod
-    def open(self, lab: Lab, task: str, member: int) -> Weights:
-        """Return a task's expert in the names and shapes of the lab's pre-trained model.
+    def open(self, host: Host, task: str, member: int) -> Weights:
+        """Return a task's expert in the names and shapes of the pre-trained model.
 
         Args:
-            lab: Encoder, tasks, caches.
+            host: Encoder, tasks, caches.
             task: The task.
             member: 0 for the expert; others are further fine-tunes of the same task.
 
@@ -48,11 +71,11 @@ class Experts(ABC):
             CheckpointError: If it cannot be had, or does not fit the backbone.
         """
 
-    def head(self, lab: Lab, task: str) -> Readout | None:
+    def head(self, host: Host, task: str) -> Readout | None:
         """Return the head that came with a task's expert; None lets the backbone make it."""
         return None
 
-    def notes(self, lab: Lab) -> dict[str, Any]:
+    def notes(self, host: Host) -> dict[str, Any]:
         """Return what a record says of the experts beside their family."""
         return {}
 

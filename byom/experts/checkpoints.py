@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from byom.checkpoint import Checkpoint, read
 from byom.checkpoint.recognise import same_left_overs
 from byom.errors import CheckpointError, OptionError
-from byom.experts.base import Experts, require_related
+from byom.experts.base import Experts, Host, require_related
 from byom.weights import Weights
 
 if TYPE_CHECKING:
-    from byom.merge.base.probe import Readout
-    from byom.pipeline.lab import Lab
+    from byom.functional.heads import Readout
 
 
 class Checkpoints(Experts):
@@ -27,15 +26,15 @@ class Checkpoints(Experts):
     def path(self, task: str) -> Path:
         """Return the file or folder of a task's expert."""
 
-    def open(self, lab: Lab, task: str, member: int) -> Weights:
+    def open(self, host: Host, task: str, member: int) -> Weights:
         """Return a task's expert; see `Experts.open`."""
         if member:
             raise OptionError(
                 f"a method asks for several experts a task, and {self.family} has one; use experts=trained for it"
             )
-        return require_related(self._read(lab, task).weights, lab.pretrained, task)
+        return require_related(self._read(host, task).weights, host.pretrained, task)
 
-    def head(self, lab: Lab, task: str) -> Readout | None:
+    def head(self, host: Host, task: str) -> Readout | None:
         """Return the head in the checkpoint, if heads are taken from there.
 
         Raises:
@@ -43,26 +42,26 @@ class Checkpoints(Experts):
         """
         if self.heads == "backbone":
             return None
-        checkpoint = self._read(lab, task)
-        head = lab.backbone.own_head(lab.tasks[task], checkpoint.extra)
+        checkpoint = self._read(host, task)
+        head = host.backbone.own_head(host.tasks[task], checkpoint.extra)
         if head is None:
             raise CheckpointError(
-                f"{self.path(task)} holds no classifier that {type(lab.backbone).__name__} knows (it has "
+                f"{self.path(task)} holds no classifier that {type(host.backbone).__name__} knows (it has "
                 f"{', '.join(sorted(checkpoint.extra)) or 'nothing'} beside the encoder); set experts.heads=backbone"
             )
         return head
 
-    def notes(self, lab: Lab) -> dict[str, Any]:
+    def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and how many frozen left-overs all of the files share; it is an error if they differ."""
-        found = {task: self._read(lab, task) for task in lab.tasks}
+        found = {task: self._read(host, task) for task in host.tasks}
         frozen = same_left_overs(found.items())
         return {
             "formats": sorted({checkpoint.format for checkpoint in found.values()}),
             "frozen_parameters": frozen.numel if frozen else 0,
         }
 
-    def _read(self, lab: Lab, task: str) -> Checkpoint:
-        return _cached(self.path(task), lab.pretrained)
+    def _read(self, host: Host, task: str) -> Checkpoint:
+        return _cached(self.path(task), host.pretrained)
 
 
 @lru_cache(maxsize=64)

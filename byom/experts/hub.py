@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.experts.base import Validation, check_family, named
+from byom.experts.base import Host, Validation, check_family, named
 from byom.experts.checkpoints import Checkpoints
 from byom.storage import repository as hub
 from byom.storage.repository import Download
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
-    from byom.pipeline.lab import Lab
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,11 @@ class Hub(Checkpoints):
             "heads": self.heads,
         }
 
-    def notes(self, lab: Lab) -> dict[str, Any]:
+    def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and repository and commit by task."""
-        commits = {task: hub.commit(self._folder(task)) for task in lab.tasks}
-        names = {task: self.repository(task).name for task in lab.tasks}
-        return super().notes(lab) | {"repositories": names, "commits": commits, "source": self.source}
+        commits = {task: hub.commit(self._folder(task)) for task in host.tasks}
+        names = {task: self.repository(task).name for task in host.tasks}
+        return super().notes(host) | {"repositories": names, "commits": commits, "source": self.source}
 
     def downloads(self, tasks: Iterable[Task]) -> Iterator[Download]:
         """Say what would have to be fetched."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from byom.experts.base import Experts
+from byom.experts.base import Experts, Host
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
-    from byom.pipeline.lab import Lab
     from byom.weights import Weights
 
 
@@ -25,6 +24,6 @@ class Trained(Experts):
         """Return nothing: the recipe and the task say it all."""
         return None
 
-    def open(self, lab: Lab, task: str, member: int) -> Weights:
+    def open(self, host: Host, task: str, member: int) -> Weights:
         """Return the cached expert, fine-tuned first if there is none; see `Experts.open`."""
-        return lab.trained(task, member)
+        return host.trained(task, member)

@@ -1,17 +1,82 @@
-"""Heads beside the cosine one: a checkpoint's classifier, a ridge regression, answers in words; and their storage."""
+"""Heads: functions from features to logits, how they are read and trained, and their storage as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, mse_loss
+from torch.nn.functional import cross_entropy, linear, mse_loss, normalize
 
-from byom.backbone.base import Head
-from byom.errors import CheckpointError
-from byom.merge.base.probe import Readout
+from byom.errors import CheckpointError, OptionError
+
+Readout = Callable[[Tensor], Tensor]
+"""A head: features ``[B, D]`` to logits ``[B, C]``. It may have ``predict`` (logits to predictions ``[B]``, the arg max
+by default) and ``loss`` (logits and labels ``[B]`` to a number, cross entropy by default)."""
+
+
+def loss(head: Readout, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return what fine-tuning of a task minimises: its head's own loss, or cross entropy.
+
+    Args:
+        head: The task's head.
+        logits: What it returned for a batch, ``[B, C]``.
+        labels: ``[B]``.
+    """
+    return getattr(head, "loss", cross_entropy)(logits, labels)
+
+
+def require_classes(logits: Tensor, what: str) -> Tensor:
+    """Refuse logits that are no class probabilities.
+
+    Raises:
+        OptionError: If there is one number an example, as where labels are numbers.
+    """
+    if logits.shape[-1] < 2:
+        raise OptionError(
+            f"{what} works on class probabilities, and a task of the suite predicts one number an example; "
+            "leave that task out (~suite.tasks.NAME), or choose another method"
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A head whose logits are computed in another way, and read as before.
+
+    Args:
+        head: Says how logits become predictions and losses.
+        compute: Features to logits.
+    """
+
+    head: Readout
+    compute: Readout
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return logits of features."""
+        return self.compute(features)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen cosine classifier: ``logits = temperature * normalised features @ weight.T``.
+
+    Args:
+        weight: ``[C, D]`` unit rows, one a class.
+        temperature: Factor on the cosine.
+    """
+
+    weight: Tensor
+    temperature: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of features ``[B, D]``."""
+        return self.temperature * normalize(features.float(), dim=-1) @ self.weight.to(features.device).T
 
 
 @dataclass(frozen=True)

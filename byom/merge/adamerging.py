@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from byom.errors import OptionError, fraction
 from byom.functional.deltas import agreeing, elect_sign
+from byom.functional.heads import require_classes
 from byom.merge.base import Group, PlannedMethod, Problem
 from byom.merge.base.descent import Blend, Vectors, blended, encoded, plain, require, require_unlabelled
 from byom.merge.base.needs import Needs
-from byom.merge.base.probe import Batch, Probe, require_classes
+from byom.merge.base.probe import Batch, Probe
 from byom.merge.ties import Ties
 
 

@@ -20,11 +20,12 @@ from byom.pipeline import measure
 from byom.pipeline.evaluate import Score
 from byom.pipeline.lab import Lab
 from byom.pipeline.lab_probe import LabProbe
+from byom.pipeline.provenance import Stages
 from byom.pipeline.route import evaluate_routed
 from byom.pipeline.router.base import LearnedRouter
-from byom.pipeline.run import Settings
+from byom.pipeline.settings import Settings
 from byom.storage.lock import alone
-from byom.storage.record import Stages, write_json
+from byom.storage.record import write_json
 from byom.storage.signature import describe, signature
 from byom.variants.base.delta import Served
 from byom.weights import Weights

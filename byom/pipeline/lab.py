@@ -21,10 +21,11 @@ from byom.experts.base import Experts
 from byom.experts.finetune.base import Recipe
 from byom.experts.finetune.loop import Lesson, finetune
 from byom.functional import heads
+from byom.functional.heads import Readout
 from byom.functional.metrics import value_of
 from byom.functional.seeding import keyed
 from byom.functional.tensors import copied
-from byom.merge.base.probe import Features, Readout
+from byom.merge.base.probe import Features
 from byom.pipeline.evaluate import Score, evaluate
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
@@ -80,9 +81,13 @@ class Lab:
         """The module that every model of this lab is loaded into."""
         return self.recipe.host(self.backbone.load(), self.backbone).to(self.device)
 
-    @cached_property
+    @property
     def pretrained(self) -> Weights:
         """theta_0."""
+        return self._pretrained
+
+    @cached_property
+    def _pretrained(self) -> Weights:
         return Weights.of(copied(self.encoder.state_dict()), origin="pre-trained")
 
     def splits(self, task: str) -> data.Splits:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from byom.data.splits import Split
+from byom.functional.heads import Readout
 from byom.functional.seeding import keyed
-from byom.merge.base.probe import Batch, Features, Probe, Readout, State
+from byom.merge.base.probe import Batch, Features, Probe, State
 from byom.pipeline.lab import Lab
 from byom.statistics.gram import grams, order
 from byom.weights import Weights

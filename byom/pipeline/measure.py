@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from byom.functional.metrics import value_of
+from byom.functional.metrics import ratio, value_of
 from byom.merge.base import Problem
 from byom.pipeline.lab import Lab
 from byom.pipeline.router.base import Routing
@@ -107,11 +107,6 @@ def summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str,
     accuracy = {task: value_of(row) for task, row in scores.items()}
     ratios = [ratio(accuracy[task], single[task]) for task in accuracy]
     return {"absolute": sum(accuracy.values()) / len(accuracy), "normalised": sum(ratios) / len(ratios)}
-
-
-def ratio(accuracy: float, single: float) -> float:
-    """Return an accuracy relative to the single-task model's; 1 where both are 0."""
-    return accuracy / single if single else float(accuracy == single)
 
 
 def routing(routing: Routing | None) -> dict[str, int]:

@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from byom.data.suite import Task
-from byom.pipeline.run import Settings
+from byom.pipeline.settings import Settings
 from byom.storage.repository import Download
 
 BATCH = 8

@@ -12,15 +12,17 @@ import numpy as np
 
 from byom.data.suite import Suite
 from byom.errors import OptionError, suggest
+from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement, hypervolume, unbeaten
 from byom.functional.simplex import Point, simplex, spread, trained
 from byom.merge.base import MergeMethod, Problem
 from byom.pipeline import measure
 from byom.pipeline.cell import assemble, laboratory
 from byom.pipeline.lab import Lab
-from byom.pipeline.run import Settings
+from byom.pipeline.provenance import Stages, provenance, results_root
 from byom.pipeline.scorer import Job, Scorer
-from byom.storage.record import FORMAT, Place, Stages, now, provenance, results_root
+from byom.pipeline.settings import Settings
+from byom.storage.record import FORMAT, Place, now
 from byom.storage.signature import describe, signature
 from byom.weights import Weights
 
@@ -225,11 +227,6 @@ def _summary(rows: Sequence[Result], joint: Sequence[Result], truth: np.ndarray,
         "hypervolume": hypervolume(scores) if scores.shape[1] <= MEASURED_TASKS else None,
         "agreement": asdict(agreement(scores[same], truth)) if same else None,
     }
-
-
-def accuracies(rows: Sequence[Result], split: str) -> np.ndarray:
-    """Return ``[N, T]`` accuracies of scored weightings."""
-    return np.array([list(row["accuracy"][split]) for row in rows])
 
 
 def _previewed(settings: Settings, problem: Problem, grid: Sequence[Point]) -> Iterable[Job]:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byom.pipeline.measure import ratio
-from byom.pipeline.preview import accuracies
+from byom.functional.metrics import accuracies, ratio
 from byom.report import render
 
 Record = Mapping[str, Any]

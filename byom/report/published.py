@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from byom.cli.config import folder, options
-from byom.errors import OptionError, suggest
-from byom.report.frame import Row
+import numpy as np
+import pandas as pd
+
+from byom.errors import OptionError
+from byom.report.frame import Row, numbers, rows
+from byom.report.report import Runs
 
 CONFIDENCE = {
     "exact": "copied from the source",
@@ -121,34 +125,100 @@ def decimals(values: Iterable[float]) -> int:
     return max(len(repr(value).partition(".")[2]) for value in values)
 
 
-def read(name: str) -> Published:
+def read(file: Path) -> Published:
     """Return a published table.
 
     Args:
-        name: A file of ``conf/published``, without its ending.
+        file: A yaml of ``conf/published``.
 
     Raises:
-        OptionError: If there is none of that name, or it contradicts itself.
+        OptionError: If it contradicts itself.
     """
     import yaml
 
-    if name not in options("published"):
-        raise OptionError(f"there is no published table '{name}'; {suggest(name, options('published'))}")
-    given = yaml.safe_load((folder() / "published" / f"{name}.yaml").read_text(encoding="utf-8"))
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
     lines = tuple(_line(row) for row in given.pop("rows"))
-    return Published(name=name, **{**given, "tasks": tuple(given["tasks"])}, rows=lines)
+    return Published(name=file.stem, **{**given, "tasks": tuple(given["tasks"])}, rows=lines)
 
 
 def _line(given: Mapping[str, Any]) -> Line:
     return Line(**{**given, "values": tuple(map(float, given["values"])), "mean": float(given["mean"])})
 
 
-def every(names: Iterable[str]) -> list[Published]:
-    """Return some published tables, in order."""
-    return [read(name) for name in names]
-
-
 def _alike(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float | int) and isinstance(theirs, float | int) and not isinstance(ours, bool):
         return abs(ours - theirs) <= RELATIVE * max(abs(theirs), 1e-12)
     return ours == theirs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A published row, and ours with the same settings.
+
+    Args:
+        line: The published row.
+        row: Ours; None if there is none.
+        values: Ours in per cent, by task.
+        mean: Our average over the published tasks, in per cent; NaN if we have other tasks.
+        label: How our tables write the row.
+        apart: Why the two cannot be subtracted; empty if they can.
+    """
+
+    line: Line
+    row: Row | None
+    values: dict[str, float]
+    mean: float
+    label: str = ""
+    apart: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Ours less the published average, in points; NaN where the two cannot be subtracted."""
+        return np.nan if self.apart else self.mean - self.line.mean
+
+
+def pairs(runs: Runs, table: Published) -> list[Pair]:
+    """Match a published table with our runs.
+
+    Args:
+        runs: Ours.
+        table: The published one.
+
+    Returns:
+        Published rows in order, one pair for each of ours that has the same settings, or one without.
+    """
+    frame, found = numbers(runs.done), rows(runs.done)
+    out: list[Pair] = []
+    for line in table.rows:
+        same, apart = [place for place, row in enumerate(found) if line.fits(row)], _apart(runs, table, line)
+        out += [_pair(line, found[place], frame.iloc[place], table, apart) for place in same]
+        out += [Pair(line, None, {}, np.nan)] * (not same)
+    return out
+
+
+def _pair(line: Line, row: Row, measured: pd.Series, table: Published, apart: str) -> Pair:
+    values = {t: 100 * float(measured.at[f"accuracy_{t}"]) for t in table.tasks if f"accuracy_{t}" in measured}
+    mean = float(np.mean(list(values.values()))) if len(values) == len(table.tasks) else np.nan
+    if table.measure == "normalised" and not np.isnan(mean):
+        mean = 100 * float(measured.at["normalised"])
+    return Pair(line, row, values if line.values else {}, mean, str(measured["method"]), apart)
+
+
+def _apart(runs: Runs, table: Published, line: Line) -> str:
+    if not same_family(runs, table):
+        return "other checkpoints"
+    return "" if line.alone or same_tasks(runs, table) else "other tasks merged"
+
+
+def same_family(runs: Runs, table: Published) -> bool:
+    """Say whether our experts are the checkpoints that the published numbers were measured on."""
+    return _family(runs) == table.family
+
+
+def same_tasks(runs: Runs, table: Published) -> bool:
+    """Say whether we merged the tasks that the published numbers were measured on."""
+    return set(runs.done[0]["scores"]["test"]) == set(table.tasks)
+
+
+def _family(runs: Runs) -> str:
+    return runs.done[0].get("family", "trained")

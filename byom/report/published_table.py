@@ -3,61 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from byom.report import render
-from byom.report.frame import MISSING, Row, numbers, percent, rows
-from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, every
+from byom.report.frame import MISSING, Row, percent
+from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, _family, pairs, same_family, same_tasks
 from byom.report.report import Runs, read_runs, write
 
 DAGGER = "†"
 OURS, THEIRS, GAP = "ours", "published", "difference"
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A published row, and ours with the same settings.
-
-    Args:
-        line: The published row.
-        row: Ours; None if there is none.
-        values: Ours in per cent, by task.
-        mean: Our average over the published tasks, in per cent; NaN if we have other tasks.
-        label: How our tables write the row.
-        apart: Why the two cannot be subtracted; empty if they can.
-    """
-
-    line: Line
-    row: Row | None
-    values: dict[str, float]
-    mean: float
-    label: str = ""
-    apart: str = ""
-
-    @property
-    def gap(self) -> float:
-        """Ours less the published average, in points; NaN where the two cannot be subtracted."""
-        return np.nan if self.apart else self.mean - self.line.mean
-
-
-def generate(results: Path, suite: str, backbone: str, names: Sequence[str]) -> tuple[str, list[Path]]:
+def generate(results: Path, suite: str, backbone: str, tables: Sequence[Published]) -> tuple[str, list[Path]]:
     """Write our rows beside published ones.
 
     Args:
         results: The folder that holds ``runs``; tables and figures are written beside it.
         suite: The suite's name.
         backbone: The backbone's name.
-        names: Published tables, in order.
+        tables: Published tables, in order.
 
     Returns:
         The tables as text, and the paths of all files.
     """
     runs = read_runs(results, suite, backbone)
-    compared = [(table, pairs(runs, table)) for table in every(names)]
+    compared = [(table, pairs(runs, table)) for table in tables]
     stem = f"{suite}--{backbone}--published"
     frame = pd.concat([_full(table, found) for table, found in compared], ignore_index=True)
     texts = {
@@ -72,53 +45,6 @@ def generate(results: Path, suite: str, backbone: str, names: Sequence[str]) -> 
     if any(not np.isnan(pair.mean) for _, found in compared for pair in found):
         files += save(ours_against_published(compared, _marks(runs)), results / "figures" / stem)
     return as_text(runs, compared), files
-
-
-def pairs(runs: Runs, table: Published) -> list[Pair]:
-    """Match a published table with our runs.
-
-    Args:
-        runs: Ours.
-        table: The published one.
-
-    Returns:
-        Published rows in order, one pair for each of ours that has the same settings, or one without.
-    """
-    frame, found = numbers(runs.done), rows(runs.done)
-    out: list[Pair] = []
-    for line in table.rows:
-        same, apart = [place for place, row in enumerate(found) if line.fits(row)], _apart(runs, table, line)
-        out += [_pair(line, found[place], frame.iloc[place], table, apart) for place in same]
-        out += [Pair(line, None, {}, np.nan)] * (not same)
-    return out
-
-
-def _pair(line: Line, row: Row, measured: pd.Series, table: Published, apart: str) -> Pair:
-    values = {t: 100 * float(measured.at[f"accuracy_{t}"]) for t in table.tasks if f"accuracy_{t}" in measured}
-    mean = float(np.mean(list(values.values()))) if len(values) == len(table.tasks) else np.nan
-    if table.measure == "normalised" and not np.isnan(mean):
-        mean = 100 * float(measured.at["normalised"])
-    return Pair(line, row, values if line.values else {}, mean, str(measured["method"]), apart)
-
-
-def _apart(runs: Runs, table: Published, line: Line) -> str:
-    if not same_family(runs, table):
-        return "other checkpoints"
-    return "" if line.alone or same_tasks(runs, table) else "other tasks merged"
-
-
-def same_family(runs: Runs, table: Published) -> bool:
-    """Say whether our experts are the checkpoints that the published numbers were measured on."""
-    return _family(runs) == table.family
-
-
-def same_tasks(runs: Runs, table: Published) -> bool:
-    """Say whether we merged the tasks that the published numbers were measured on."""
-    return set(runs.done[0]["scores"]["test"]) == set(table.tasks)
-
-
-def _family(runs: Runs) -> str:
-    return runs.done[0].get("family", "trained")
 
 
 def _full(table: Published, found: Sequence[Pair]) -> pd.DataFrame:

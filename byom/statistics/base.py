@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from byom.data.splits import Split
 from byom.errors import OptionError
-from byom.merge.base.probe import Batch, Readout
+from byom.functional.heads import Readout
+from byom.merge.base.probe import Batch
 
 
 class Fitter(ABC):

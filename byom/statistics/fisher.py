@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from byom.errors import OptionError
+from byom.functional.heads import Readout
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
-from byom.merge.base.probe import Batch, Readout
+from byom.merge.base.probe import Batch
 from byom.statistics.base import Fitter, Statistic, parameters
 
 BUDGET = 1 << 27  # gradient entries held at a time: 512 MB in fp32

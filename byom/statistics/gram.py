@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from byom.merge.base.probe import Batch, Readout
+from byom.functional.heads import Readout
+from byom.merge.base.probe import Batch
 from byom.statistics.base import Fitter, Statistic, parameters
 
 ATTENTION = inspect.signature(functional.multi_head_attention_forward)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from byom.errors import OptionError
+from byom.functional.heads import Readout, loss
 from byom.functional.seeding import keyed
-from byom.merge.base.probe import Batch, Readout, loss
+from byom.merge.base.probe import Batch
 from byom.statistics.base import Fitter, Statistic, parameters
 
 

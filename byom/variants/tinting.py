@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from byom.errors import OptionError, fraction, listed
+from byom.functional.heads import require_classes
 from byom.functional.seeding import keyed
 from byom.merge.base import Problem
 from byom.merge.base.descent import Blend, merged, require, require_finite, require_unlabelled
 from byom.merge.base.needs import Needs
-from byom.merge.base.probe import Batch, require_classes
+from byom.merge.base.probe import Batch
 from byom.variants.base import Variant
 from byom.variants.base.delta import READOUT, Delta, Parts, Readout, Served, Shared
 from byom.weights import Weights

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError
+from byom.errors import CheckpointError, WeightsMismatch, listed
 from byom.functional.tensors import finite, shared, wide
 from byom.storage import tensor_files as storage
-from byom.weights.match import require_match
 
 Reader = Callable[[str], Tensor]
 
@@ -88,25 +87,6 @@ class Weights:
         specs = {name: Spec(shape, dtype) for name, (shape, dtype) in file.specs.items()}
         specs |= {alias: specs[name] for alias, name in file.ties.items()}
         return cls(specs, file.read, ties=file.ties, origin=str(path), checksum=file.checksum)
-
-    @classmethod
-    def adapted(cls, base: Weights, adapter: str | Path, revision: str = "main") -> Weights:
-        """Open a PEFT LoRA adapter on its base: full-sized tensors exist only while one is read.
-
-        Args:
-            base: The model that the adapter was trained on, in memory or on disk.
-            adapter: A PEFT folder or the id of one on the hub.
-            revision: Commit of a hub id.
-
-        Returns:
-            The adapted weights (`byom.weights.lowrank.Adapted`).
-
-        Raises:
-            CheckpointError: If the adapter is damaged, belongs to another base, or is no low-rank difference.
-        """
-        from byom.checkpoint.adapters.adapter import Adapter
-
-        return Adapter.open(adapter, revision).on(base)
 
     # reading
 
@@ -291,3 +271,29 @@ class Weights:
 def _widened(spec: Spec) -> Spec:
     wide = spec.dtype.is_floating_point and spec.dtype != torch.float64
     return Spec(spec.shape, torch.float32) if wide else spec
+
+
+def require_match(a: Weights, b: Weights) -> None:
+    """Check that two sets of weights have the same names, shapes and ties.
+
+    Raises:
+        WeightsMismatch: With the names that only one has, or the first shapes or ties that differ.
+    """
+    missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
+    if missing or extra:
+        raise WeightsMismatch(
+            f"{a.origin} and {b.origin} have different tensors: {listed(missing)} only in the first, "
+            f"{listed(extra)} only in the second. Merge checkpoints of one architecture, without heads"
+        )
+    shapes = [f"'{n}' {a.shape(n)} and {b.shape(n)}" for n in a if a.shape(n) != b.shape(n)]
+    if shapes:
+        raise WeightsMismatch(
+            f"{a.origin} and {b.origin} have tensors of different shape: {listed(shapes)}. "
+            "Exclude task heads and resized vocabularies before merging"
+        )
+    ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
+    if ties:  # one of two values would be lost without a word
+        raise WeightsMismatch(
+            f"{a.origin} and {b.origin} tie different tensors: {listed(ties)} are one tensor in one of them only. "
+            "Tie them in both, or clone one of them before Weights.of"
+        )

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from hydra.utils import get_class, instantiate
 
-from byom.cli import config
+from byom.cli import config, sweeps
 from byom.errors import OptionError
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_a_task_builds(name):
 @pytest.mark.parametrize("name", config.options("experiment"))
 def test_an_experiment_expands_to_cells_that_compose(name):
     plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
-    cells = config.cells(plan["rows"], [*plan["common"], "seed=0,1"])
+    cells = sweeps.cells(plan["rows"], [*plan["common"], "seed=0,1"])
     assert len(cells) == len({tuple(cell) for cell in cells})
     assert sum("seed=0" in cell for cell in cells) == sum("seed=1" in cell for cell in cells) == len(cells) // 2
     for cell in (cells[0], cells[len(cells) // 2], cells[-1]):
@@ -117,7 +117,7 @@ def test_the_headline_rows_are_rows_of_the_full_table():
         plans = [
             config.resolve([f"experiment={suite}{part}"], "table").values["experiment"] for part in ("", "_headline")
         ]
-        full, headline = ({tuple(c) for c in config.cells(p["rows"], p["common"])} for p in plans)
+        full, headline = ({tuple(c) for c in sweeps.cells(p["rows"], p["common"])} for p in plans)
         assert headline < full
 
 
@@ -166,10 +166,10 @@ def test_public_names_are_importable():
 
 
 def test_a_swept_field_reaches_only_the_options_that_have_it():
-    found = config.fitting(["seed=0", "byom=none,post_pruning,fft", "byom.density=0.01,0.1", "byom.scope=tensor"])
+    found = sweeps.fitting(["seed=0", "byom=none,post_pruning,fft", "byom.density=0.01,0.1", "byom.scope=tensor"])
     fields = ["byom.density=0.01,0.1", "byom.scope=tensor"]
     assert found == [["seed=0", "byom=none"], ["seed=0", "byom=post_pruning,fft", *fields]]
-    assert config.fitting(["byom=fft", "byom.density=0.1"]) == [["byom=fft", "byom.density=0.1"]]
-    nested = config.fitting(["merge=dare,average", "merge.then.scale=0.5"])
+    assert sweeps.fitting(["byom=fft", "byom.density=0.1"]) == [["byom=fft", "byom.density=0.1"]]
+    nested = sweeps.fitting(["merge=dare,average", "merge.then.scale=0.5"])
     assert nested == [["merge=dare", "merge.then.scale=0.5"], ["merge=average"]]
-    assert config.fitting(["byom=none,fft", "byom.densty=1"]) == [["byom=none,fft", "byom.densty=1"]]
+    assert sweeps.fitting(["byom=none,fft", "byom.densty=1"]) == [["byom=none,fft", "byom.densty=1"]]

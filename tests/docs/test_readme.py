@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from byom.__main__ import main
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.bundle import Bundle
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
@@ -105,8 +106,8 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
     exec(compile(blocks("python")[1], "README.md", "exec"), {})
     base, small = Weights.open("pretrained"), Bundle.open("small")
     for task in ("cars", "svhn"):
-        product = (Weights.adapted(base, f"{task}-lora") - base)["layer.weight"]
-        left = (small.weights(task) - Weights.adapted(base, f"{task}-lora"))["layer.weight"]
+        product = (Adapter.open(f"{task}-lora").on(base) - base)["layer.weight"]
+        left = (small.weights(task) - Adapter.open(f"{task}-lora").on(base))["layer.weight"]
         values = torch.linalg.svdvals(product)
         assert torch.linalg.matrix_norm(left) == pytest.approx(float(values[4]), rel=1e-3)
 

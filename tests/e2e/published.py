@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from byom.__main__ import main
-from byom.cli import config
+from byom.cli import config, sweeps
 from tests.hub import build, tasks, visit
 from tests.published_models import add_experts
 from tests.tiny_clip import tiny_clip
@@ -45,7 +45,7 @@ def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
     Returns:
         The exit status, and the results folder.
     """
-    expand = config.cells
+    expand = sweeps.cells
 
     def shorter(rows, common):
         cells = [c for c in expand(rows, common) if not {"suite.size=4", "suite.size=8", "suite.size=12"} & set(c)]
@@ -57,7 +57,7 @@ def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
     if (chosen(name, "backbone") or "clip").startswith("clip") and chosen(name, "suite").startswith("vision"):
         overrides += [f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
     with visit(home, patch), patch.context() as undo:
-        undo.setattr("byom.cli.config.cells", shorter)
+        undo.setattr("byom.cli.sweeps.cells", shorter)
         return main(["table", name, *overrides]), results
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from byom.__main__ import main
 from byom.backbone.clip import Clip
 from byom.checkpoint import read
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.weights import Weights
 from tests.tiny_clip import tiny_clip
 
@@ -22,7 +23,7 @@ def encoder():
 @pytest.fixture
 def base(encoder, monkeypatch):
     weights = Weights.of(encoder.state_dict(), origin="pre-trained")
-    monkeypatch.setattr("byom.checkpoint.convert.pretrained", lambda option: weights)
+    monkeypatch.setattr("byom.cli.provision.pretrained", lambda option: weights)
     return weights
 
 
@@ -85,7 +86,7 @@ def test_an_adapter_needs_its_base_and_becomes_the_whole_model(tmp_path, encoder
     assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "x")]) == 1
     assert "an adapter, needs like=BACKBONE" in capsys.readouterr().err
     assert said(capsys, tmp_path / "adapter", tmp_path / "x", "like=clip_vit_b32").startswith("PEFT adapter: ")
-    assert Weights.open(tmp_path / "x").fingerprint() == Weights.adapted(base, tmp_path / "adapter").fingerprint()
+    assert Weights.open(tmp_path / "x").fingerprint() == Adapter.open(tmp_path / "adapter").on(base).fingerprint()
 
 
 class Hostile:
@@ -116,8 +117,6 @@ def test_mistakes_and_hostile_files_are_one_sentence_and_write_nothing(tmp_path,
 
 
 def test_other_names_are_for_image_towers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "byom.checkpoint.convert.pretrained", lambda _: Weights.of({"model.layer.weight": torch.ones(2)})
-    )
+    monkeypatch.setattr("byom.cli.provision.pretrained", lambda _: Weights.of({"model.layer.weight": torch.ones(2)}))
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "like=minilm", "to=huggingface"]) == 1
     assert "to=huggingface is for image towers of open_clip, and backbone=minilm is none" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from byom.pipeline import cell as pipeline
 from tests.e2e.tiny import overrides
 
 HEADLINE = "vision8_offline_headline"
-PRESETS = [f"{group}/{name}" for group in config.PLUGINS for name in config.options(group)]
+PRESETS = [f"{group}/{name}" for group in sweeps.PLUGINS for name in config.options(group)]
 SCHEMAS = {
     "hydra/launcher/joblib": "hydra_plugins.hydra_joblib_launcher.config.JobLibLauncherConf",
     "hydra/launcher/submitit_local": "hydra_plugins.hydra_submitit_launcher.config.LocalQueueConf",
@@ -115,20 +115,20 @@ def test_optuna_maximises_the_validation_score_repeatably(tmp_path, monkeypatch,
 
 def test_search_spaces_survive_the_split_by_fields():
     space = ["hydra/sweeper=optuna", "merge=choice(average,ties)", "merge.scale=interval(0.2,2.0)"]
-    assert config.fitting(space) == [[space[0], "merge=average"], [space[0], "merge=ties", space[2]]]
+    assert sweeps.fitting(space) == [[space[0], "merge=average"], [space[0], "merge=ties", space[2]]]
     alone = ["merge=ties", "merge.scale=interval(0.2,2.0)", "byom.density=choice(0.1,0.2)"]
-    assert config.fitting(alone) == [alone]
+    assert sweeps.fitting(alone) == [alone]
 
 
 def test_a_launcher_that_is_unknown_or_not_installed_is_named(monkeypatch, capsys):
     with pytest.raises(OptionError, match=r"no hydra/launcher=jobli; did you mean 'joblib'.*byom\[sweeps\]"):
-        config.multirun(["hydra/launcher=jobli"], float)
+        sweeps.multirun(["hydra/launcher=jobli"], float)
     with pytest.raises(OptionError, match=r"no hydra/launcher=ray;.*byom\[sweeps\]"):
-        config.launch([["merge=ties"]], float, ["hydra/launcher=ray"])
+        sweeps.launch([["merge=ties"]], float, ["hydra/launcher=ray"])
     monkeypatch.setattr(sweeps, "installed", lambda target: "hydra_plugins." not in target)
     for asked in ("hydra/launcher=submitit_slurm", "hydra/sweeper=optuna"):
         with pytest.raises(OptionError, match=rf"{asked} needs .* pip install 'byom\[sweeps\]'"):
-            config.multirun([asked], float)
+            sweeps.multirun([asked], float)
     assert main(["table", HEADLINE, "hydra/sweeper=optuna"]) == 1
     assert "a table has its own cells" in capsys.readouterr().err
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from byom.__main__ import main
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.cli import config
 from byom.data.source.base import DataError
 from byom.pipeline.cell import laboratory, serve
 from byom.pipeline.run import run
 from byom.variants.base.delta import Served
-from byom.weights import Weights
 from byom.weights.lowrank import Adapted
 from tests.e2e.tiny import KEPT, overrides
 
@@ -107,7 +107,7 @@ def test_export_writes_adapters_that_read_back(settings, folder, capsys):
     assert capsys.readouterr().out.count("rank 2") == len(KEPT)
     lab, served = serve(settings(*LORA, "byom=lora", "byom.rank=2"))
     for task in KEPT:
-        read, wanted = Weights.adapted(lab.pretrained, folder / "out" / task), served.weights(task)
+        read, wanted = Adapter.open(folder / "out" / task).on(lab.pretrained), served.weights(task)
         assert all(torch.allclose(read[name], wanted[name], atol=1e-6) for name in wanted)
     assert json.loads((folder / "out" / "export.json").read_text())["tasks"].keys() == set(KEPT)
     assert main(["export", str(folder / "out"), *options]) == 0  # an earlier export is replaced

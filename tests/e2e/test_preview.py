@@ -10,9 +10,9 @@ import pytest
 from byom.__main__ import main
 from byom.cli import config
 from byom.data.source.base import DataError
+from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement
 from byom.pipeline import preview, scorer
-from byom.pipeline.preview import accuracies
 from byom.pipeline.run import run
 from tests.e2e.tiny import KEPT, overrides
 

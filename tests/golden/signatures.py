@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from byom.cli import config
+from byom.cli import config, sweeps
 from byom.storage.record import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def committed() -> set[str]:
 def cells(experiment: str, *more: str) -> list[list[str]]:
     """Return the overrides of an experiment's cells."""
     plan = config.resolve([f"experiment={experiment}"], "table").values["experiment"]
-    return config.cells(plan["rows"], [*plan["common"], *more])
+    return sweeps.cells(plan["rows"], [*plan["common"], *more])
 
 
 def record(cell: list[str]) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from byom.backbone.split_attention import split
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.errors import CheckpointError
 from byom.weights import Weights
-from byom.weights.fused import split
 from byom.weights.lowrank import Adapted
 
 peft = pytest.importorskip("peft")
@@ -182,7 +182,7 @@ def test_weights_and_outputs(case, tmp_path):
     model, outputs, settings = case
     theirs = trained(model, tmp_path, **settings)
     expected = outputs(theirs)
-    ours = Weights.adapted(Weights.of(model.state_dict()), tmp_path)
+    ours = Adapter.open(tmp_path).on(Weights.of(model.state_dict()))
     assert isinstance(ours, Adapted) and ours.factored
     close(ours, theirs.merge_and_unload().state_dict())
     assert not torch.allclose(outputs(model), expected, atol=1e-2)  # the adapter does something
@@ -200,7 +200,7 @@ def test_attention_that_was_taken_apart(kind, tmp_path):
     settings = {"target_modules": ["q_proj", "v_proj", "out_proj" if kind == "tower" else "attn.proj"]}
     theirs = trained(apart, tmp_path, bias="lora_only", lora_alpha=5, **settings)
     expected = outputs(theirs)
-    ours = Weights.adapted(base, tmp_path)
+    ours = Adapter.open(tmp_path).on(base)
     model.load_state_dict(ours.state())
     assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
     close(split(model).state_dict(), theirs.merge_and_unload().state_dict())
@@ -212,7 +212,7 @@ def test_a_pickled_file(tmp_path):
     theirs = trained(model, tmp_path / "a", target_modules=BERT, bias="all")
     theirs.save_pretrained(str(tmp_path / "b"), safe_serialization=False)
     assert not (tmp_path / "b" / "adapter_model.safetensors").exists()
-    close(Weights.adapted(Weights.of(model.state_dict()), tmp_path / "b"), theirs.merge_and_unload().state_dict())
+    close(Adapter.open(tmp_path / "b").on(Weights.of(model.state_dict())), theirs.merge_and_unload().state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -223,7 +223,7 @@ def test_half_precision_factors_are_widened_exactly(dtype, tmp_path):
     trained(model, tmp_path, dtype=dtype, target_modules=BERT)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path), torch_device="cpu")  # widens to fp32
     assert {value.dtype for name, value in loaded.named_parameters() if "lora_" in name} == {torch.float32}
-    close(Weights.adapted(Weights.of(model.state_dict()), tmp_path), loaded.merge_and_unload().state_dict())
+    close(Adapter.open(tmp_path).on(Weights.of(model.state_dict())), loaded.merge_and_unload().state_dict())
 
 
 @torch.no_grad()
@@ -256,9 +256,9 @@ def test_tied_modules_adapted_alike_are_moved_once(together, tmp_path):
     theirs = trained(model, tmp_path, **settings)
     if not together:
         with pytest.raises(CheckpointError, match="alike.*one tensor.*Untie"):
-            Weights.adapted(base, tmp_path)
+            Adapter.open(tmp_path).on(base)
         return
-    ours, tokens = Weights.adapted(base, tmp_path), theirs.base_model.model.model.embed_tokens
+    ours, tokens = Adapter.open(tmp_path).on(base), theirs.base_model.model.model.embed_tokens
     delta = tokens.get_delta_weight("default")
     merged = theirs.merge_and_unload().state_dict()
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
@@ -274,12 +274,12 @@ def test_one_of_two_tied_modules_is_refused_where_peft_merges_another_model(tmp_
     with pytest.raises(
         CheckpointError, match=r"trained 'transformer.wte.weight' and not 'lm_head.weight' alike.*Untie"
     ):
-        Weights.adapted(base, tmp_path)
+        Adapter.open(tmp_path).on(base)
     expected = outputs(theirs)
     assert not torch.allclose(outputs(theirs.merge_and_unload()), expected, atol=1e-2)  # PEFT
     state = {name: value.clone() for name, value in base.state().items()}
     apart, _ = gpt2(tied=False)
-    apart.load_state_dict(Weights.adapted(Weights.of(state), tmp_path).state())
+    apart.load_state_dict(Adapter.open(tmp_path).on(Weights.of(state)).state())
     assert_close(outputs(apart.eval()), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -291,7 +291,7 @@ def test_an_output_projection_within_attention_moves_by_twice_its_difference(tmp
     inner = theirs.base_model.model.resblocks[1].attn.base_layer.out_proj
     delta, name = inner.get_delta_weight("default"), "resblocks.1.attn.out_proj.weight"
     base = Weights.of(model.state_dict())
-    assert_close(Weights.adapted(base, tmp_path)[name], base[name] + 2 * delta, rtol=1e-6, atol=1e-6)
+    assert_close(Adapter.open(tmp_path).on(base)[name], base[name] + 2 * delta, rtol=1e-6, atol=1e-6)
     assert_close(theirs.merge_and_unload().state_dict()[name], base[name] + 2 * delta, rtol=1e-6, atol=1e-6)
 
 
@@ -313,7 +313,7 @@ def test_an_adapter_that_changed_its_base_is_read_once_converted(start, tmp_path
         Adapter.open(tmp_path / "raw")
     first = str(tmp_path / "first")
     wrapped.save_pretrained(str(tmp_path / "converted"), path_initial_model_for_weight_conversion=first)
-    ours = Weights.adapted(Weights.of(model.state_dict()), tmp_path / "converted")
+    ours = Adapter.open(tmp_path / "converted").on(Weights.of(model.state_dict()))
     for name, value in wrapped.merge_and_unload().state_dict().items():
         assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
 

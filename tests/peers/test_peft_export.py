@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from byom.__main__ import main
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.adapters.export import adapters
 from byom.cli import config
 from byom.merge.average import Average
@@ -209,7 +210,7 @@ def test_byom_reads_its_own_export(make, tmp_path):
     problem = posed(wrapped)
     served = ByomLora(3).serve(problem, problem.pretrained)
     for folder in exported(wrapped, served, tmp_path):
-        read, expected = Weights.adapted(problem.pretrained, folder), served.weights(folder.name)
+        read, expected = Adapter.open(folder).on(problem.pretrained), served.weights(folder.name)
         for name in expected:
             assert_close(
                 read[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"

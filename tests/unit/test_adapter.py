@@ -68,7 +68,7 @@ def test_the_difference_is_the_scaled_product(write, root, name):
     plain = factors("layer.0.q", 4, 4) | factors("layer.1.up", 6, 4)
     folder = write(factors("layer.0.q", 4, 4, name=name) | factors("layer.1.up", 6, 4, name=name), root)
     adapter = Adapter.open(folder)
-    ours = Weights.adapted(base, folder)
+    ours = Adapter.open(folder).on(base)
     assert sorted(ours.factored) == ["layer.0.q.weight", "layer.1.up.weight"]
     for path in ("layer.0.q", "layer.1.up"):
         assert_close(ours[f"{path}.weight"], base[f"{path}.weight"] + 3 * product(plain, path))
@@ -109,11 +109,11 @@ def test_transposed_weights(write):
         (square | wide, {}),
         (square | wide, {"fan_in_fan_out": True}),
     ):
-        ours = Weights.adapted(base, write(tensors, **settings))
+        ours = Adapter.open(write(tensors, **settings)).on(base)
         assert_close(ours["h.c.weight"], base["h.c.weight"] + 3 * product(square, "h.c").T)
         if "h.up.lora_A.weight" in tensors:
             assert_close(ours["h.up.weight"], base["h.up.weight"] + 3 * product(wide, "h.up").T)
-    assert_close(Weights.adapted(base, write(square))["h.c.weight"], base["h.c.weight"] + 3 * product(square, "h.c"))
+    assert_close(Adapter.open(write(square)).on(base)["h.c.weight"], base["h.c.weight"] + 3 * product(square, "h.c"))
 
 
 def test_embeddings_convolutions_and_their_shapes(write):
@@ -121,7 +121,7 @@ def test_embeddings_convolutions_and_their_shapes(write):
     words = {"word.lora_embedding_A": normal(2, 7), "word.lora_embedding_B": normal(4, 2)}
     square = {"seat.lora_embedding_A.default": normal(2, 4), "seat.lora_embedding_B.default": normal(4, 2, seed=1)}
     base = Weights.of({"conv.weight": normal(4, 3, 5, 5), "word.weight": normal(7, 4), "seat.weight": normal(4, 4)})
-    ours = Weights.adapted(base, write({"conv.lora_A.weight": down, "conv.lora_B.weight": up} | words | square))
+    ours = Adapter.open(write({"conv.lora_A.weight": down, "conv.lora_B.weight": up} | words | square)).on(base)
     assert_close(ours["conv.weight"], base["conv.weight"] + 3 * torch.einsum("or,rikl->oikl", up[..., 0, 0], down))
     for name, (a, b) in {"word": words.values(), "seat": square.values()}.items():
         assert_close(ours[f"{name}.weight"], base[f"{name}.weight"] + 3 * (b @ a).T)
@@ -133,7 +133,7 @@ def test_slices_of_fused_attention(write, fused):
     tensors = factors("attn.q_proj", 4, 4) | factors("attn.v_proj", 4, 4, seed=5)
     bias = normal(4, seed=9)
     folder = write(tensors | {"attn.k_proj.bias": bias}, bias="all")
-    ours = Weights.adapted(base, folder)
+    ours = Adapter.open(folder).on(base)
     delta = torch.cat([product(tensors, "attn.q_proj"), torch.zeros(4, 4), product(tensors, "attn.v_proj")])
     assert_close(ours[fused], base[fused] + 3 * delta)
     assert [piece.start for piece in ours.pieces(fused)] == [0, 8]
@@ -145,7 +145,7 @@ def test_attention_as_one_module(write):
     """The output projection lies within it, has its rank, and counts twice, as it does in PEFT."""
     base = Weights.of({"0.attn.in_proj_weight": normal(12, 4), "0.attn.out_proj.weight": normal(4, 4)})
     tensors = factors("0.attn", 12, 4, rank=3) | factors("0.attn.base_layer.out_proj", 4, 4, rank=3)
-    ours = Weights.adapted(base, write(tensors, rank_pattern={"attn": 3}))
+    ours = Adapter.open(write(tensors, rank_pattern={"attn": 3})).on(base)
     assert_close(ours["0.attn.in_proj_weight"], base["0.attn.in_proj_weight"] + 2 * product(tensors, "0.attn"))
     delta = product(tensors, "0.attn.base_layer.out_proj")
     assert_close(ours["0.attn.out_proj.weight"], base["0.attn.out_proj.weight"] + 2 * 2 * delta)
@@ -174,9 +174,9 @@ def test_trained_biases_and_whole_modules_replace_the_bases(write):
 def test_a_bias_of_the_factors_is_scaled_and_added(write):
     base, added, trained = layers(), normal(4, seed=5), normal(4, seed=6)
     tensors = factors("layer.0.q", 4, 4) | {"layer.0.q.lora_B.bias": added}
-    assert_close(Weights.adapted(base, write(tensors))["layer.0.q.bias"], base["layer.0.q.bias"] + 3 * added)
+    assert_close(Adapter.open(write(tensors)).on(base)["layer.0.q.bias"], base["layer.0.q.bias"] + 3 * added)
     both = write(tensors | {"layer.0.q.base_layer.bias": trained}, bias="lora_only")
-    assert_close(Weights.adapted(base, both)["layer.0.q.bias"], trained + 3 * added)
+    assert_close(Adapter.open(both).on(base)["layer.0.q.bias"], trained + 3 * added)
 
 
 def test_what_no_forward_pass_reads_is_left_out(write):
@@ -194,7 +194,7 @@ def test_what_no_forward_pass_reads_is_left_out(write):
 def test_factors_of_any_precision_are_widened_before_they_are_scaled(write, dtype):
     base = layers()
     tensors = {key: value.to(dtype) for key, value in factors("layer.0.q", 4, 4).items()}
-    ours = Weights.adapted(base, write(tensors, lora_alpha=2 / 3))
+    ours = Adapter.open(write(tensors, lora_alpha=2 / 3)).on(base)
     exact = {key: value.double() for key, value in tensors.items()}
     (piece,) = ours.pieces("layer.0.q.weight")
     assert piece.left.dtype == piece.right.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -204,10 +204,10 @@ def test_factors_of_any_precision_are_widened_before_they_are_scaled(write, dtyp
 
 def test_a_pickled_file(write):
     folder = write(factors("layer.0.q", 4, 4))
-    ours = Weights.adapted(layers(), folder)
+    ours = Adapter.open(folder).on(layers())
     (folder / "adapter_model.safetensors").unlink()
     torch.save(rooted(factors("layer.0.q", 4, 4)), folder / "adapter_model.bin")
-    assert torch.equal(Weights.adapted(layers(), folder)["layer.0.q.weight"], ours["layer.0.q.weight"])
+    assert torch.equal(Adapter.open(folder).on(layers())["layer.0.q.weight"], ours["layer.0.q.weight"])
 
 
 def test_two_tied_modules_adapted_alike_move_once(write):
@@ -215,7 +215,7 @@ def test_two_tied_modules_adapted_alike_move_once(write):
     tied = normal(7, 4)
     base = Weights.of({"embed.weight": tied, "head.weight": tied})
     words = {"embed.lora_embedding_A": a, "embed.lora_embedding_B": b}
-    ours = Weights.adapted(base, write(words | {"head.lora_A.weight": b.T, "head.lora_B.weight": a.T}))
+    ours = Adapter.open(write(words | {"head.lora_A.weight": b.T, "head.lora_B.weight": a.T})).on(base)
     for name in ("embed.weight", "head.weight"):
         assert_close(ours[name], tied + 3 * (b @ a).T)
         assert len(ours.pieces(name)) == 1
@@ -223,12 +223,12 @@ def test_two_tied_modules_adapted_alike_move_once(write):
     ours = Adapter.open(write(words | {"head.lora_A.weight": b.T, "head.lora_B.weight": a.T})).on(half)
     assert ours["head.weight"].dtype == ours["embed.weight"].dtype == torch.float32
     with pytest.raises(CheckpointError, match=r"'embed\.weight' and not 'head\.weight' alike.*Untie"):
-        Weights.adapted(base, write(words))
+        Adapter.open(write(words)).on(base)
     with pytest.raises(CheckpointError, match="alike.*Untie"):
-        Weights.adapted(base, write(words | {"head.lora_A.weight": 2 * b.T, "head.lora_B.weight": a.T}))
+        Adapter.open(write(words | {"head.lora_A.weight": 2 * b.T, "head.lora_B.weight": a.T})).on(base)
     with pytest.raises(CheckpointError, match=r"'head\.weight' and not 'embed\.weight' alike.*Untie"):
         whole = factors("x", 4, 4) | {"head.weight": normal(7, 4, seed=1)}
-        Weights.adapted(Weights.of(base.state() | {"x.weight": normal(4, 4)}), write(whole, modules_to_save=["head"]))
+        Adapter.open(write(whole, modules_to_save=["head"])).on(Weights.of(base.state() | {"x.weight": normal(4, 4)}))
 
 
 # where it goes
@@ -240,21 +240,21 @@ def test_names_may_start_differently(write, ours, theirs):
     tensors = factors(f"{theirs}layer.0.q", 4, 4) | factors(f"{theirs}layer.1.up", 6, 4)
     folder = write(tensors | {f"{theirs}layer.0.norm.weight": normal(4, seed=3)}, modules_to_save=["norm"])
     base = layers(start=ours, other=normal(3))
-    adapted = Weights.adapted(base, folder)
+    adapted = Adapter.open(folder).on(base)
     assert sorted(adapted.factored) == [f"{ours}layer.0.q.weight", f"{ours}layer.1.up.weight"]
     assert list(adapted.replaced) == [f"{ours}layer.0.norm.weight"]
 
 
 def test_names_that_fit_as_they_are_stay(write):
     state = layers().state() | {f"copy.{name}": value.clone() for name, value in layers().state().items()}
-    adapted = Weights.adapted(Weights.of(state), write(factors("layer.0.q", 4, 4)))
+    adapted = Adapter.open(write(factors("layer.0.q", 4, 4))).on(Weights.of(state))
     assert list(adapted.factored) == ["layer.0.q.weight"]
 
 
 def test_two_places_are_refused(write):
     state = {f"{tower}.{name}": v.clone() for tower in ("image", "text") for name, v in layers().state().items()}
     with pytest.raises(CheckpointError, match=r"'layer.0.q' may be any of 'image.layer.0.q', 'text.layer.0.q'.*select"):
-        Weights.adapted(Weights.of(state), write(factors("layer.0.q", 4, 4)))
+        Adapter.open(write(factors("layer.0.q", 4, 4))).on(Weights.of(state))
 
 
 @pytest.mark.parametrize(
@@ -263,38 +263,38 @@ def test_two_places_are_refused(write):
 def test_another_base_is_refused(write, path):
     """No layer's number is dropped to find a place: ``layer.7`` is not put onto the only layer there is."""
     with pytest.raises(CheckpointError, match=rf"base has not: {path}.*'some/base'. Give that one"):
-        Weights.adapted(layers(count=1), write(factors(path, 4, 4)))
+        Adapter.open(write(factors(path, 4, 4))).on(layers(count=1))
 
 
 def test_a_base_of_another_size_is_refused(write):
     with pytest.raises(CheckpointError, match=r"'layer.0.q', \(5, 2\) and \(2, 4\), do not fit \(4, 4\).*some/base"):
-        Weights.adapted(layers(), write(factors("layer.0.q", 5, 4)))
+        Adapter.open(write(factors("layer.0.q", 5, 4))).on(layers())
     conv = {"layer.0.q.lora_A.weight": normal(2, 4, 1, 1), "layer.0.q.lora_B.weight": normal(4, 2, 1, 1)}
     with pytest.raises(CheckpointError, match=r"do not fit \(4, 4\)"):
-        Weights.adapted(layers(), write(conv))
+        Adapter.open(write(conv)).on(layers())
     with pytest.raises(CheckpointError, match=r"'layer.0.q.bias' has shape \(5,\).*\(4,\).*some/base"):
-        Weights.adapted(layers(), write(factors("layer.0.q", 4, 4) | {"layer.0.q.bias": normal(5)}, bias="all"))
+        Adapter.open(write(factors("layer.0.q", 4, 4) | {"layer.0.q.bias": normal(5)}, bias="all")).on(layers())
     resized = factors("layer.0.q", 4, 4) | {"layer.0.q.base_layer.weight": normal(9, 4)}
     with pytest.raises(CheckpointError, match=r"has shape \(9, 4\)"):
-        Weights.adapted(layers(), write(resized))
+        Adapter.open(write(resized)).on(layers())
 
 
 def test_a_part_of_a_layer_that_the_base_has_not_is_no_head(write):
     tensors = factors("layer.0.q", 4, 4) | {"layer.0.extra.bias": normal(4)}
     with pytest.raises(CheckpointError, match=r"'layer.0.extra.bias', which base has not"):
-        Weights.adapted(layers(), write(tensors, bias="all"))
+        Adapter.open(write(tensors, bias="all")).on(layers())
 
 
 def test_a_bias_of_the_factors_without_a_bias_in_the_base_is_refused(write):
     tensors = factors("layer.0.up", 6, 4) | {"layer.0.up.lora_B.bias": normal(6)}
     with pytest.raises(CheckpointError, match="bias of 'layer.0.up'.*which has none"):
-        Weights.adapted(layers(), write(tensors))
+        Adapter.open(write(tensors)).on(layers())
 
 
 def test_rows_that_are_adapted_twice_are_refused(write):
     base = Weights.of({"attn.in_proj_weight": normal(12, 4)})
     with pytest.raises(CheckpointError, match="rows of 'attn.in_proj_weight' twice"):
-        Weights.adapted(base, write(factors("attn", 12, 4) | factors("attn.k_proj", 4, 4)))
+        Adapter.open(write(factors("attn", 12, 4) | factors("attn.k_proj", 4, 4))).on(base)
 
 
 # what is refused

@@ -81,13 +81,12 @@ def test_hugging_face_names_round_trip_to_the_bit(tmp_path, base, form):
     assert equal(back, vision(found.weights.state()).state_dict())
 
 
-def test_transformers_opens_what_convert_writes(tmp_path, base, monkeypatch):
+def test_transformers_opens_what_convert_writes(tmp_path, base):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     state = moved(base)
     Weights.of(state).save(tmp_path / "ours")
-    monkeypatch.setattr("byom.checkpoint.convert.pretrained", lambda _: base)
-    lines = list(convert(tmp_path / "ours", tmp_path / "theirs", like="clip_vit_b32", to="huggingface"))
+    lines = list(convert(tmp_path / "ours", tmp_path / "theirs", base, to="huggingface"))
     assert lines == [f"safetensors: {len(to_hugging_face(base))} tensors, {base.numel:,} parameters"]
     CLIPVisionConfig(**SIZES).save_pretrained(tmp_path / "theirs")
     model = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "theirs")

@@ -16,8 +16,9 @@ from byom.functional.seeding import keyed
 from byom.merge.average import Average
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline.evaluate import score
+from byom.pipeline.provenance import Stages, results_root
 from byom.pipeline.tune import AsGiven, Validation
-from byom.storage.record import Place, Stages, results_root
+from byom.storage.record import Place
 from byom.storage.signature import describe, signature
 
 
@@ -99,10 +100,10 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def test_a_dirty_tree_writes_to_scratch(monkeypatch):
-    monkeypatch.setattr("byom.storage.record.revision", lambda: {"commit": "x", "dirty": True})
+    monkeypatch.setattr("byom.pipeline.provenance.revision", lambda: {"commit": "x", "dirty": True})
     assert results_root(Path("results")) == Path("results/scratch")
     assert results_root(Path("results/scratch/demo")) == Path("results/scratch/demo")
-    monkeypatch.setattr("byom.storage.record.revision", lambda: {"commit": "x", "dirty": False})
+    monkeypatch.setattr("byom.pipeline.provenance.revision", lambda: {"commit": "x", "dirty": False})
     assert results_root(Path("results")) == Path("results")
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from byom.__main__ import main
-from byom.backbone.base import Head
 from byom.checkpoint.adapters.export import adapters
 from byom.errors import CheckpointError, OptionError
+from byom.functional.heads import Head
 from byom.storage import tensor_files as storage
 from byom.variants.base import sparse
 from byom.variants.base.delta import Delta, Served

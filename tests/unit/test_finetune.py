@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from byom.backbone.base import Head, prototypes
+from byom.backbone.base import prototypes
 from byom.data.splits import Split
 from byom.experts.finetune import loop as module
 from byom.experts.finetune.full import Full
 from byom.experts.finetune.loop import Lesson, finetune
+from byom.functional.heads import Head
 from byom.pipeline.evaluate import evaluate
 from byom.weights import Weights
 

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from byom.backbone.base import Head
 from byom.backbone.encoder import Encoder, PooledEncoder
 from byom.data.source.table import Table
 from byom.data.splits import Split
 from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
 from byom.functional import heads
-from byom.functional.heads import Answers, Classifier, Regression
+from byom.functional.heads import Answers, Classifier, Head, Regression
 from tests.tiny_t5 import tokenizer as words
 
 SIZES = {

@@ -15,13 +15,14 @@ from hypothesis.extra import numpy as arrays
 
 from byom.cli import config
 from byom.errors import OptionError
+from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement, hypervolume, rank_correlation, unbeaten
 from byom.functional.simplex import simplex, spread, trained
 from byom.merge.average import Average
 from byom.merge.hessian_weighted import HessianWeighted
 from byom.merge.mtl import JointFineTuning
 from byom.merge.ties import Ties
-from byom.pipeline.preview import Preview, accuracies, require_known, require_weighable, summary
+from byom.pipeline.preview import Preview, require_known, require_weighable, summary
 from byom.report.preview import agreement_table, best_table, text
 from byom.storage.record import Place
 from tests.unit.synthetic_previews import TASKS, record

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from byom.pipeline.preview import accuracies
+from byom.functional.metrics import accuracies
 from byom.report.figures import preview as figures
 from byom.report.figures.triangle import HEIGHT, places
 from tests.unit.synthetic_previews import record

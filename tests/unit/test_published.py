@@ -8,20 +8,25 @@ import pytest
 import yaml
 
 from byom.cli import config
+from byom.cli.tables import published_tables
 from byom.errors import OptionError
 from byom.report.figures.published import ours_against_published
 from byom.report.figures.style import save
-from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, read
-from byom.report.published_table import as_latex, as_markdown, generate, pairs
+from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, pairs
+from byom.report.published_table import as_latex, as_markdown, generate
 from byom.report.report import read_runs
 from tests.unit.synthetic_runs import TASKS, records
 
 NAMES = config.options("published")
 
 
+def named(name):
+    return published_tables([name])[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_names_its_source_and_agrees_with_itself(name):
-    table = read(name)
+    table = named(name)
     assert table.source and table.url.startswith("https://") and table.confidence in CONFIDENCE
     assert table.dagger == name.startswith("byom_")
     assert len({line.label for line in table.rows}) == len(table.rows)
@@ -29,7 +34,7 @@ def test_every_table_names_its_source_and_agrees_with_itself(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_matched_rows_name_options_and_fields_that_exist(name):
-    for line in read(name).rows:
+    for line in named(name).rows:
         match = line.match or {"byom": "none"}
         assert "byom" in match, f"'{line.label}' would match a row with anything put back"
         for group in {"merge", "byom"} & set(match):
@@ -141,11 +146,9 @@ def test_a_note_of_the_runs_stands_on_top(runs):
     assert as_markdown(runs, [(table(), [])]).splitlines()[2] == "**NOT A RESULT: tiny data**"
 
 
-def test_files_hold_every_published_row(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "byom.report.published_table.every", lambda names: [table(), table(title="again", dagger=False)]
-    )
-    text, files = generate(tmp_path, "vision8_offline", "vit_small_dinov2", ["x", "x"])
+def test_files_hold_every_published_row(runs, tmp_path):
+    tables = [table(), table(title="again", dagger=False)]
+    text, files = generate(tmp_path, "vision8_offline", "vit_small_dinov2", tables)
     assert {file.suffix for file in files} == {".md", ".csv", ".tex", ".png", ".pdf"}
     assert all(file.stat().st_size for file in files) and "two tasks" in text
 
@@ -176,7 +179,7 @@ def test_every_experiment_states_its_command_and_known_tables(name):
     text = path.read_text()
     assert re.match(rf"# byom table {name}\b", text), "the first comment is the command"
     for published in yaml.safe_load(text).get("published", []):
-        assert set(read(published).tasks)
+        assert set(named(published).tasks)
 
 
 def test_the_pages_are_what_the_configs_say():

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from byom.backbone.base import Backbone, Head
+from byom.backbone.base import Backbone
 from byom.backbone.encoder import PooledEncoder
+from byom.backbone.split_attention import split
 from byom.backbone.vit import PixelEncoder
 from byom.data.splits import Split
 from byom.errors import OptionError
@@ -23,9 +24,9 @@ from byom.experts.finetune.ia3 import Ia3
 from byom.experts.finetune.loop import Lesson, finetune
 from byom.experts.finetune.lora import Lora
 from byom.experts.finetune.targets import checked, chosen
+from byom.functional.heads import Head
 from byom.functional.tensors import copied
 from byom.weights import Weights
-from byom.weights.fused import split
 from byom.weights.lowrank import Adapted
 
 WIDTH = {"timm": 64, "open_clip": 32, "bert": 32}

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from byom.backbone.base import Head
 from byom.backbone.encoder import PooledEncoder
 from byom.backbone.vit import Vit
 from byom.cli import config
 from byom.data.splits import Split
 from byom.errors import OptionError
+from byom.functional.heads import Head
 from byom.merge.base import Problem
 from byom.merge.regmean import RegMean
 from byom.statistics.base import fit, parameters

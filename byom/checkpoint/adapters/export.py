@@ -8,7 +8,7 @@ A plain model loads a task as any other adapter (`transformers`, and ``encoder.v
 Where ``export.json`` says ``"split": true``, attention is fused in the model and its query, key and value are adapted
 on their own; take it apart first, which changes nothing of what it computes::
 
-    model = byom.weights.fused.split(encoder.visual)
+    model = byom.backbone.split_attention.split(encoder.visual)
     model = PeftModel.from_pretrained(model, "FOLDER/task")
 
 Where ``adapter_config.json`` says ``"bias": "lora_only"``, trained biases replace the model's own: PEFT holds one such
@@ -31,7 +31,7 @@ from byom.variants.base.delta import Served
 from byom.weights import Spec, Weights
 
 if TYPE_CHECKING:
-    from byom.merge.base.probe import Readout
+    from byom.functional.heads import Readout
 
 ROOT = "base_model.model"
 REFERENCE = "reference"

@@ -72,7 +72,7 @@ class Layout:
         reference: The weights that differences were taken to.
         prefix: Start of every parameter's name that the plain model has not.
         module: The model, to look the types of its modules up; None takes every matrix for a linear layer.
-        apart: Whether adapters go onto a model that `byom.weights.fused.split` took apart.
+        apart: Whether adapters go onto a model that `byom.backbone.split_attention.split` took apart.
     """
 
     reference: Weights

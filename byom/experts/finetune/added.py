@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import nn
 
 from byom.backbone.base import Backbone
+from byom.backbone.split_attention import split
 from byom.errors import CheckpointError
 from byom.experts.finetune.base import Recipe
 from byom.weights import Weights
-from byom.weights.fused import split
 from byom.weights.lowrank import Adapted
 
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from byom.data.splits import Split
 from byom.experts.finetune import processes
 from byom.experts.finetune.base import Recipe
+from byom.functional.heads import Readout
+from byom.functional.heads import loss as task_loss
 from byom.functional.seeding import keyed
-from byom.merge.base.probe import Readout
-from byom.merge.base.probe import loss as task_loss
 from byom.storage import tensor_files as storage
 
 

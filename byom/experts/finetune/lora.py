@@ -12,21 +12,22 @@ import torch
 from torch import nn
 
 from byom.backbone.base import Backbone
+from byom.backbone.split_attention import split
+from byom.checkpoint.adapters.adapter import Adapter
 from byom.errors import OptionError
 from byom.experts.finetune.base import Recipe
 from byom.experts.finetune.targets import checked, chosen
 from byom.functional.seeding import keyed
 from byom.storage import tensor_files as storage
 from byom.weights import Weights
-from byom.weights.fused import split
 
 
 @dataclass(frozen=True)
 class Lora(Recipe):
     """Train ``W + s B A`` with ``B [out, r]``, ``A [r, in]`` in the chosen layers, everything else frozen.
 
-    Fused attention is taken apart first (`byom.weights.fused`), so that query, key and value are layers of their own in
-    every backbone. The expert is a PEFT adapter folder, read as `byom.weights.lowrank.Adapted`.
+    Fused attention is taken apart first (`byom.split_attention`), so that query, key and value are layers of their own
+    in every backbone. The expert is a PEFT adapter folder, read as `byom.weights.lowrank.Adapted`.
 
     Args:
         epochs: See `Recipe`, as for the next five.
@@ -94,7 +95,7 @@ class Lora(Recipe):
 
     def open(self, folder: Path, pretrained: Weights) -> Weights:
         """Read the folder onto the pre-trained model."""
-        return Weights.adapted(pretrained, folder)
+        return Adapter.open(folder).on(pretrained)
 
     def _config(self, inner: nn.Module, backbone: Backbone) -> Any:
         from peft import LoraConfig

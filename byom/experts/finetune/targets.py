@@ -49,7 +49,7 @@ def chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:
     """Find the linear layers that are meant.
 
     Args:
-        module: The encoder, its attention taken apart (`byom.weights.fused.split`).
+        module: The encoder, its attention taken apart (`byom.backbone.split_attention.split`).
         targets: What `checked` returned.
 
     Returns:

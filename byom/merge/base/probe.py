@@ -3,65 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from byom.errors import OptionError
+from byom.functional.heads import Readout
 from byom.weights import Weights
 
 State = Mapping[str, Tensor]
-Readout = Callable[[Tensor], Tensor]
-"""A head: features ``[B, D]`` to logits ``[B, C]``. It may have ``predict`` (logits to predictions ``[B]``, the arg max
-by default) and ``loss`` (logits and labels ``[B]`` to a number, cross entropy by default)."""
-
-
-def loss(head: Readout, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return what fine-tuning of a task minimises: its head's own loss, or cross entropy.
-
-    Args:
-        head: The task's head.
-        logits: What it returned for a batch, ``[B, C]``.
-        labels: ``[B]``.
-    """
-    return getattr(head, "loss", cross_entropy)(logits, labels)
-
-
-def require_classes(logits: Tensor, what: str) -> Tensor:
-    """Refuse logits that are no class probabilities.
-
-    Raises:
-        OptionError: If there is one number an example, as where labels are numbers.
-    """
-    if logits.shape[-1] < 2:
-        raise OptionError(
-            f"{what} works on class probabilities, and a task of the suite predicts one number an example; "
-            "leave that task out (~suite.tasks.NAME), or choose another method"
-        )
-    return logits
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A head whose logits are computed in another way, and read as before.
-
-    Args:
-        head: Says how logits become predictions and losses.
-        compute: Features to logits.
-    """
-
-    head: Readout
-    compute: Readout
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return logits of features."""
-        return self.compute(features)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.head, name)
 
 
 class Batch(NamedTuple):

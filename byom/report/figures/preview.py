@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from byom.pipeline.preview import accuracies
+from byom.functional.metrics import accuracies
 from byom.report.figures.style import COLUMN, Look, looks, save, styled
 from byom.report.figures.triangle import HEIGHT, draw_triangle, places
 from byom.report.preview import JOINT, OWN, chooser, single_task

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from byom.report.figures.style import COLUMN, Look, legend, styled
 
 if TYPE_CHECKING:
-    from byom.report.published import Published
-    from byom.report.published_table import Pair
+    from byom.report.published import Pair, Published
 
 ROW = 0.16  # inches a method
 THEIRS, OURS = Look("#6e6e6e", "s", fill=False), Look("#14306b", "o")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.merge.base.probe import Changed, Readout
+from byom.functional.heads import Changed, Readout
 from byom.storage import tensor_files as storage
 from byom.weights import Weights
 

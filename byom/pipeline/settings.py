@@ -1,0 +1,162 @@
+"""One run, as plain objects: its options, its signature, and where its record goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from byom.backbone.base import Backbone
+from byom.data.suite import Suite
+from byom.errors import OptionError, suggest
+from byom.experts.base import Experts
+from byom.experts.finetune.base import Recipe
+from byom.merge.base import MergeMethod
+from byom.merge.base.needs import Needs
+from byom.merge.pretrained import Pretrained
+from byom.pipeline.logger import Logger
+from byom.pipeline.provenance import results_root
+from byom.pipeline.router.base import Router
+from byom.pipeline.router.oracle import Oracle
+from byom.pipeline.tune import AsGiven, Tuner
+from byom.statistics.base import Statistic
+from byom.storage.record import Place
+from byom.storage.signature import signature
+from byom.variants.base import Variant
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated.
+
+    Args:
+        splits: Any of ``validation`` and ``test``.
+        batch_size: Examples a forward pass.
+
+    Raises:
+        OptionError: If a split is unknown.
+    """
+
+    splits: tuple[str, ...] = SPLITS
+    batch_size: int = field(default=50, metadata={"signature": False})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "splits", tuple(self.splits))
+        if not self.splits or not set(self.splits) <= set(SPLITS) or self.batch_size < 1:
+            raise OptionError(f"evaluate.splits={list(self.splits)} must name some of {list(SPLITS)}, batch_size >= 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run, as plain objects.
+
+    Args:
+        suite: The tasks.
+        backbone: The encoder.
+        finetune: How models are trained here.
+        experts: Where the tasks' own models come from.
+        merge: The merge method.
+        byom: The variant.
+        tune: How hyperparameters of the merge method are chosen.
+        evaluate: What is evaluated.
+        logger: Where the record is mirrored.
+        router: How tasks are told apart in evaluation.
+        statistics: Every statistic by name; those that the methods need are fitted.
+        seed: Draws data and orders training.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        results: Where records go.
+        cache: Where everything goes that can be made again.
+        names: Group to the name of the option chosen.
+        resolved: The configuration as plain containers.
+        note: Shown above every table made of this run's record.
+        overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
+    """
+
+    suite: Suite
+    backbone: Backbone
+    finetune: Recipe
+    experts: Experts
+    merge: MergeMethod
+    byom: Variant
+    tune: Tuner
+    evaluate: Evaluation
+    logger: Logger
+    router: Router
+    statistics: Mapping[str, Statistic]
+    seed: int
+    device: str
+    results: Path
+    cache: Path
+    names: Mapping[str, str]
+    resolved: Mapping[str, Any]
+    note: str = ""
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def merges(self) -> bool:
+        """Whether the merge method matters: variants on the pre-trained model ignore it."""
+        return self.byom.reference == "merged"
+
+    def effective(self) -> tuple[MergeMethod, Tuner]:
+        """Return the merge method and tuner that determine the result."""
+        return (self.merge, self.tune) if self.merges else (Pretrained(), AsGiven())
+
+    @property
+    def needs(self) -> Needs:
+        """What the merge method, the variant and the router must be given."""
+        return self.effective()[0].needs | self.byom.needs | self.router.needs
+
+    def wanted(self) -> dict[str, Statistic]:
+        """Return the statistics that are needed.
+
+        Raises:
+            OptionError: If one is needed that the configuration lacks.
+        """
+        names = sorted(self.needs.statistics)
+        if lost := [name for name in names if name not in self.statistics]:
+            raise OptionError(f"there is no statistic '{lost[0]}'; {suggest(lost[0], self.statistics)}")
+        return {name: self.statistics[name] for name in names}
+
+    def signature(self) -> str:
+        """Return the hash of everything that determines the scores."""
+        merge, tune = self.effective()
+        searched = tune if tune.candidates(merge) else AsGiven()
+        chosen = [self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed]
+        later = [self.wanted()] if self.wanted() else []
+        later += [self.router] if self.routed else []
+        later += [] if self.experts.trained else [self.experts]
+        return signature(*chosen, *later)  # what is added later must not rename what was there before
+
+    @property
+    def routed(self) -> bool:
+        """Whether tasks are told apart by a router."""
+        return not isinstance(self.router, Oracle)
+
+    def choices(self) -> dict[str, Any]:
+        """Return the names of the options, as they appear in tables."""
+        default = {"router": not self.routed, "experts": self.experts.trained}
+        names = {k: v for k, v in self.names.items() if not default.get(k)} | {"seed": self.seed}
+        names |= {"suite": self.suite.name}
+        return names if self.merges else names | {"merge": "pretrained", "tune": "none"}
+
+    def titles(self) -> dict[str, str]:
+        """Return how tables write the options."""
+        merge, _ = self.effective()
+        return {"merge": merge.title, "byom": self.byom.title, "router": self.router.title}
+
+    def place(self) -> Place:
+        """Return where the record goes."""
+        names = self.choices()
+        label = f"{names['merge']}+{names['byom']}" + (f"+{names['router']}" if self.routed else "")
+        return Place(
+            results_root(self.results), self.suite.name, names["backbone"], f"{label}--{self._size()}", self.signature()
+        )
+
+    def _size(self) -> str:
+        """Return what tells the cells of a sweep apart, for people: ``m10-seed0``, ``q16-seed0`` or ``seed0``."""
+        density, rank = getattr(self.byom, "density", None), getattr(self.byom, "rank", None)
+        size = f"m{100 * density:g}-" if density is not None else f"q{rank}-" if rank is not None else ""
+        return f"{size}seed{self.seed}"
