@@ -67,11 +67,12 @@ def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
 FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
 
 
-def options(group: str) -> str:
+def options(group: str, root: str = "") -> str:
     """Return the Markdown table of a group's options, made from their classes alone.
 
     Args:
         group: ``merge``, ``byom`` or ``router``.
+        root: The repository's root as seen from the page.
 
     Returns:
         A row an option: its name and file, what it does, class, paper, year, what it needs and what it stores.
@@ -82,16 +83,16 @@ def options(group: str) -> str:
         f"| `{group}=` | what it does | class | paper | year | needs |{stored}",
         f"|---|---|---|---|--:|---|{rule}",
     ]
-    return "\n".join([*lines, *(_option(group, path) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))])
+    return "\n".join([*lines, *(_option(group, path, root) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))])
 
 
-def _option(group: str, path: Path) -> str:
+def _option(group: str, path: Path, root: str) -> str:
     option = config.option(group, path.stem)
     text = inspect.getdoc(type(option)) or ""
     papers = list(dict.fromkeys(re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)))
     links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
     year = f"20{papers[0][:2]}" if papers else ""
-    name = f"[`{path.stem}`](byom/{FOLDERS[group]}/{path.stem}.py)"
+    name = f"[`{path.stem}`]({root}byom/{FOLDERS[group]}/{path.stem}.py)"
     words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
     stored = f" {option.stores} |" if group == "byom" else ""
     needs = option.needs.words.replace("weights, ", "")
@@ -168,6 +169,9 @@ PARTS = {
     "merge": lambda: options("merge"),
     "byom": lambda: options("byom"),
     "router": lambda: options("router"),
+    "merge-options": lambda: options("merge", "../"),
+    "byom-options": lambda: options("byom", "../"),
+    "router-options": lambda: options("router", "../"),
     "methods": methods,
 }
 
@@ -202,7 +206,7 @@ def _percent(density: float) -> str:
     return "" if pd.isna(density) else f"{100 * density:g} %"
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "true_size.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("methods", "results", "performance")))
 
 
 if __name__ == "__main__":
