@@ -8,7 +8,6 @@ from pathlib import Path
 from experiments.pages import method, reference
 from experiments.pages.links import MOUNTED, ROOT, Links, source, source_uri
 from experiments.pages.options import GROUPS, Option, options
-from experiments.pages.prose import inline
 
 DOCS = ROOT / "docs"
 
@@ -32,7 +31,6 @@ def generate() -> Site:
     """Return every page of the site: those of ``docs``, those made from the code, and the files that they link."""
     known = [option for group in GROUPS for option in options(group)]
     pages = written() | {uri(option): method.page(option) for option in known} | reference.pages()
-    pages |= {f"methods/{group}/index.md": overview(group) for group in GROUPS}
     links = Links(set(pages), {option.source.as_posix(): uri(option) for option in known})
     done = {page: links.rewrite(page, text) for page, text in pages.items()}
     shown = {source_uri(place): source(place) for place in sorted(links.sources)}
@@ -49,30 +47,3 @@ def written() -> dict[str, str]:
 def uri(option: Option) -> str:
     """Return the place of an option's page below ``docs``."""
     return f"methods/{option.group}/{option.name}.md"
-
-
-def overview(group: str) -> str:
-    """Return the page that lists the options of a group.
-
-    Args:
-        group: The group of the configuration.
-    """
-    lines = [f"# {GROUPS[group]}\n", INTRODUCTIONS[group], "| option | what it does | needs |", "|---|---|---|"]
-    for option in options(group):
-        needs = getattr(option.instance, "needs", None)
-        said = method.needed(needs).partition(" (")[0] if needs is not None else "labelled train inputs"
-        summary = inline(option.summary, option.symbols).replace("|", r"\|")
-        lines.append(f"| [`{option.name}`]({option.name}.md) | {summary} | {said} |")
-    return "\n".join([*lines, ""])
-
-
-INTRODUCTIONS = {
-    "merge": "A merge method turns the pre-trained model and one fine-tuned model per task into one model "
-    "(`byom run merge=NAME`).\n",
-    "byom": "A variant stores a part of each task's difference to a shared model, and serves the task with that part "
-    "put back (`byom run byom=NAME`).\n",
-    "router": "A router predicts which task an input belongs to, so that a variant can serve inputs of unknown origin "
-    "(`byom run byom=t_switch router=NAME`).\n",
-    "statistic": "Some merge methods need a statistic of each fine-tuned model. The pipeline computes and caches it; "
-    "`byom statistics NAME` does so ahead of time.\n",
-}
