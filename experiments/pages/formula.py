@@ -1,7 +1,4 @@
-"""Formulas of docstrings, which are written in plain text, as TeX.
-
-``theta = theta_0 + scale * sum_t tau_t`` becomes ``\\theta = \\theta_{0} + \\lambda \\cdot \\sum_{t} \\tau_{t}``.
-"""
+"""Formulas of docstrings, which are written in plain text, as TeX: ``sum_t tau_t`` becomes a sum over t."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "rho", "sigma", "tau", "phi", "psi", "omega",
-}  # fmt: skip
+from experiments.pages.notation import GREEK, Factor, fraction, joined, subscript, symbol, word_of
+
 BIG = {"sum": r"\sum"}
+WRAPPED = {"floor": (r"\left\lfloor ", r" \right\rfloor"), "sqrt": (r"\sqrt{", "}")}
 LIMITS = {"max", "min", "argmax", "argmin", "mean", "det"}
 RELATIONS = {
     "=": "=", "!=": r"\ne", ">=": r"\ge", "<=": r"\le", ">": ">", "<": "<", "~": r"\sim", "<-": r"\leftarrow",
@@ -37,23 +34,6 @@ class Token:
     kind: str
     before: bool
     after: bool
-
-
-@dataclass
-class Factor:
-    """A factor of a product.
-
-    Args:
-        tex: TeX.
-        bare: TeX without the parentheses around it, for numerators and denominators.
-        index: What a sum runs over, empty for anything else.
-        word: Whether it is text rather than a symbol.
-    """
-
-    tex: str
-    bare: str = ""
-    index: str = ""
-    word: bool = False
 
 
 def tex(text: str, symbols: Mapping[str, str] | None = None) -> str:
@@ -125,13 +105,12 @@ class _Parser:
         while (token := self.peek()) is not None and token.text in ("*", "/") and token.text not in stops:
             operator = self.take().text
             right = self.product(stops)
-            if operator == "/":
-                left = _fraction(left, right)
-            else:
-                left = [*left, Factor(r"\cdot"), *right]
+            if not (left and right):
+                raise FormulaError(f"'{operator}' has nothing on one side")
+            left = fraction(left, right) if operator == "/" else [*left, Factor(r"\cdot"), *right]
         if not left:
             raise FormulaError(f"'{self.tokens[self.at].text}' is not expected")
-        return _joined(left)
+        return joined(left)
 
     def product(self, stops: tuple[str, ...]) -> list[Factor]:
         found: list[Factor] = []
@@ -171,13 +150,12 @@ class _Parser:
         if token.text == "...":
             return Factor(r"\dots")
         if token.text in CLOSING:
-            inner = self._until(CLOSING[token.text], "]" if token.text == "(" else "")
-            return inner
+            return self._until(CLOSING[token.text], "]" if token.text == "(" else "")
         if token.text in ("|", "||"):
             inner = self.sequence((token.text,))
             self._expect(token.text)
             left, right = (r"\lVert", r"\rVert") if token.text == "||" else (r"\lvert", r"\rvert")
-            return Factor(f"{left} {inner} {right}")
+            return Factor(rf"{{\left{left} {inner} \right{right}}}")
         if token.kind == "name":
             return self._name(token)
         raise FormulaError(f"'{token.text}' is not expected")
@@ -198,31 +176,35 @@ class _Parser:
         self.at += 1
 
     def _name(self, token: Token) -> Factor:
-        following = self.peek()
-        called = following is not None and following.text == "(" and not following.before
         base, _, low = token.text.partition("_")
         if base in BIG:
             index = low or self._braced()
-            made = BIG[base] + (rf"_{{{_subscript(low)}}}" if low else rf"_{{{index}}}" if index else "")
-            return Factor(made, index=low or index)
+            shown = subscript(low) if low else index
+            return Factor(BIG[base] + (rf"_{{{shown}}}" if shown else ""), index=index)
         if token.text in self.symbols:
-            return Factor(tex(self.symbols[token.text])) if self.symbols[token.text] != token.text else _word(token.text)
-        if token.text == "floor" and called:
-            self.take()
-            return Factor(rf"\left\lfloor {self._until(')').bare} \right\rfloor")
-        if token.text == "sqrt" and called:
-            self.take()
-            return Factor(rf"\sqrt{{{self._until(')').bare}}}")
-        if base in LIMITS and (low or called or (following and following.text in ("_", "|", "||"))):
-            index = _subscript(low) if low else self._braced()
-            return Factor(rf"\operatorname{{{base}}}" + (rf"_{{{index}}}" if index else ""))
-        if called and token.text == "N":
-            return Factor(r"\mathcal{N}")
-        if called and len(base) > 1 and base not in GREEK and not re.fullmatch(r"[A-Z]t", base):
-            return Factor(rf"\operatorname{{{base}}}" + (rf"_{{{_subscript(low)}}}" if low else ""))
+            said = self.symbols[token.text]
+            return word_of(said) if said == token.text else Factor(tex(said))
         if token.text == "x" and token.before and token.after and 1 < self.at < len(self.tokens):
             return Factor(r"\times")
-        return _symbol(token.text)
+        return self._function(base, low) or symbol(token.text)
+
+    def _function(self, base: str, low: str) -> Factor | None:
+        """Read a name that is applied to what follows: floor(x), max_t x, sgn(x)."""
+        following = self.peek()
+        called = following is not None and following.text == "(" and not following.before
+        if base in WRAPPED and called and not low:
+            self.take()
+            left, right = WRAPPED[base]
+            return Factor(f"{left}{self._until(')').bare}{right}")
+        bars = following is not None and following.text in ("_", "|", "||")
+        if base in LIMITS and (low or called or bars):
+            index = subscript(low) if low else self._braced()
+            return Factor(rf"\operatorname{{{base}}}" + (rf"_{{{index}}}" if index else ""))
+        if called and base == "N":
+            return Factor(r"\mathcal{N}")
+        if called and len(base) > 1 and base not in GREEK and not re.fullmatch(r"[A-Z]t", base):
+            return Factor(rf"\operatorname{{{base}}}" + (rf"_{{{subscript(low)}}}" if low else ""))
+        return None
 
     def _braced(self) -> str:
         """Read the braces of ``sum_{i != j}``, if they follow."""
@@ -274,7 +256,7 @@ class _Parser:
             return f"{sign}{token.text}/{self.take().text}"
         name, _, low = token.text.partition("_")
         if low:  # ^2_H_tk is read as a number and a subscript; ^l_t as a name with one
-            return rf"{sign}{name}}}_{{{_subscript(low)}"
+            return rf"{sign}{name}}}_{{{subscript(low)}"
         return sign + token.text
 
     def _low(self) -> str:
@@ -282,61 +264,4 @@ class _Parser:
         if token.text == "{":
             return self._until("}").bare
         base, _, low = token.text.partition("_")
-        return _subscript(base) + (rf"_{{{_subscript(low)}}}" if low else "")
-
-
-def _fraction(top: list[Factor], bottom: list[Factor]) -> list[Factor]:
-    """Put a product over another; a leading sum stays outside where its index is free below."""
-    outside: list[Factor] = []
-    below = " ".join(factor.tex for factor in bottom)
-    if top and top[0].index and not any(factor.index for factor in bottom):
-        index = re.escape(top[0].index)
-        if re.search(rf"_\{{{index}[a-z]?\}}", below) and r"\sum" not in below:
-            outside, top = top[:1], top[1:]
-    return [*outside, Factor(rf"\frac{{{_stripped(top)}}}{{{_stripped(bottom)}}}")]
-
-
-def _stripped(factors: list[Factor]) -> str:
-    return factors[0].bare if len(factors) == 1 and factors[0].bare else _joined(factors)
-
-
-def _joined(factors: list[Factor]) -> str:
-    parts: list[str] = []
-    for before, factor in zip([None, *factors], factors, strict=False):
-        if before is not None and factor.word and before.word:
-            parts[-1] = parts[-1][:-1] + f" {factor.tex.removeprefix(chr(92) + 'text{')}"
-            continue
-        space = before is not None and (factor.word or before.word)
-        parts.append((r"\;" if space else "") + factor.tex)
-    return " ".join(parts)
-
-
-def _symbol(name: str) -> Factor:
-    base, _, low = name.partition("_")
-    prime = base.endswith("'")
-    tilde = base.rstrip("'").endswith("~")
-    letter = base.rstrip("'").rstrip("~")
-    transposed = bool(re.fullmatch(r"[A-Z]t", letter))
-    letter = letter[0] if transposed else letter
-    if letter in GREEK:
-        made = f"\\{letter}"
-    elif len(letter) == 1:
-        made = letter
-    elif low:
-        made = rf"\mathrm{{{letter}}}"
-    else:
-        return _word(name)
-    made = rf"\tilde{{{made}}}" if tilde else made
-    made += rf"_{{{_subscript(low)}}}" if low else ""
-    up = (r"\prime" if prime else "") + (r"\top" if transposed else "")
-    return Factor(made + (f"^{{{up}}}" if up else ""))
-
-
-def _word(name: str) -> Factor:
-    return Factor(rf"\text{{{name.replace('_', ' ')}}}", word=True)
-
-
-def _subscript(low: str) -> str:
-    if low in GREEK:
-        return f"\\{low}"
-    return low if len(low) <= 2 and not low.isupper() or len(low) == 1 or low.isdigit() else rf"\mathrm{{{low}}}"
+        return subscript(base) + (rf"_{{{subscript(low)}}}" if low else "")

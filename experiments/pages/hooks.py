@@ -15,10 +15,12 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.pages.site import Site, generate  # noqa: E402 - MkDocs loads this file by its path
+from experiments.pages.site import Site, generate
 
 FONT = "assets/fonts/STIXTwoMath-Regular.ttf"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+LIMITS = re.compile(r"<msub>(<mo>&#x02211;</mo><mrow>(?:(?!</?mrow>).)*</mrow>)</msub>")
+"""Sums within parentheses, whose index latex2mathml puts to their side."""
 _made: dict[str, Site] = {}
 
 
@@ -65,5 +67,11 @@ def on_page_content(html: str, **_: Any) -> str:
 def _rendered(found: re.Match[str]) -> str:
     tex = html.unescape(found[3]).strip()
     if found[2] == "(":
-        return convert(tex)
-    return f'<div class="formula">{convert(tex, display="block")}</div>'
+        return _converted(tex, "inline")
+    shown = LIMITS.sub(r"<munder>\1</munder>", _converted(tex, "block"))
+    return f'<div class="formula">{shown}</div>'
+
+
+def _converted(tex: str, display: str) -> str:
+    """Return MathML; latex2mathml takes a tilde for a letter."""
+    return convert(tex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")

@@ -51,8 +51,11 @@ def _lead(equation: str) -> str:
 
 def _symbols(option: Option, text: str) -> str:
     """Say which hyperparameters the symbols of the equations are."""
-    named = [each for each in option.fields if each.symbol and re.search(rf"(?<![a-z]){re.escape(tex(each.symbol))}\b", text)]
-    said = [f"${tex(each.symbol)}$ is `{_prefix(option)}{each.name}`" for each in named]
+    symbols = {each.name: tex(each.symbol) for each in option.fields if each.symbol}
+    named = {
+        name: made for name, made in symbols.items() if re.search(rf"(?<![a-z\\]){re.escape(made)}(?![a-z])", text)
+    }
+    said = [f"${made}$ is `{_prefix(option)}{name}`" for name, made in named.items()]
     return f"Here {', '.join(said)}; other symbols are in the [glossary](../../concepts.md#symbols)." if said else ""
 
 
@@ -77,7 +80,8 @@ def needed(needs: Any) -> str:
     if needs.members > 1:
         found.append(f"{needs.members} fine-tuned models per task")
     if needs.statistics:
-        found.append("the " + " and ".join(f"`{name}`" for name in sorted(needs.statistics)) + " statistic of each task")
+        names = " and ".join(f"`{name}`" for name in sorted(needs.statistics))
+        found.append(f"the {names} statistic of each task")
     kind = "labelled" if needs.labels else "unlabelled"
     found += [f"{kind} {split} inputs" for split in sorted(needs.inputs)]
     if needs.joint:
@@ -121,7 +125,8 @@ def _usage(option: Option) -> str:
         name = option.cls.__name__
         text += (
             f"\n```python\nfrom {option.cls.__module__} import {name}\n\n"
-            f"merged = {name}()(Problem(theta_0, experts))  # see the Python example in Get started\n```\n"
+            f"merged = {name}()(Problem(theta_0, experts))\n```\n\n"
+            "[Your own checkpoints](../../start/checkpoints.md) shows how to open `theta_0` and `experts`.\n"
         )
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from experiments.pages.options import ROOT, Option
 
 SUITES = {"vision8_offline--vit_small_dinov2": "images, ViT-S/14", "text8_offline--minilm": "texts, MiniLM-L6"}
 NOTE = (
-    "Mean test accuracy of the eight tasks of each offline suite, relative to the single-task models, with what must be "
-    "stored for all eight. The suites are small (see [data](../../data.md)); they show how methods compare and are not "
-    "the papers' benchmarks.\n"
+    "Mean test accuracy of the eight tasks of each offline suite, the same relative to the single-task models, and the "
+    "storage for all eight tasks. The suites are small (see [data](../../data.md)): they show how methods compare and "
+    "are not the papers' benchmarks.\n"
 )
 
 
@@ -59,7 +60,7 @@ def _accuracy(row: pd.Series) -> str:
     return f"{100 * row['mean']:.1f}{spread} | {100 * row['normalised']:.1f} % | {row['bytes'] / 1e6:.0f} MB"
 
 
-def _table(head: list[str], columns: int, frames: dict[str, pd.DataFrame], make) -> str:  # noqa: ANN001
+def _table(head: list[str], columns: int, frames: dict[str, pd.DataFrame], make: Callable[[pd.Series], str]) -> str:
     names = list(dict.fromkeys(name for frame in frames.values() for name in frame.index))
     if not names:
         return ""

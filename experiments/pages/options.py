@@ -14,15 +14,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from experiments.pages.formula import GREEK
+from experiments.pages.notation import GREEK
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {"merge": "Merge methods", "byom": "BYOM variants", "router": "Routers", "statistic": "Statistics"}
 SECTIONS = ("Args", "Returns", "Raises", "References", "Differences")
 SYMBOL = re.compile(rf"\((?:the paper's )?((?:[A-Za-z]|{'|'.join(sorted(GREEK))})(?:_\w+)?)(?: (?:in|of) the paper)?\)")
 RANGE = re.compile(
-    r"(?:none |not )?(?:in ([\[(][\d., inf]+[\])])|((?:above|at least|at most) -?\d+(?:\.\d+)?)|(\d+ or more)|(any real number)"
-    r"|(none negative))"
+    r"in ([\[(][\d., inf]+[\])])|((?:above|at least|at most) -?\d+(?:\.\d+)?)|(\d+ or more)|(any real number)"
+    r"|(none negative)"
 )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from experiments.pages.formula import GREEK, FormulaError, tex
+from experiments.pages.formula import FormulaError, tex
+from experiments.pages.notation import GREEK
 
 SPAN = re.compile(r"``(.+?)``|`(.+?)`", re.S)
-BARE = re.compile(r"(?<![\w`$/])((?:theta|tau)_[A-Za-z0-9]+)(?![\w`$])")
+BARE = re.compile(r"(?<![\w`$/])((?:theta|tau)_[A-Za-z0-9]+|[A-Z]_[a-z]{1,2})(?![\w`$])")
 STATES = re.compile(r"\b(?:uses|minimises?|minimising)\s*$", re.I)
 
 
@@ -22,7 +23,8 @@ def is_formula(text: str) -> bool:
     names = {re.split(r"[_'~]", name)[0] for name in re.findall(r"[A-Za-z][\w'~]*", text)}
     spaced = re.search(r" (=|~|<-|>=?|<=?|!=|\+|-|\*|/|x|\*\*) ", text)
     single = re.fullmatch(r"[A-Za-z]'?(_[A-Za-z0-9]{1,6})?\*?", text)
-    return bool(spaced or single or names & GREEK or re.search(r"[|ᵀ²^]|\b\d/[A-Z]|\b(floor|sum|diag|mean_|min\()", text))
+    marked = re.search(r"[|ᵀ²^]|\b\d/[A-Z]|\b(floor|sum|diag|mean_|min\()", text)
+    return bool(spaced or single or marked or names & GREEK)
 
 
 def is_equation(text: str, least: int = 19) -> bool:
@@ -68,7 +70,8 @@ def equations(text: str) -> list[str]:
     return re.findall(r"\$\$\n(.+?)\n\$\$", text, re.S)
 
 
-def _spans(text: str, make) -> str:  # noqa: ANN001 - a function of a span and of the text before it
+def _spans(text: str, make: Callable[[str, str], str]) -> str:
+    """Change code spans; `make` is given a span and the text before it."""
     parts, at = [], 0
     for match in SPAN.finditer(text):
         before = text[at : match.start()]

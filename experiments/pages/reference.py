@@ -11,9 +11,9 @@ from experiments.pages.prose import inline
 PACKAGE = ROOT / "byom"
 PUBLIC = """# Public names
 
-These names are imported from `byom` itself, for example `from byom import Weights`. Merge methods and variants that are not
-listed are imported from their own module, for example `from byom.merge.tsv import TaskSingularVectors`. The other pages of
-this section document the package entry by entry; what is not on this page may change between versions.
+These names are imported from `byom` itself, for example `from byom import Weights`. Merge methods and variants that are
+not listed are imported from their own module, for example `from byom.merge.tsv import TaskSingularVectors`. The other
+pages of this section document the package entry by entry; what is not on this page may change between versions.
 """
 
 
@@ -25,7 +25,7 @@ def pages() -> dict[str, str]:
 
 
 def _shown(path: Path) -> bool:
-    return path.suffix == ".py" and not path.stem.startswith("_") or (path / "__init__.py").is_file()
+    return (path.suffix == ".py" and not path.stem.startswith("_")) or (path / "__init__.py").is_file()
 
 
 def _public() -> str:
@@ -48,7 +48,7 @@ def _summary(module: str, name: str) -> str:
 
 
 def _page(path: Path) -> str:
-    files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"), key=lambda file: _dotted(file))
+    files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"), key=_dotted)
     shown = [file for file in files if _public_members(file)]
     return f"# byom.{path.stem}\n\n" + "\n\n".join(f"::: {_dotted(file)}" for file in shown) + "\n"
 
