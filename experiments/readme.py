@@ -67,12 +67,13 @@ def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
 FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
 
 
-def options(group: str, root: str = "") -> str:
+def options(group: str, root: str = "", short: bool = False) -> str:
     """Return the Markdown table of a group's options, made from their classes alone.
 
     Args:
         group: ``merge``, ``byom`` or ``router``.
         root: The repository's root as seen from the page.
+        short: Leave out class and year.
 
     Returns:
         A row an option: its name and file, what it does, class, paper, year, what it needs and what it stores.
@@ -83,10 +84,14 @@ def options(group: str, root: str = "") -> str:
         f"| `{group}=` | what it does | class | paper | year | needs |{stored}",
         f"|---|---|---|---|--:|---|{rule}",
     ]
-    return "\n".join([*lines, *(_option(group, path, root) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))])
+    if short:
+        lines = [f"| `{group}=` | what it does | paper | needs |{stored}", f"|---|---|---|---|{rule}"]
+    return "\n".join(
+        [*lines, *(_option(group, path, root, short) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))]
+    )
 
 
-def _option(group: str, path: Path, root: str) -> str:
+def _option(group: str, path: Path, root: str, short: bool) -> str:
     option = config.option(group, path.stem)
     text = inspect.getdoc(type(option)) or ""
     papers = list(dict.fromkeys(re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)))
@@ -96,6 +101,8 @@ def _option(group: str, path: Path, root: str) -> str:
     words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
     stored = f" {option.stores} |" if group == "byom" else ""
     needs = option.needs.words.replace("weights, ", "")
+    if short:
+        return f"| {name} | {words} | {links} | {needs} |{stored}"
     return f"| {name} | {words} | `{type(option).__name__}` | {links} | {year} | {needs} |{stored}"
 
 
@@ -169,9 +176,9 @@ PARTS = {
     "merge": lambda: options("merge"),
     "byom": lambda: options("byom"),
     "router": lambda: options("router"),
-    "merge-options": lambda: options("merge", "../"),
-    "byom-options": lambda: options("byom", "../"),
-    "router-options": lambda: options("router", "../"),
+    "merge-options": lambda: options("merge", "../", short=True),
+    "byom-options": lambda: options("byom", "../", short=True),
+    "router-options": lambda: options("router", "../", short=True),
     "methods": methods,
 }
 

@@ -17,7 +17,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".toml": "toml",
 MOUNTED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "experiments/README.md": "experiments/index.md",
+    "experiments/README.md": "experiments/experiments.md",
     "experiments/published.md": "experiments/published.md",
     "experiments/LOG.md": "experiments/log.md",
 }

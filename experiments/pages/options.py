@@ -105,7 +105,8 @@ class Option:
     @property
     def title(self) -> str:
         """Its name in tables, or that of its yaml."""
-        return getattr(self.cls, "title", "") or self.name.replace("_", " ").capitalize()
+        title = getattr(self.cls, "title", "") or self.name.replace("_", " ")
+        return title[:1].upper() + title[1:]
 
     @cached_property
     def fields(self) -> list[Field]:
@@ -155,12 +156,16 @@ def sections(text: str) -> dict[str, str]:
 
 
 def arguments(cls: type) -> dict[str, str]:
-    """Return what a class and its bases say of every field; the class's own words come first."""
+    """Return what a class and its bases say of every field.
+
+    The class's own words come first, unless they only list the values.
+    """
     found: dict[str, str] = {}
     for each in cls.__mro__:
         if dataclasses.is_dataclass(each):
             for name, text in _entries(sections(inspect.cleandoc(each.__doc__ or "")).get("Args", "")):
-                found.setdefault(name, text)
+                listed = re.fullmatch(r"(``\w+``|,| |or|\.)*", found.get(name, ""))
+                found[name] = text if listed else found[name]
     return found
 
 

@@ -9,6 +9,8 @@ from experiments.pages.options import ROOT
 from experiments.pages.prose import inline
 
 PACKAGE = ROOT / "byom"
+HEAD = "---\nsearch:\n  boost: 0.3\n---\n\n"
+"""Search finds other pages first."""
 PUBLIC = """# Public names
 
 These names are imported from `byom` itself, for example `from byom import Weights`. Merge methods and variants that are
@@ -50,7 +52,7 @@ def _summary(module: str, name: str) -> str:
 def _page(path: Path) -> str:
     files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"), key=_dotted)
     shown = [file for file in files if _public_members(file)]
-    return f"# byom.{path.stem}\n\n" + "\n\n".join(f"::: {_dotted(file)}" for file in shown) + "\n"
+    return f"{HEAD}# byom.{path.stem}\n\n" + "\n\n".join(f"::: {_dotted(file)}" for file in shown) + "\n"
 
 
 def _public_members(file: Path) -> bool:

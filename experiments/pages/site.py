@@ -31,7 +31,8 @@ def generate() -> Site:
     """Return every page of the site: those of ``docs``, those made from the code, and the files that they link."""
     known = [option for group in GROUPS for option in options(group)]
     pages = written() | {uri(option): method.page(option) for option in known} | reference.pages()
-    links = Links(set(pages), {option.source.as_posix(): uri(option) for option in known})
+    elsewhere = {option.source.as_posix(): uri(option) for option in known}
+    links = Links(set(pages), elsewhere | {"byom/__init__.py": "reference/index.md"})
     done = {page: links.rewrite(page, text) for page, text in pages.items()}
     shown = {source_uri(place): source(place) for place in sorted(links.sources)}
     return Site(done | shown, links.assets, links.broken)
