@@ -135,13 +135,14 @@ class _Parser:
 
     def factor(self) -> Factor:
         """Read one factor with its scripts."""
-        token = self.take()
+        start, token = self.at, self.take()
         if token.text == "-":
             inner = self.factor()
             return Factor(f"-{inner.tex}")
         made = self._atom(token)
         scripted = self._scripts(made)
-        alone = scripted is made and re.fullmatch(r"\\frac\{[^{}]*\}\{[^{}]*\}", made.bare)
+        applied = not token.before and start > 0 and self.tokens[start - 1].kind == "name"
+        alone = scripted is made and not applied and re.fullmatch(r"\\frac\{[^{}]*\}\{[^{}]*\}", made.bare)
         return Factor(made.bare) if alone else scripted
 
     def _atom(self, token: Token) -> Factor:
@@ -230,7 +231,8 @@ class _Parser:
                 down += self._low()
             elif token.text == "*" and token.after and not token.before:
                 self.take()
-                up += r"\ast"
+                indexed = re.fullmatch(r"(.+)_\{(\w)\}", made.tex)  # tau_t* is that of task t*
+                made, up = (Factor(rf"{indexed[1]}_{{{indexed[2]}^{{\ast}}}}"), up) if indexed else (made, up + r"\ast")
             else:
                 break
         if (token := self.peek()) is not None and token.text == "**":

@@ -19,6 +19,7 @@ from experiments.pages.site import Site, generate
 
 FONT = "assets/fonts/STIXTwoMath-Regular.ttf"
 MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
+FUNCTION = re.compile(r"<mo>([A-Za-z]{2,})</mo>")
 LIMITS = re.compile(r"<msub>(<mo>&#x02211;</mo><mrow>(?:(?!</?mrow>).)*</mrow>)</msub>")
 """Sums within parentheses, whose index latex2mathml puts to their side."""
 _made: dict[str, Site] = {}
@@ -73,5 +74,6 @@ def _rendered(found: re.Match[str]) -> str:
 
 
 def _converted(tex: str, display: str) -> str:
-    """Return MathML; latex2mathml takes a tilde for a letter."""
-    return convert(tex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    """Return MathML; latex2mathml takes a tilde for a letter, and sets space around the names of functions."""
+    made = convert(tex, display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    return FUNCTION.sub(r'<mrow><mspace width="0.167em"/><mi>\1</mi></mrow>', made)

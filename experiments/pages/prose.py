@@ -9,7 +9,7 @@ from experiments.pages.formula import FormulaError, tex
 from experiments.pages.notation import GREEK
 
 SPAN = re.compile(r"``(.+?)``|`(.+?)`", re.S)
-BARE = re.compile(r"(?<![\w`$/])((?:theta|tau)_[A-Za-z0-9]+|[A-Z]_[a-z]{1,2})(?![\w`$])")
+BARE = re.compile(r"(?<![\w`$/])((?:theta|tau)_[A-Za-z0-9]+|[A-Za-z]_[a-z]{1,2})(?![\w`$])")
 STATES = re.compile(r"\b(?:uses|minimises?|minimising)\s*$", re.I)
 
 

@@ -64,6 +64,8 @@ def test_every_formula_of_a_docstring_can_be_read(option):
         ("sum_t a_t / b_t", r"\sum_{t} \frac{a_{t}}{b_{t}}"),
         ("U_k diag(s_k) Vt_k", r"U_{k} \operatorname{diag} \left( s_{k} \right) V_{k}^{\top}"),
         ("floor(m * n)", r"\left\lfloor m \cdot n \right\rfloor"),
+        ("round((r - s) / T)", r"\operatorname{round} \left( \frac{r - s}{T} \right)"),
+        ("tau_t* + t*", r"\tau_{t^{\ast}} + t^{\ast}"),
         ("||x||^2", r"{\left\lVert x \right\rVert}^{2}"),
         ("tau_uni != 0", r"\tau_{\mathrm{uni}} \ne 0"),
     ],
