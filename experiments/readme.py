@@ -64,9 +64,6 @@ def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
     return lora.table(json.loads(file.read_text()))
 
 
-FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
-
-
 def options(group: str, root: str = "", short: bool = False) -> str:
     """Return the Markdown table of a group's options, made from their classes alone.
 
@@ -97,7 +94,7 @@ def _option(group: str, path: Path, root: str, short: bool) -> str:
     papers = list(dict.fromkeys(re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)))
     links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
     year = f"20{papers[0][:2]}" if papers else ""
-    name = f"[`{path.stem}`]({root}byom/{FOLDERS[group]}/{path.stem}.py)"
+    name = f"[`{path.stem}`]({root}{type(option).__module__.replace('.', '/')}.py)"
     words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
     stored = f" {option.stores} |" if group == "byom" else ""
     needs = option.needs.words.replace("weights, ", "")

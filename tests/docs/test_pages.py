@@ -170,6 +170,12 @@ def test_the_page_on_records_has_every_field():
     assert known and all(f"| `{field}` |" in page for field in known)
 
 
+def test_the_page_on_architecture_has_every_entry_of_the_package():
+    listed = re.findall(r"^\| `(\w+(?:/|\.py))` \|", WRITTEN["architecture.md"], re.M)
+    there = {f"{path.name}{'/' * path.is_dir()}" for path in (ROOT / "byom").iterdir() if path.name[0] != "_"}
+    assert sorted(listed) == sorted(there)
+
+
 def test_sections_of_a_docstring():
     found = sections("Do it.\n\nMore.\n\nArgs:\n    a: One\n        two.\n\nReferences:\n    Paper.")
     assert found == {"": "Do it.\n\nMore.", "Args": "a: One\n    two.", "References": "Paper."}
