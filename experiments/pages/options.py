@@ -106,7 +106,7 @@ class Option:
     def title(self) -> str:
         """Its name in tables, or that of its yaml."""
         title = getattr(self.cls, "title", "") or self.name.replace("_", " ")
-        return title[:1].upper() + title[1:]
+        return title.capitalize() if title.islower() else title
 
     @cached_property
     def fields(self) -> list[Field]:
@@ -164,7 +164,7 @@ def arguments(cls: type) -> dict[str, str]:
     for each in cls.__mro__:
         if dataclasses.is_dataclass(each):
             for name, text in _entries(sections(inspect.cleandoc(each.__doc__ or "")).get("Args", "")):
-                listed = re.fullmatch(r"(``\w+``|,| |or|\.)*", found.get(name, ""))
+                listed = re.fullmatch(r"(``[\w=]+``|,| |or|For|; see `\w+`|\.)*", found.get(name, ""))
                 found[name] = text if listed else found[name]
     return found
 

@@ -46,6 +46,8 @@ def _summary(module: str, name: str) -> str:
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return inline((ast.get_docstring(node) or "").partition("\n\n")[0]).replace("|", r"\|")
+        if isinstance(node, ast.ImportFrom) and node.module and any(each.name == name for each in node.names):
+            return _summary(node.module, name)
     return ""
 
 
