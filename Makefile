@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := results/scratch/demo
 
-.PHONY: help setup demo test check lint types mutants bench tables proofs clean
+.PHONY: help setup demo test check lint types mutants bench tables proofs docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -61,5 +61,10 @@ tables: $(READY) ## regenerate the committed tables, figures and README parts fr
 proofs: $(READY) ## run the tests that prove methods and write docs/verification.md
 	@$(BIN)/python -m experiments.verification
 
-clean: ## remove the environment and scratch results (not the cache)
-	rm -rf .venv results/scratch
+docs: $(READY) ## build the documentation site into site/ (strict: a broken link is an error)
+	@$(BIN)/python -c 'import latex2mathml, mkdocs, mkdocstrings, ziamath, material' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
+
+clean: ## remove the environment, scratch results and site (not the cache)
+	rm -rf .venv results/scratch site

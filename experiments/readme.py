@@ -64,14 +64,13 @@ def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
     return lora.table(json.loads(file.read_text()))
 
 
-FOLDERS = {"merge": "merge", "byom": "variants", "router": "router"}
-
-
-def options(group: str) -> str:
+def options(group: str, root: str = "", short: bool = False) -> str:
     """Return the Markdown table of a group's options, made from their classes alone.
 
     Args:
         group: ``merge``, ``byom`` or ``router``.
+        root: The repository's root as seen from the page.
+        short: Leave out class and year.
 
     Returns:
         A row an option: its name and file, what it does, class, paper, year, what it needs and what it stores.
@@ -82,19 +81,25 @@ def options(group: str) -> str:
         f"| `{group}=` | what it does | class | paper | year | needs |{stored}",
         f"|---|---|---|---|--:|---|{rule}",
     ]
-    return "\n".join([*lines, *(_option(group, path) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))])
+    if short:
+        lines = [f"| `{group}=` | what it does | paper | needs |{stored}", f"|---|---|---|---|{rule}"]
+    return "\n".join(
+        [*lines, *(_option(group, path, root, short) for path in sorted((ROOT / "conf" / group).glob("*.yaml")))]
+    )
 
 
-def _option(group: str, path: Path) -> str:
+def _option(group: str, path: Path, root: str, short: bool) -> str:
     option = config.option(group, path.stem)
     text = inspect.getdoc(type(option)) or ""
     papers = list(dict.fromkeys(re.findall(r"arxiv\.org/abs/([0-9.]+\d)", text)))
     links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
     year = f"20{papers[0][:2]}" if papers else ""
-    name = f"[`{path.stem}`](byom/{FOLDERS[group]}/{path.stem}.py)"
+    name = f"[`{path.stem}`]({root}{type(option).__module__.replace('.', '/')}.py)"
     words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
     stored = f" {option.stores} |" if group == "byom" else ""
     needs = option.needs.words.replace("weights, ", "")
+    if short:
+        return f"| {name} | {words} | {links} | {needs} |{stored}"
     return f"| {name} | {words} | `{type(option).__name__}` | {links} | {year} | {needs} |{stored}"
 
 
@@ -168,6 +173,9 @@ PARTS = {
     "merge": lambda: options("merge"),
     "byom": lambda: options("byom"),
     "router": lambda: options("router"),
+    "merge-options": lambda: options("merge", "../", short=True),
+    "byom-options": lambda: options("byom", "../", short=True),
+    "router-options": lambda: options("router", "../", short=True),
     "methods": methods,
 }
 
@@ -202,7 +210,7 @@ def _percent(density: float) -> str:
     return "" if pd.isna(density) else f"{100 * density:g} %"
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "true_size.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("methods", "results", "performance")))
 
 
 if __name__ == "__main__":

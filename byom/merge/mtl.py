@@ -14,6 +14,8 @@ from byom.weights import Weights
 class JointFineTuning(MergeMethod):
     """Fine-tune one model on the training examples of all tasks together; no merging at all.
 
+    In expectation training minimises ``sum_t alpha_t loss_t(theta)``, starting at theta_0.
+
     The recipe is the experts' own: the batches of all tasks are mixed, each batch from one task, so that training
     takes as many steps as all experts together.
 

@@ -11,7 +11,10 @@ from byom.merge.base import Group, TensorwiseMethod
 
 @dataclass(frozen=True)
 class Pretrained(TensorwiseMethod):
-    """Return the pre-trained model; every task uses it with its own frozen head."""
+    """Return the pre-trained model; every task uses it with its own frozen head.
+
+    Nothing is merged: ``theta = theta_0``.
+    """
 
     title = "Pre-trained"
 

@@ -12,7 +12,10 @@ from byom.variants.base import PackingVariant, Parts, Shared
 
 @dataclass(frozen=True)
 class Nothing(PackingVariant):
-    """Put nothing back: the merged model alone serves every task."""
+    """Put nothing back: the merged model alone serves every task.
+
+    Inference uses ``theta_merged`` with each task's own frozen head.
+    """
 
     title = "merged model alone"
     stores = "nothing"

@@ -11,6 +11,8 @@ from byom.variants.base.sparse import TopMagnitude
 class PostPruning(TopMagnitude):
     """Put back the top m % of ``theta_t - theta_0`` on the pre-trained model; no merged model is involved.
 
+    Inference uses ``theta_0 + u_t(m)``, where ``u_t(m)`` holds the top m % of ``theta_t - theta_0``.
+
     Args:
         density: Fraction of entries kept (m), in [0, 1].
         scope: ``global`` or ``tensor``.

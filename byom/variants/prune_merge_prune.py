@@ -13,6 +13,9 @@ from byom.variants.base.sparse import TopMagnitude
 class PruneMergePrune(TopMagnitude):
     """Merge pruned task vectors, then put back the top m % of what each whole task misses, as BYOM-FFT does.
 
+    Merging uses ``theta_0 + u_t(before_density)`` in place of ``theta_t``; inference uses ``theta_merged + v_t(m)``,
+    where ``v_t(m)`` holds the top m % of ``theta_t - theta_merged`` for the whole ``theta_t``.
+
     Args:
         density: Fraction of ``theta_t - theta_merged`` put back (m), in [0, 1].
         scope: ``global`` or ``tensor``, for both prunings.

@@ -15,6 +15,9 @@ from byom.variants.base.pruned import Pruned
 class PruneThenMerge(PackingVariant):
     """Merge models of which only the top m % of ``theta_t - theta_0`` is left, and put nothing back.
 
+    Merging uses ``theta_0 + u_t(m)`` in place of ``theta_t``, where ``u_t(m)`` holds the top m % of
+    ``theta_t - theta_0``.
+
     Args:
         density: Fraction of entries kept before merging (m), in [0, 1].
         scope: ``global`` or ``tensor``.

@@ -18,6 +18,8 @@ from byom.weights.lowrank import Adapted, Piece, add
 class SingleTask(PackingVariant):
     """Store every fine-tuned model whole, T models instead of one, or its adapter where every task has one.
 
+    Inference uses ``theta_t`` itself: the accuracy that every merged model is compared with.
+
     Adapters are stored as `SingleTaskAdapters` says, beside the one model that all of them were trained on.
     """
 

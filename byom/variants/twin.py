@@ -22,6 +22,8 @@ from byom.weights import Weights
 class TwinMerging(PackingVariant):
     """Put back each task's exclusive knowledge ``theta_t - theta_merged``, compressed tensor by tensor.
 
+    Inference uses ``theta_merged + v_t``, where ``v_t`` is the compressed difference.
+
     ``magnitude`` keeps the top m % of each tensor; ``bernoulli`` keeps each entry with probability m and multiplies
     it by 1/m, so that its expectation is the whole; ``svd`` keeps ``floor(m * min(m, n))`` singular values of each
     matrix, in fp32. What is left alone by a compression is stored whole: tensors with fewer than two axes, and for

@@ -1,7 +1,7 @@
 """Tables and figures of the LoRA experiments, from records alone: python -m experiments.lora.
 
 Reads results/lora/RECIPE/runs and results/lora/spectra as far as they exist; writes results/lora/tables,
-results/lora/figures and what stands between the markers of docs/lora.md.
+results/lora/figures and what stands between the markers of docs/lora_results.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.lora import tables as rank_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "lora"
-PAGE = ROOT / "docs" / "lora.md"
+PAGE = ROOT / "docs" / "lora_results.md"
 SUITES = {"vision": ("vision8_offline", "vit_small_dinov2"), "text": ("text8_offline", "minilm")}
 TITLES = {"adapters": "LoRA experts, rank 64", "full": "Full fine-tunes"}
 
