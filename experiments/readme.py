@@ -43,6 +43,20 @@ def results(root: Path = ROOT / "results") -> str:
     return "\n".join(lines)
 
 
+HEADLINE = (
+    ("Pre-trained", None), ("Single-task", None), ("Averaging", None), ("Task Arithmetic", None), ("TIES", None),
+    ("Post-Pruning", 0.05), ("Post-Pruning", 0.1), ("BYOM-FFT on TIES", 0.05), ("BYOM-FFT on TIES", 0.1),
+)  # fmt: skip
+"""The rows of the README's table: method and density."""
+
+
+def headline(root: Path = ROOT / "results") -> str:
+    """Return the rows of `results` that the README shows."""
+    names = [f"| {method} | {_percent(density or float('nan'))} |" for method, density in HEADLINE]
+    lines = results(root).splitlines()
+    return "\n".join([*lines[:2], *(line for name in names for line in lines if line.startswith(name))])
+
+
 def comparison(root: Path = ROOT / "results") -> str:
     """Return the Markdown table of BYOM-FFT minus post-pruning, with bootstrap intervals and distance ratios."""
     frames = {s: against_post_pruning(read_runs(root, s, b).done) for s, b in SUITES.items()}
@@ -166,6 +180,7 @@ PARTS = {
     "true-size-all": true_sizes,
     "true-size-long": long_stages,
     "number-of-tasks": number_of_tasks,
+    "headline": headline,
     "results": results,
     "comparison": comparison,
     "benchmark": benchmark,

@@ -21,11 +21,12 @@ from tests.e2e.tiny import overrides
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+LORA = (ROOT / "docs" / "lora.md").read_text()
 RECIPES = ("adapters", "full", "rank1", "ia3", "bottleneck")
 
 
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.S)
+def blocks(kind, page=README):
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.S)
 
 
 def commands():
@@ -54,12 +55,12 @@ def test_a_byom_command_runs(line, folder, capsys):
     arguments = shlex.split(line)[1:]
     if arguments[0] in ("run", "-m"):
         arguments += overrides(folder)
-    if arguments[0] == "preview":
-        arguments += [*overrides(folder), "tasks=[mnist,digits]", "steps=2", "joint=0", "methods=[average]"]
-    if arguments[0] == "export":
-        arguments = ["export", str(folder / arguments[1]), *arguments[2:], *overrides(folder)]
-    if arguments[0] == "report":
-        arguments += [f"results={folder}/results/scratch"]
+    if arguments[0] in ("table", "report"):
+        scratch = folder / "committed" / "scratch"
+        shutil.copytree(
+            ROOT / "results" / "runs" / "vision8_offline", scratch / "runs" / "vision8_offline", dirs_exist_ok=True
+        )
+        arguments += [f"results={scratch}"]
     assert main(arguments) == 0, capsys.readouterr().err
 
 
@@ -103,7 +104,7 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
         save_file(named, f"{task}-lora/adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 5, "lora_alpha": 10, "target_modules": ["layer"]}
         Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config))
-    exec(compile(blocks("python")[1], "README.md", "exec"), {})
+    exec(compile(blocks("python", LORA)[0], "lora.md", "exec"), {})
     base, small = Weights.open("pretrained"), Bundle.open("small")
     for task in ("cars", "svhn"):
         product = (Adapter.open(f"{task}-lora").on(base) - base)["layer.weight"]
@@ -132,9 +133,16 @@ def test_committed_records_come_from_committed_code():
 
 
 def test_the_tables_list_every_method_and_variant():
+    page = (ROOT / "docs" / "methods.md").read_text()
     for group in ("merge", "byom", "router"):
         for option in sorted((ROOT / "conf" / group).glob("*.yaml")):
-            assert f"| [`{option.stem}`](byom/" in README, option.stem
+            assert f"| [`{option.stem}`](../byom/" in page, option.stem
+
+
+def test_the_readme_is_one_screen_and_its_table_nine_rows():
+    assert len(README.encode()) <= 9216
+    table = README.split("<!-- headline -->")[1].split("<!-- /headline -->")[0]
+    assert table.count("\n| ") == 1 + 9
 
 
 def test_the_generated_parts_are_current():
