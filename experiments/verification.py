@@ -18,16 +18,14 @@ GROUPS = {"merge": "Merge methods", "byom": "BYOM variants", "router": "Routers"
 CONTRACTS = {"merge": "test_merge", "byom": "test_variants", "router": "test_router"}
 INTRO = """# What is proved of every method
 
-Made by `python -m experiments.verification`, which runs the tests counted here ({passed} passed, {skipped} skipped,
-{failed} failed).
+Made by `python -m experiments.verification`, which runs these tests and writes their outcome.
 
-- **Laws**: the generic contract of its group (`tests/contract`): reading is pure, disk and memory give the same bits,
-  blocks do not matter, degenerate input gives no NaN, what is not finite is refused, and so on. Exempt laws are
-  listed with their reason below each table.
-- **Identities**: the method's own theorems (`tests/identities`), **golden**: vectors worked out by hand or by an
-  independent numpy oracle.
-- **Peer**: equality with an independent implementation (`tests/peers`), and how far it goes; the differences are
-  stated in the class's docstring and tested.
+- **Laws** are those of the group's contract (`tests/contract`), listed above each table: how many of them the option obeys. Those
+  that it is exempt from stand below the table with their reason.
+- **Identities** are theorems of the method itself (`tests/identities`), **golden** tests compare with vectors worked out by hand or by
+  an independent numpy oracle. A test counts once, however many dtypes and sizes it runs with.
+- **Peer** is equality with an independent implementation (`tests/peers`) and how far it goes; differences are stated in the
+  docstring of the class and tested.
 """
 
 
@@ -69,26 +67,35 @@ def _case(node: ElementTree.Element) -> Case:
 
 def page(cases: list[Case]) -> str:
     """Return the page as Markdown."""
-    count = {outcome: sum(case.outcome == outcome for case in cases) for outcome in ("passed", "skipped", "failed")}
-    parts = [INTRO.format(**count)]
+    parts = [INTRO]
     for group, title in GROUPS.items():
         names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-        head = f"| `{group}=` | laws | identities | golden | peer | result |"
-        parts += [f"\n## {title}\n\n{head}\n|---|--:|--:|--:|---|---|\n"]
+        laws = _functions(case for name in names for case in _laws(group, name, cases))
+        parts += [f"\n## {title}\n\nLaws: {'; '.join(law.replace('_', ' ') for law in laws)}.\n\n"]
+        parts += [
+            f"| `{group}=` | laws of {len(laws)} | identities | golden | peer | result |\n|---|--:|--:|--:|---|---|\n"
+        ]
         parts += [_line(group, name, names, cases) for name in names]
         parts += _exempt(group, names, cases)
     return "".join(parts)
 
 
+def _functions(cases: Iterable[Case]) -> list[str]:
+    """Return the test functions behind some cases, once each."""
+    return sorted({case.name.partition("[")[0].removeprefix("test_") for case in cases})
+
+
 def _line(group: str, name: str, names: list[str], cases: list[Case]) -> str:
     laws = _laws(group, name, cases)
+    exempt = set(_functions(case for case in laws if case.outcome == "skipped"))
     own = [case for case in cases if _belongs(case, name, names)]
     golden = [case for case in own if "golden" in case.name]
     rest = [case for case in own if "golden" not in case.name]
     peers, files = _peers(name)
     compared = [case for case in cases if case.file in files]
     failed = [case for case in (*laws, *own, *compared) if case.outcome == "failed"]
-    counts = " | ".join(str(sum(case.outcome == "passed" for case in part)) for part in (laws, rest, golden))
+    obeyed = len(set(_functions(laws)) - exempt)
+    counts = f"{obeyed} | {len(_functions(rest)) or ''} | {len(_functions(golden)) or ''}"
     return f"| `{name}` | {counts} | {peers or 'none installs'} | {'**failed**' if failed else 'passed'} |\n"
 
 
