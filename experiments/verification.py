@@ -20,12 +20,12 @@ INTRO = """# What is proved of every method
 
 Made by `python -m experiments.verification`, which runs these tests and writes their outcome.
 
-- **Laws** are those of the group's contract (`tests/contract`), listed above each table: how many of them the option obeys. Those
-  that it is exempt from stand below the table with their reason.
-- **Identities** are theorems of the method itself (`tests/identities`), **golden** tests compare with vectors worked out by hand or by
-  an independent numpy oracle. A test counts once, however many dtypes and sizes it runs with.
-- **Peer** is equality with an independent implementation (`tests/peers`) and how far it goes; differences are stated in the
-  docstring of the class and tested.
+- **Laws** are those of the group's contract (`tests/contract`), listed above each table: how many of them the option
+  obeys. Those that it is exempt from stand below the table with their reason.
+- **Identities** are theorems of the method itself (`tests/identities`); **golden** tests compare with vectors worked
+  out by hand or by an independent numpy oracle. A test counts once, however many dtypes and sizes it runs with.
+- **Peer** is equality with an independent implementation (`tests/peers`) and how far it goes; differences are stated
+  in the docstring of the class and tested.
 """
 
 
