@@ -84,7 +84,7 @@ class Bench:
             if option.before:
                 reference, stage = out / "prepared", f"merge {REFERENCE} for {label}"
                 yield self._take(stage, true_stages.merge, method(REFERENCE), option.before, reference)
-            if option.reference == "pretrained":
+            if option.on == "pretrained":
                 reference = self.folder / "pretrained"
             stage, row = self._take(f"pack {label}", true_stages.pack, option, reference, out / label)
             yield stage, row

@@ -98,7 +98,7 @@ class Settings:
     @property
     def merges(self) -> bool:
         """Whether the merge method matters: variants on the pre-trained model ignore it."""
-        return self.byom.reference == "merged"
+        return self.byom.on == "merged"
 
     def effective(self) -> tuple[MergeMethod, Tuner]:
         """Return the merge method and tuner that determine the result."""

@@ -48,7 +48,7 @@ class ElectMaskRescale(Variant):
 
     title = "EMR-Merging"
     stores = "one bit a parameter and one scale; a second shared model holds the unified task vector"
-    reference = "pretrained"
+    on = "pretrained"
     shares_base = True
 
     def __post_init__(self) -> None:

@@ -24,4 +24,4 @@ class ByomFft(TopMagnitude):
     """
 
     title = "BYOM-FFT"
-    reference = "merged"
+    on = "merged"

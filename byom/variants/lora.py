@@ -64,13 +64,18 @@ class ByomLora(PackingVariant):
 
     rank: int = 8
     rank_allocation: Literal["uniform", "global"] = "uniform"
-    reference: Literal["pretrained", "merged"] = field(default="pretrained", kw_only=True)  # pyright: ignore
+    reference: Literal["pretrained", "merged"] = field(default="pretrained", kw_only=True)
     solver: Literal["exact", "randomised"] = "exact"
     rest: Literal["whole", "drop"] = "whole"
     seed: int = 0
 
     title = "BYOM-LoRA"
     stores = "q (m + n + 1) values a matrix, other trained tensors whole"
+
+    @property
+    def on(self) -> Literal["pretrained", "merged"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model that differences are taken to, an option here."""
+        return self.reference
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:

@@ -19,7 +19,7 @@ class Nothing(PackingVariant):
 
     title = "merged model alone"
     stores = "nothing"
-    reference = "merged"
+    on = "merged"
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store nothing."""

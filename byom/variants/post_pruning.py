@@ -23,4 +23,4 @@ class PostPruning(TopMagnitude):
     """
 
     title = "Post-Pruning"
-    reference = "pretrained"
+    on = "pretrained"

@@ -32,7 +32,7 @@ class PruneMergePrune(TopMagnitude):
     before_density: float = 0.1
 
     title = "Pre-Pruning and BYOM-FFT"
-    reference = "merged"
+    on = "merged"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class PruneThenMerge(PackingVariant):
 
     title = "Pre-Pruning"
     stores = "nothing"
-    reference = "merged"
+    on = "merged"
 
     def __post_init__(self) -> None:
         Pruned(self.density, self.scope)

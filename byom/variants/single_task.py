@@ -25,7 +25,7 @@ class SingleTask(PackingVariant):
 
     title = "Single-task"
     stores = "the whole model, or its adapter"
-    reference = "pretrained"
+    on = "pretrained"
     shares_reference = False
 
     def suited(self, problem: Problem, reference: Weights) -> SingleTask:

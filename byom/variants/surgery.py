@@ -63,7 +63,7 @@ class RepresentationSurgery(Variant):
 
     title = "Representation Surgery"
     stores = "two matrices between features and `rank` numbers"
-    reference = "merged"
+    on = "merged"
 
     def __post_init__(self) -> None:
         require_unlabelled("byom", self.inputs)

@@ -42,7 +42,7 @@ class BinaryTaskSwitch(PackingVariant):
 
     title = "T-Switch"
     stores = "one bit a parameter or less, one bit a kept sign, one scale a tensor"
-    reference = "pretrained"
+    on = "pretrained"
 
     def __post_init__(self) -> None:
         if fraction("byom.drop", self.drop) == 1:

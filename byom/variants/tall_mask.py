@@ -45,7 +45,7 @@ class TallMasks(PackingVariant):
 
     title = "TALL-masks"
     stores = "one bit a parameter; the pre-trained model is shared beside the merged one"
-    reference = "merged"
+    on = "merged"
     shares_base = True
 
     def __post_init__(self) -> None:

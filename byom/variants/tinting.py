@@ -85,7 +85,7 @@ class ModelTinting(Variant):
 
     title = "Model Tinting"
     stores = "its head, or one layer"
-    reference = "pretrained"
+    on = "pretrained"
 
     def __post_init__(self) -> None:
         if not self.layer:

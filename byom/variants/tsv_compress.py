@@ -45,7 +45,7 @@ class TaskSingularVectorsCompress(PackingVariant):
 
     title = "TSV-Compress"
     stores = "k (m + n + 1) values a matrix, other tensors whole"
-    reference = "pretrained"
+    on = "pretrained"
 
     def __post_init__(self) -> None:
         if self.share is not None and not fraction("byom.share", self.share):

@@ -56,7 +56,7 @@ class TwinMerging(PackingVariant):
 
     title = "Twin-Merging"
     stores = "m d values and their positions, or m of the singular values; tensors with one axis whole"
-    reference = "merged"
+    on = "merged"
 
     def __post_init__(self) -> None:
         fraction("byom.density", self.density)

@@ -66,7 +66,7 @@ def _facts(option: Option) -> str:
     if (needs := getattr(option.instance, "needs", None)) is not None:
         rows.append(("Needs", needed(needs)))
     if option.group == "byom":
-        on = {"merged": "the merged model", "pretrained": "the pre-trained model"}[option.instance.reference]
+        on = {"merged": "the merged model", "pretrained": "the pre-trained model"}[option.instance.on]
         rows += [("Puts back on", on), ("Stores for each task", inline(option.instance.stores))]
     rows.append(("Class", f"[`{option.cls.__name__}`]({UP}/{option.source.as_posix()})"))
     if option.papers:
@@ -143,7 +143,7 @@ def _commands(option: Option) -> Iterable[str]:
     if option.group == "merge":
         yield f"run merge={option.name} byom=none {suite}"
     elif option.group == "byom":
-        merge = "merge=ties " if option.instance.reference == "merged" else ""
+        merge = "merge=ties " if option.instance.on == "merged" else ""
         yield f"run {merge}byom={option.name} {suite}"
     elif option.group == "router":
         yield f"run byom=post_pruning router={option.name} {suite}"

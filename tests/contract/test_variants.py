@@ -91,7 +91,7 @@ def setting(variant, dtype=torch.float32, tasks=3, **options):
 
 
 def merged(variant, given):
-    if variant.reference == "pretrained":
+    if variant.on == "pretrained":
         return given, given.pretrained
     prepared = variant.before(given) if variant.before else given
     reference = TaskArithmetic(0.5)(prepared).materialise()
@@ -303,7 +303,7 @@ def test_models_that_no_task_changed_are_served_as_they_are(variant, dtype):
 
 
 def test_a_task_that_changed_nothing_is_served_the_pretrained_model(variant, dtype):
-    if variant.reference == "merged":
+    if variant.on == "merged":
         return  # it is served what the others moved
     given, _ = setting(variant, dtype)
     idle = posed(given.pretrained, {**given.finetuned, "idle": given.pretrained})
@@ -470,7 +470,7 @@ def test_a_delta_of_an_unknown_variant_is_refused(tmp_path):
 
 
 def test_every_option_is_titled_frozen_and_says_its_reference(variant):
-    assert variant.title and variant.reference in ("merged", "pretrained")
+    assert variant.title and variant.on in ("merged", "pretrained")
     assert hash(variant) == hash(replace(variant)) and isinstance(fields(variant), tuple)
 
 

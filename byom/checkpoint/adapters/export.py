@@ -72,7 +72,7 @@ def adapters(
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
     folder, layout = Path(folder), Layout.of(_nameable(served), prefix, module)
-    merged = any(delta.variant.reference == "merged" for delta in served.deltas.values())
+    merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
     spare, written = idle(layout, served), {}
     with storage.replacing(folder) as partial:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,9 +16,6 @@ from byom.errors import CheckpointError, OptionError, suggest
 from byom.functional.heads import Changed, Readout
 from byom.storage import tensor_files as storage
 from byom.weights import Weights
-
-if TYPE_CHECKING:
-    from byom.variants.base.variant import Variant
 
 Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
 READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
@@ -32,6 +30,36 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Unpacker(ABC):
+    """The half of a variant that a stored difference needs: how it is put back, and onto which shared models."""
+
+    on: ClassVar[Literal["merged", "pretrained"]]
+    """The model that differences are taken to: the merged one, or the pre-trained one, with no part for merging."""
+    shares_reference: ClassVar[bool] = True
+    """Whether that model has to be stored alongside the packed differences."""
+    shares_base: ClassVar[bool] = False
+    """Whether a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
+    title: ClassVar[str]
+    """Name in tables."""
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Put a packed difference back.
+
+        Args:
+            parts: What is stored for one parameter, and what is stored under `WHOLE`.
+            shared: The parameter in the shared models; not modified.
+
+        Returns:
+            ``[*shape]`` values for the task, in the reference's dtype.
+        """
+
+    def readout(self, parts: Parts, head: Readout) -> Readout:
+        """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
+        raise CheckpointError(f"{self.title} stores nothing for heads, but {sorted(parts)} came with its difference")
+
+
+@dataclass(frozen=True)
 class Delta:
     """One task's packed difference.
 
@@ -41,7 +69,7 @@ class Delta:
         shapes: Parameter name to the shape it was packed from.
     """
 
-    variant: Variant
+    variant: Unpacker
     parts: Mapping[str, Parts]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -163,18 +191,18 @@ class Served:
         return stored if self.base is None else [*stored, self.base]
 
 
-def require_base(variant: Variant, base: Weights | None) -> None:
+def require_base(variant: Unpacker, base: Weights | None) -> None:
     """Refuse to go on without the second shared model where a variant needs one beside the reference."""
     if variant.shares_base and base is None:
         raise OptionError(f"{variant.title} puts weights together from two shared models; give base= (Served.base)")
 
 
-def _named(variant: Variant) -> dict[str, Any]:
+def _named(variant: Unpacker) -> dict[str, Any]:
     module = type(variant).__module__.rsplit(".", 1)[-1]
     return {"module": module, "class": type(variant).__name__, "fields": dataclasses.asdict(variant)}
 
 
-def _built(named: Mapping[str, Any]) -> Variant:
+def _built(named: Mapping[str, Any]) -> Unpacker:
     try:
         module = importlib.import_module(f"byom.variants.{named['module']}")
         return getattr(module, named["class"])(**named["fields"])

@@ -5,43 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from byom.errors import CheckpointError
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
-from byom.variants.base.delta import READOUT, WHOLE, Delta, Parts, Readout, Served, Shared, require_base
+from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, require_base
 from byom.weights import Weights, require_match
-
-__all__ = [
-    "READOUT",
-    "WHOLE",
-    "Delta",
-    "Packing",
-    "PackingVariant",
-    "Parts",
-    "Preparation",
-    "Readout",
-    "Served",
-    "Shared",
-    "Variant",
-]
 
 
 @dataclass(frozen=True)
-class Variant(ABC):
+class Variant(Unpacker):
     """A frozen dataclass of hyperparameters that turns N models into shared ones and a little of each task."""
 
-    reference: ClassVar[Literal["merged", "pretrained"]]
-    """Whether the merge method matters (``merged``), or the pre-trained model takes its place."""
-    shares_reference: ClassVar[bool] = True
-    """Whether the reference has to be stored beside the packed differences."""
-    shares_base: ClassVar[bool] = False
-    """Whether a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
-    title: ClassVar[str]
-    """Name in tables."""
     stores: ClassVar[str]
     """What is stored a task, in words, for the README's table."""
 
@@ -61,7 +38,7 @@ class Variant(ABC):
 
         Args:
             problem: The models, as they were fine-tuned (not as `before` prepared them).
-            reference: The merged model, or theta_0, as the class variable `reference` says.
+            reference: The merged model, or theta_0, as `on` says.
 
         Returns:
             Shared models and one packed difference a task.
@@ -82,22 +59,6 @@ class Variant(ABC):
             Shared models and differences, which a `PackingVariant` packs when they are asked for.
         """
         return self.serve(problem, reference)
-
-    @abstractmethod
-    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
-        """Put a packed difference back.
-
-        Args:
-            parts: What is stored for one parameter, and what is stored under `WHOLE`.
-            shared: The parameter in the shared models; not modified.
-
-        Returns:
-            ``[*shape]`` values for the task, in the reference's dtype.
-        """
-
-    def readout(self, parts: Parts, head: Readout) -> Readout:
-        """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
-        raise CheckpointError(f"{self.title} stores nothing for heads, but {sorted(parts)} came with its difference")
 
 
 class Preparation(ABC):
