@@ -15,8 +15,8 @@ from byom.functional.linalg import is_matrix, randomised_svd, truncated_svd
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
 from byom.storage import tensor_files as storage
-from byom.variants.base import Delta, PackingVariant, Parts, Shared, sparse
-from byom.variants.single_task import adapts, require_finite
+from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base.variant import PacksFactors
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted, Piece, add, product_svd
 
@@ -27,7 +27,7 @@ Plan = dict[str, Parts]
 
 
 @dataclass(frozen=True)
-class ByomLora(PackingVariant):
+class ByomLora(PackingVariant, PacksFactors):
     """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
 
     The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
@@ -85,16 +85,12 @@ class ByomLora(PackingVariant):
         _one_of("solver", self.solver, "exact", "randomised")
         _one_of("rest", self.rest, "whole", "drop")
 
-    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
-        """Pack one task's difference, an adapter without forming its products; see `PackingVariant.delta`."""
-        if not adapts(target, reference):
-            return super().delta(target, reference, base)
-        require_finite(target, reference)
+    def pack_factors(self, target: Adapted, reference: Weights) -> dict[str, Parts]:
+        """Cut the products of one task's adapter, and store whole what was trained whole."""
         packed = self._cut(_Product(target))
         for name in target.replaced:
             packed[name] = self._rest(target[name].to(reference.dtype(name)), reference[name])
-        kept = {name: packed[name] for name in sorted(packed) if packed[name]}
-        return Delta(self, kept, {name: target.shape(name) for name in kept})
+        return dict(sorted(packed.items()))
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Plan:
         """Factor every matrix of a dense difference; what is held is what will be stored, and the known factors."""

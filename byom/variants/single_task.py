@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
-from byom.functional.tensors import finite
 from byom.merge.base import Problem
-from byom.variants.base import Delta, PackingVariant, Parts, Shared
-from byom.weights import Weights, require_match
+from byom.variants.base import PackingVariant, Parts, Shared
+from byom.variants.base.variant import PacksFactors, adapts
+from byom.weights import Weights
 from byom.weights.lowrank import Adapted, Piece, add
 
 
@@ -43,7 +43,7 @@ class SingleTask(PackingVariant):
 
 
 @dataclass(frozen=True)
-class SingleTaskAdapters(SingleTask):
+class SingleTaskAdapters(SingleTask, PacksFactors):
     """Store each task's low-rank factors, ``r (m + n)`` values a matrix, and whole what was trained beside them.
 
     What is put back has the bits of the adapted weights, in the dtype of the model that was adapted.
@@ -52,38 +52,15 @@ class SingleTaskAdapters(SingleTask):
     stores = "its adapter"
     shares_reference = True
 
-    def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
-        """Store one task's adapter, without forming its products; see `PackingVariant.delta`."""
-        if not adapts(target, reference):
-            return super().delta(target, reference, base)
-        require_finite(target, reference)
-        packed = {name: _stored(target, name) for name in sorted({*target.factored, *target.replaced})}
-        return Delta(self, packed, {name: target.shape(name) for name in packed})
+    def pack_factors(self, target: Adapted, reference: Weights) -> dict[str, Parts]:
+        """Store one task's factors, and whole what was trained whole."""
+        return {name: _stored(target, name) for name in sorted({*target.factored, *target.replaced})}
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Add the products to theta_0, or to what took its place."""
-        value = super().unpack(parts, shared) if "values" in parts else shared.reference
+        value = parts["values"].reshape(shared.reference.shape) if "values" in parts else shared.reference
         starts = [int(part.removeprefix("left@")) for part in parts if part.startswith("left@")]
         return add(value, [Piece(at, parts[f"left@{at}"], parts[f"right@{at}"]) for at in starts]) if starts else value
-
-
-def adapts(target: Weights, reference: Weights) -> TypeGuard[Adapted]:
-    """Say whether a task's difference to the reference is known as thin factors."""
-    return isinstance(target, Adapted) and target.on(reference)
-
-
-def require_finite(target: Adapted, reference: Weights) -> None:
-    """Refuse NaN and infinity in an adapter and in the model below it, without forming the adapter's products.
-
-    Raises:
-        CheckpointError: If a value is not finite, or names or shapes differ.
-    """
-    require_match(target, reference)
-    for name in reference.mergeable():
-        reference.read_finite(name)
-        factors = [factor for piece in target.pieces(name) for factor in (piece.left, piece.right) if factor.numel()]
-        if name in target.replaced or not all(map(finite, factors)):
-            target.read_finite(name)
 
 
 def _stored(target: Adapted, name: str) -> Parts:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from torch import Tensor
 
+from byom.functional.tensors import finite
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
 from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, require_base
 from byom.weights import Weights, require_match
+from byom.weights.lowrank import Adapted
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,36 @@ class PackingVariant(Variant):
         """
         require_match(target, reference)
         require_base(self, base)
-        plan = self.plan(target, reference, base)
-        packed = {name: self._packed(name, target, reference, base, plan) for name in target.mergeable()}
-        kept = {name: parts for name, parts in packed.items() if parts}
-        return Delta(self, kept, {name: target.shape(name) for name in kept})
+        if isinstance(self, PacksFactors) and adapts(target, reference):
+            require_finite(target, reference)
+            packed = self.pack_factors(target, reference)
+        else:
+            packed = self._pack_entries(target, reference, base)
+        stored = {name: parts for name, parts in packed.items() if parts}
+        return Delta(self, stored, {name: target.shape(name) for name in stored})
 
-    def _packed(self, name: str, target: Weights, reference: Weights, base: Weights | None, plan: Any) -> Parts:
-        shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
-        return self.pack(name, target.read_finite(name), shared, plan)
+    def _pack_entries(self, target: Weights, reference: Weights, base: Weights | None) -> dict[str, Parts]:
+        plan, packed = self.plan(target, reference, base), {}
+        for name in target.mergeable():
+            shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
+            packed[name] = self.pack(name, target.read_finite(name), shared, plan)
+        return packed
+
+
+class PacksFactors(ABC):
+    """The part of a `PackingVariant` that packs adapters from their factors, without forming the products."""
+
+    @abstractmethod
+    def pack_factors(self, target: Adapted, reference: Weights) -> dict[str, Parts]:
+        """Pack one task's adapter; `PackingVariant.pack` is for tasks whose differences are known entry by entry.
+
+        Args:
+            target: theta_t, known as low-rank differences to `reference`; all of its values are finite.
+            reference: theta_0 or theta_merged, as `PackingVariant.on` says.
+
+        Returns:
+            Parameter name to dense tensors to store, in the order in which they are stored.
+        """
 
 
 @dataclass(frozen=True)
@@ -164,3 +188,21 @@ class Packing(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self.finetuned)
+
+
+def adapts(target: Weights, reference: Weights) -> TypeGuard[Adapted]:
+    """Say whether a task's difference to the reference is known as thin factors."""
+    return isinstance(target, Adapted) and target.on(reference)
+
+
+def require_finite(target: Adapted, reference: Weights) -> None:
+    """Refuse NaN and infinity in an adapter and in the model below it, without forming the adapter's products.
+
+    Raises:
+        CheckpointError: If a value is not finite.
+    """
+    for name in reference.mergeable():
+        reference.read_finite(name)
+        factors = [factor for piece in target.pieces(name) for factor in (piece.left, piece.right) if factor.numel()]
+        if name in target.replaced or not all(map(finite, factors)):
+            target.read_finite(name)
