@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
 from byom.variants.base import positions as encoding
-from byom.variants.base.variant import PackingVariant, Parts, Shared
+from byom.variants.base.delta import Parts, Shared
+from byom.variants.base.variant import PackingVariant
 from byom.weights import Weights
 from byom.weights.cuts import Cuts, cuts
 
@@ -21,12 +23,60 @@ PIECE = 1 << 18  # elements of a difference formed at a time: a whole one would 
 
 
 @dataclass(frozen=True)
-class TopMagnitude(PackingVariant):
-    """Keep the target's own values where the difference to the reference is largest in magnitude.
+class SparseVariant(PackingVariant):
+    """Keep some of the target's own values and their positions; `mask` says which.
+
+    A subclass states its `title`, the model `on` which values are put back, and `mask`, such as the largest changes of
+    every row::
+
+        def mask(self, name, target, reference, plan):
+            return top_mask(wide(target) - wide(reference), self.density, dim=-1)
 
     Values are the target's, not differences, and are assigned, not added: at density 1 the result is theta_t bit
     for bit, and at every kept position it is theta_t exactly, which ``reference + difference`` is not in floating
     point.
+
+    Args:
+        density: Fraction of entries kept (m), in [0, 1].
+
+    Raises:
+        OptionError: If a hyperparameter is out of range.
+    """
+
+    density: float = 0.1
+
+    stores = "m d values and their positions"
+
+    def __post_init__(self) -> None:
+        fraction("byom.density", self.density)
+
+    @abstractmethod
+    def mask(self, name: str, target: Tensor, reference: Tensor, plan: Any) -> Tensor:
+        """Say which entries of one parameter are kept.
+
+        Args:
+            name: The parameter's name.
+            target: ``[*shape]`` fine-tuned values.
+            reference: ``[*shape]`` values of theta_merged or theta_0.
+            plan: What `plan` returned: whatever has to be known about the whole difference, None unless it is
+                overridden.
+
+        Returns:
+            Bool ``[*shape]``.
+        """
+
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
+        """Store the target's values at the kept positions, and the positions."""
+        return gather(target, self.mask(name, target, shared.reference, plan))
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Assign the stored values at their positions in a copy of the reference."""
+        return assign(parts, shared.reference)
+
+
+@dataclass(frozen=True)
+class TopMagnitude(SparseVariant):
+    """Keep the target's own values where the difference to the reference is largest in magnitude.
 
     Args:
         density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)``, ties going to the lowest
@@ -37,13 +87,10 @@ class TopMagnitude(PackingVariant):
         OptionError: If a hyperparameter is out of range.
     """
 
-    density: float = 0.1
     scope: Literal["global", "tensor"] = "global"
 
-    stores = "m d values and their positions"
-
     def __post_init__(self) -> None:
-        fraction("byom.density", self.density)
+        super().__post_init__()
         if self.scope not in ("global", "tensor"):
             raise OptionError(f"byom.scope={self.scope} is not known; use global or tensor")
 
@@ -51,14 +98,10 @@ class TopMagnitude(PackingVariant):
         """Find the cut of this density; every density of a sweep comes from one shared pass."""
         return cuts(target, reference, self.density, self.scope)
 
-    def pack(self, name: str, target: Tensor, shared: Shared, plan: Cuts) -> Parts:
-        """Store the target's values at the kept positions, and the positions."""
+    def mask(self, name: str, target: Tensor, reference: Tensor, plan: Cuts) -> Tensor:
+        """Say which entries lie above the cut."""
         cut, offset = plan[name]
-        return gather(target, survivors(cut, target, shared.reference, offset))
-
-    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
-        """Assign the stored values at their positions in a copy of the reference."""
-        return assign(parts, shared.reference)
+        return survivors(cut, target, reference, offset)
 
 
 def survivors(cut: Cut | RowCut, target: Tensor, reference: Tensor, offset: int) -> Tensor:
