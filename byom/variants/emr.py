@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import one_of
 from byom.functional.deltas import agreeing, elect_sign
 from byom.functional.tensors import wide
 from byom.merge.base import Problem, blockwise
@@ -52,8 +52,7 @@ class ElectMaskRescale(Variant):
     shares_base = True
 
     def __post_init__(self) -> None:
-        if self.rescale not in ("global", "tensor_mean_sum"):
-            raise OptionError(f"byom.rescale={self.rescale} is not known; use global or tensor_mean_sum")
+        one_of("byom.rescale", self.rescale, ("global", "tensor_mean_sum"))
 
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Mask and rescale every task in one pass over the models; see `Variant.serve`."""

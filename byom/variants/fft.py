@@ -13,7 +13,7 @@ class ByomFft(TopMagnitude):
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
-        scope: ``global`` or ``tensor``.
+        scope: ``global``, ``tensor`` or ``row``.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-FFT). https://arxiv.org/abs/2310.01886

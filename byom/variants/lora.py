@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError
+from byom.errors import CheckpointError, one_of, whole
 from byom.functional.linalg import is_matrix, randomised_svd, truncated_svd
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
@@ -78,12 +78,11 @@ class ByomLora(PackingVariant, PacksFactors):
         return self.reference
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise OptionError(f"byom.rank={self.rank} is not a number of singular values; use 1 or more")
-        _one_of("rank_allocation", self.rank_allocation, "uniform", "global")
-        _one_of("reference", self.reference, "pretrained", "merged")
-        _one_of("solver", self.solver, "exact", "randomised")
-        _one_of("rest", self.rest, "whole", "drop")
+        whole("byom.rank", self.rank, least=1)
+        one_of("byom.rank_allocation", self.rank_allocation, ("uniform", "global"))
+        one_of("byom.reference", self.reference, ("pretrained", "merged"))
+        one_of("byom.solver", self.solver, ("exact", "randomised"))
+        one_of("byom.rest", self.rest, ("whole", "drop"))
 
     def pack_factors(self, target: Adapted, reference: Weights) -> dict[str, Parts]:
         """Cut the products of one task's adapter, and store whole what was trained whole."""
@@ -268,8 +267,3 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and is_matrix(name, _sides(shape))
-
-
-def _one_of(option: str, value: str, *known: str) -> None:
-    if value not in known:
-        raise OptionError(f"byom.{option}={value} is not known; use {' or '.join(known)}")

@@ -15,7 +15,7 @@ class PostPruning(TopMagnitude):
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
-        scope: ``global`` or ``tensor``.
+        scope: ``global``, ``tensor`` or ``row``.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (the Post-Pruning baseline).

@@ -18,7 +18,7 @@ class PruneMergePrune(TopMagnitude):
 
     Args:
         density: Fraction of ``theta_t - theta_merged`` put back (m), in [0, 1].
-        scope: ``global`` or ``tensor``, for both prunings.
+        scope: ``global``, ``tensor`` or ``row``, for both prunings.
         before_density: Fraction of ``theta_t - theta_0`` kept before merging, in [0, 1]; 1 is BYOM-FFT.
 
     Raises:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from byom.variants.base import PackingVariant, Parts, Shared
 from byom.variants.base.pruned import Pruned
+from byom.weights.cuts import Scope
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class PruneThenMerge(PackingVariant):
 
     Args:
         density: Fraction of entries kept before merging (m), in [0, 1].
-        scope: ``global`` or ``tensor``.
+        scope: ``global``, ``tensor`` or ``row``.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -35,7 +36,7 @@ class PruneThenMerge(PackingVariant):
     """
 
     density: float = 0.1
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     title = "Pre-Pruning"
     stores = "nothing"

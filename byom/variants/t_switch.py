@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError, fraction
-from byom.functional.selection import Part, kept, locate
+from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
 from byom.variants.base import PackingVariant, Parts, Shared, bits, sparse
 
@@ -84,5 +84,4 @@ def binarise(delta: Tensor, drop: float) -> tuple[Tensor, Tensor]:
 def _largest(flat: Tensor, side: Tensor, density: float) -> Tensor:
     """Say which entries of one side survive: exactly as many as the density says, all where that is none."""
     values = flat[side]
-    [cut] = locate([Part.of(values)], [kept(density, len(values)) or len(values)])
-    return side.masked_scatter(side, cut.mask(values))
+    return side.masked_scatter(side, top_mask(values, density if kept(density, len(values)) else 1.0))

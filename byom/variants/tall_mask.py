@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import at_least
 from byom.functional.deltas import tall_mask
 from byom.functional.tensors import wide
 from byom.variants.base import PackingVariant, Parts, Shared, bits
@@ -49,8 +48,7 @@ class TallMasks(PackingVariant):
     shares_base = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.mask_scale, int | float) and isfinite(self.mask_scale) and self.mask_scale >= 0):
-            raise OptionError(f"byom.mask_scale={self.mask_scale} must be 0 or more; the authors search 0.2 to 0.6")
+        at_least("byom.mask_scale", self.mask_scale, 0, example="0.4; the authors search 0.2 to 0.6")
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store the mask, unless the merged values serve the task as they are."""

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction, one_of
 from byom.functional.linalg import is_matrix
 from byom.functional.seeding import keyed
-from byom.functional.selection import Part, kept, locate
+from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
@@ -60,8 +60,7 @@ class TwinMerging(PackingVariant):
 
     def __post_init__(self) -> None:
         fraction("byom.density", self.density)
-        if self.compress not in ("magnitude", "bernoulli", "svd"):
-            raise OptionError(f"byom.compress={self.compress} is not known; use magnitude, bernoulli or svd")
+        one_of("byom.compress", self.compress, ("magnitude", "bernoulli", "svd"))
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> str:
         """Return what tells this expert's randomness from another's; the names of tasks do not matter."""
@@ -75,7 +74,7 @@ class TwinMerging(PackingVariant):
         if self.compress == "svd":
             return truncated.factor(delta, kept(self.density, min(target.shape)))
         if self.compress == "magnitude" or self.density in (0, 1):
-            return sparse.gather(target, _largest(delta, self.density))
+            return sparse.gather(target, top_mask(delta, self.density))
         rescaled = (wide(shared.reference) + delta / self.density).to(target.dtype)
         mask = chosen(target.shape, self.density, keyed(self.seed, plan, name)) & (delta != 0)
         return sparse.gather(rescaled, mask)
@@ -97,8 +96,3 @@ def chosen(shape: tuple[int, ...], density: float, seed: int) -> Tensor:
         Bool ``[*shape]``.
     """
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-
-
-def _largest(delta: Tensor, density: float) -> Tensor:
-    [cut] = locate([Part.of(delta)], [kept(density, delta.numel())])
-    return cut.mask(delta)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from byom.merge.base import method as merging
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline import measure
 from byom.variants.base.delta import Delta
-from byom.variants.base.sparse import TopMagnitude
+from byom.variants.base.sparse import SparseVariant, TopMagnitude
 from byom.variants.fft import ByomFft
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
@@ -24,7 +25,8 @@ from byom.weights import cuts as trim
 from tests.problems import BUFFERS, FLOATS, TIED, bits, counted, grid, model, models, options, posed, problem, same
 
 VARIANTS = options("byom")
-SPARSE = {name: variant for name, variant in VARIANTS.items() if isinstance(variant, TopMagnitude)}
+SPARSE = {name: variant for name, variant in VARIANTS.items() if isinstance(variant, SparseVariant)}
+RANKED = {name: variant for name, variant in SPARSE.items() if isinstance(variant, TopMagnitude)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DENSITIES = [0.0, 0.01, 0.05, 0.1, 0.29, 0.5, 0.75, 1.0]
 EXEMPT = {
@@ -64,7 +66,14 @@ def variant(request):
 
 @pytest.fixture(params=SPARSE)
 def sparse(request):
+    if reason := exempt(request.function.__name__, request.param):
+        pytest.skip(reason)
     return SPARSE[request.param]
+
+
+@pytest.fixture(params=RANKED)
+def ranked(request):
+    return RANKED[request.param]
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -106,6 +115,15 @@ def alone(target, reference):
 
 def at(variant, density):
     return replace(variant, density=density) if hasattr(variant, "density") else variant
+
+
+def groups(variant, values):
+    """Return what a variant ranks together, flat: all values of a dict of tensors, those of a tensor, or of a row."""
+    tensors = [torch.atleast_1d(values[name]) for name in sorted(values)]
+    if variant.scope == "global":
+        return [torch.cat([tensor.reshape(-1) for tensor in tensors])]
+    rows = {"tensor": lambda tensor: [tensor.reshape(-1)], "row": lambda t: t.reshape(-1, t.shape[-1]).unbind()}
+    return [group for tensor in tensors for group in rows[variant.scope](tensor)]
 
 
 def flat(weights):
@@ -153,21 +171,27 @@ def test_exactly_the_kept_entries_are_the_target_and_the_rest_the_reference(spar
         assert torch.isin(stored, task).all()
         assert torch.all((got == task) | (got == base))
         assert int((got != base).sum()) <= len(stored)
-    sizes = [torch.Size(shape).numel() for shape in FLOATS.values()]
-    whole = [sum(sizes)] if sparse.scope == "global" else sizes
-    assert delta.stored_parameters == sum(kept(density, n) for n in whole)
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_no_other_choice_of_as_many_entries_is_nearer(sparse, density):
+@pytest.mark.parametrize("values", [grid, None], ids=["ties", "normal"])
+def test_of_what_is_ranked_together_exactly_the_density_is_kept(ranked, density, values, dtype):
+    target, reference = pair(dtype, **({"values": values} if values else {}))
+    delta = at(ranked, density).delta(target, reference)
+    counts = [kept(density, len(group)) for group in groups(ranked, {name: target[name] for name in FLOATS})]
+    assert delta.stored_parameters == sum(counts)
+    distinct = {name: torch.arange(1.0, 1 + target[name].numel()).reshape(target.shape(name)) for name in FLOATS}
+    zeros = Weights.of({name: torch.zeros_like(value) for name, value in distinct.items()})
+    put_back = at(ranked, density).delta(Weights.of(distinct), zeros).apply(zeros)
+    assert [int((group != 0).sum()) for group in groups(ranked, put_back)] == counts
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_no_other_choice_of_as_many_entries_is_nearer(ranked, density):
     target, reference = pair(torch.float64)
-    delta = at(sparse, density).delta(target, reference)
-    if sparse.scope == "global":
-        dropped = (flat(target) - flat(reference)).abs().sort().values[: flat(target).numel() - delta.stored_parameters]
-        best = float(dropped.norm())
-    else:
-        differences = [(target[name] - reference[name]).reshape(-1).abs().sort().values for name in FLOATS]
-        best = float(torch.cat([d[: len(d) - kept(density, len(d))] for d in differences]).norm())
+    delta = at(ranked, density).delta(target, reference)
+    differences = groups(ranked, {name: (target[name] - reference[name]).abs() for name in FLOATS})
+    best = float(torch.cat([d.sort().values[: len(d) - kept(density, len(d))] for d in differences]).norm())
     assert error(delta.apply(reference), target) == pytest.approx(best, rel=1e-12, abs=1e-15)
 
 
@@ -184,20 +208,20 @@ def test_a_denser_choice_contains_the_sparser(sparse):
     assert all(bool((a <= b).all()) for a, b in pairwise(changed))
 
 
-def test_ties_go_to_the_lowest_position(sparse):
-    target = Weights.of({"a": torch.ones(4), "b": torch.ones(4)})
-    put_back = at(sparse, 0.5).delta(target, target * 0).apply(target * 0)
-    global_ = sparse.scope == "global"
-    assert put_back["a"].tolist() == ([1, 1, 1, 1] if global_ else [1, 1, 0, 0])
-    assert put_back["b"].tolist() == ([0, 0, 0, 0] if global_ else [1, 1, 0, 0])
+def test_ties_go_to_the_lowest_position(ranked):
+    target = Weights.of({"a": torch.ones(2, 4), "b": torch.ones(2, 4)})
+    put_back = at(ranked, 0.5).delta(target, target * 0).apply(target * 0)
+    for group in groups(ranked, put_back):
+        assert group.tolist() == [1] * (len(group) // 2) + [0] * (len(group) // 2)
 
 
-def test_scope_says_what_is_ranked_together(sparse):
-    target = Weights.of({"big": torch.tensor([10.0, 9, 8, 7]), "small": torch.tensor([0.4, 0.3, 0.2, 0.1])})
-    put_back = at(sparse, 0.5).delta(target, target * 0).apply(target * 0)
-    kept_ = {name: put_back[name][put_back[name] != 0].tolist() for name in target}
-    expected = {"global": ([10, 9, 8, 7], []), "tensor": ([10, 9], [0.4, 0.3])}[sparse.scope]
-    assert [kept_["big"], kept_["small"]] == [pytest.approx(values) for values in expected]
+def test_scope_says_what_is_ranked_together(ranked):
+    big, small = torch.tensor([[10.0, 9], [8, 7]]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    target = Weights.of({"big": big, "small": small})
+    put_back = at(ranked, 0.5).delta(target, target * 0).apply(target * 0)
+    survivors = [put_back[name][put_back[name] != 0].tolist() for name in ("big", "small")]
+    expected = {"global": ([10, 9, 8, 7], []), "tensor": ([10, 9], [0.4, 0.3]), "row": ([10, 8], [0.4, 0.3])}
+    assert survivors == [pytest.approx(values) for values in expected[ranked.scope]]
 
 
 def test_identical_tensors_never_win(dtype):
@@ -210,7 +234,7 @@ def test_identical_tensors_never_win(dtype):
 def test_against_the_pretrained_byom_fft_is_post_pruning():
     target, reference = pair()
     for density in DENSITIES:
-        for scope in ("global", "tensor"):
+        for scope in get_args(trim.Scope):
             fft, pruned = (cls(density, scope).delta(target, reference) for cls in (ByomFft, PostPruning))
             assert same(fft.apply(reference), pruned.apply(reference)) and fft.nbytes == pruned.nbytes
 
@@ -324,21 +348,21 @@ def test_identical_tasks_are_served_alike_and_finite(variant, dtype, tasks):
 # plans
 
 
-def test_every_density_of_a_sweep_comes_from_one_pass(sparse):
+def test_every_density_of_a_sweep_comes_from_one_pass(ranked):
     (target, reads), (reference, _) = (counted(weights, checksums=True) for weights in pair())
     densities = trim.SWEEP
-    at(sparse, densities[0]).plan(target, reference)
+    at(ranked, densities[0]).plan(target, reference)
     first = len(reads)
     for density in densities:
-        at(sparse, density).plan(target, reference)
+        at(ranked, density).plan(target, reference)
     assert 0 < first == len(reads)
 
 
-def test_a_plan_is_not_reused_for_other_values_or_another_scope(sparse):
+def test_a_plan_is_not_reused_for_other_values_or_another_scope(ranked):
     (target, reference), other = pair(), Weights.of(model(9), "task1")
-    sparse.delta(target, reference)
-    for scope in ("global", "tensor"):
-        variant = replace(sparse, scope=scope)
+    ranked.delta(target, reference)
+    for scope in get_args(trim.Scope):
+        variant = replace(ranked, scope=scope)
         cached = variant.delta(other, reference).apply(reference)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trim, "_known", lambda *_: {})
@@ -398,9 +422,9 @@ def test_a_density_that_is_no_fraction_is_refused(sparse, density):
         at(sparse, density)
 
 
-def test_an_unknown_scope_is_refused(sparse):
-    with pytest.raises(OptionError, match=r"byom\.scope=layer.*global or tensor"):
-        replace(sparse, scope="layer")
+def test_an_unknown_scope_is_refused(ranked):
+    with pytest.raises(OptionError, match=r"byom\.scope=layer.*global, tensor or row"):
+        replace(ranked, scope="layer")
 
 
 @pytest.mark.parametrize("culprit", ["task1", "reference"])

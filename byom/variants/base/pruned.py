@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
 from byom.variants.base.variant import Preparation
 from byom.weights import Weights
-from byom.weights.cuts import Cuts, cuts
+from byom.weights.cuts import Cuts, Scope, cuts, require_scope
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,21 @@ class Pruned(Preparation):
     the problem are left as they are.
 
     Args:
-        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)``, ties going to the lowest
-            position in sorted parameter order.
-        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own.
+        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)`` of the n entries that are
+            ranked together, ties going to the lowest position in sorted parameter order.
+        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own, ``row`` each
+            vector along the last axis of a tensor on its own.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
     """
 
     density: float = 0.1
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         fraction("byom.density", self.density)
-        if self.scope not in ("global", "tensor"):
-            raise OptionError(f"byom.scope={self.scope} is not known; use global or tensor")
+        require_scope("byom.scope", self.scope)
 
     def __call__(self, problem: Problem) -> Problem:
         """Prune lazily; the cut of a task is found when one of its tensors is first read."""

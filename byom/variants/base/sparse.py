@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError, fraction
+from byom.errors import CheckpointError, fraction
 from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
@@ -17,7 +17,7 @@ from byom.variants.base import positions as encoding
 from byom.variants.base.delta import Parts, Shared
 from byom.variants.base.variant import PackingVariant
 from byom.weights import Weights
-from byom.weights.cuts import Cuts, cuts
+from byom.weights.cuts import Cuts, Scope, cuts, require_scope
 
 PIECE = 1 << 18  # elements of a difference formed at a time: a whole one would be a copy of the tensor
 
@@ -79,20 +79,20 @@ class TopMagnitude(SparseVariant):
     """Keep the target's own values where the difference to the reference is largest in magnitude.
 
     Args:
-        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)``, ties going to the lowest
-            position in sorted parameter order.
-        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own.
+        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)`` of the n entries that are
+            ranked together, ties going to the lowest position in sorted parameter order.
+        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own, ``row`` each
+            vector along the last axis of a tensor on its own.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
     """
 
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope not in ("global", "tensor"):
-            raise OptionError(f"byom.scope={self.scope} is not known; use global or tensor")
+        require_scope("byom.scope", self.scope)
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Cuts:
         """Find the cut of this density; every density of a sweep comes from one shared pass."""
