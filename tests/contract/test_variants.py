@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError, WeightsMismatch
-from byom.functional.selection import kept
+from byom.functional.selection import kept, top_mask
 from byom.merge.base import method as merging
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline import measure
@@ -222,6 +222,16 @@ def test_scope_says_what_is_ranked_together(ranked):
     survivors = [put_back[name][put_back[name] != 0].tolist() for name in ("big", "small")]
     expected = {"global": ([10, 9, 8, 7], []), "tensor": ([10, 9], [0.4, 0.3]), "row": ([10, 8], [0.4, 0.3])}
     assert survivors == [pytest.approx(values) for values in expected[ranked.scope]]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_scope_row_keeps_the_largest_along_the_last_axis(density, dtype):
+    target, reference = pair(dtype, values=grid)
+    delta = ByomFft(density, "row").delta(target, reference)
+    for name in FLOATS:
+        mask = top_mask(target[name].float() - reference[name].float(), density, dim=-1)
+        stored = delta.parts.get(name, {}).get("values", torch.empty(0, dtype=dtype))
+        assert torch.equal(stored, target[name][mask])
 
 
 def test_identical_tensors_never_win(dtype):
