@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from byom.errors import OptionError, fraction, listed
-from byom.functional.heads import require_classes
+from byom.functional.heads import Head, require_classes
 from byom.functional.seeding import keyed
 from byom.merge.base import Problem
 from byom.merge.base.descent import Blend, merged, require, require_finite, require_unlabelled
@@ -33,11 +33,28 @@ class Predictions(NamedTuple):
     confidence: Tensor  # fp32 [N], the largest probability
 
 
-class Cosine(Protocol):
-    """What is known of a task's head."""
+class Layer(Protocol):
+    """The part of a model that every task keeps for itself."""
 
-    weight: Tensor  # [C, D]
-    temperature: float
+    def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
+        """Return what a task keeps before learning, as leaves that need gradients.
+
+        Args:
+            problem: The models.
+            task: The task's name.
+            thetas: The parameters of the shared model before learning.
+        """
+        ...
+
+    def logits(
+        self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return a task's logits ``[B, C]``, differentiable in the shared parameters and in what the task keeps."""
+        ...
+
+    def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
+        """Return what is stored of a task."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -103,14 +120,20 @@ class ModelTinting(Variant):
         """Learn the shared model and every task's layer; see `Variant.serve`."""
         problem.inputs()
         require_finite(problem)
-        names = [] if self.layer == HEAD else self._names(problem)
+        layer = OwnHead() if self.layer == HEAD else OwnLayer.starting(self.layer, problem.pretrained)
         blend = Blend(problem, self.inputs)
-        learnt = blend.start(self.scale)
-        start = blend.at(learnt)
-        own = {task: _initial(problem, task, start, names) for task in problem.tasks}
-        self._descend(problem, blend, learnt, own)
-        rows = dict(zip(blend.names, learnt.detach().clamp(0, 1), strict=True))
-        return Served(merged(problem, rows), {task: self._packed(problem, own[task], names) for task in own})
+        coefficients = blend.start(self.scale)
+        start = blend.at(coefficients)
+        own = {task: layer.start(problem, task, start) for task in problem.tasks}
+        leaves = [value for task in sorted(own) for value in own[task].values()]
+        optimizer = torch.optim.Adam([coefficients, *leaves], lr=self.learning_rate)
+        for clamped, thetas, loss in self._losses(problem, blend, coefficients, layer, own):
+            optimizer.zero_grad()
+            loss.backward()
+            blend.backward(clamped, thetas)
+            optimizer.step()
+        rows = dict(zip(blend.names, coefficients.detach().clamp(0, 1), strict=True))
+        return Served(merged(problem, rows), {task: layer.packed(self, problem, own[task]) for task in own})
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Return the task's own values."""
@@ -118,38 +141,21 @@ class ModelTinting(Variant):
 
     def readout(self, parts: Parts, head: Readout) -> Readout:
         """Return the task's own head: the frozen one with another weight, and a bias."""
-        return lambda features: _classified(features, parts, head)
+        return lambda features: classified(features, parts, cosine(head, "a head that was stored").temperature)
 
-    def _names(self, problem: Problem) -> list[str]:
-        known = problem.pretrained.mergeable()
-        if found := [name for name in known if name.startswith(self.layer)]:
-            return found
-        raise OptionError(
-            f"byom.layer={self.layer} begins no parameter's name; use head, or one of {listed(known, limit=200)}"
-        )
-
-    def _packed(self, problem: Problem, own: Own, names: list[str]) -> Delta:
-        stored = {name: value.detach().cpu() for name, value in own.items()}
-        if not names:
-            return Delta(self, {READOUT: stored})
-        base = problem.pretrained
-        parts = {name: {"values": stored[name].to(base.dtype(name))} for name in names}
-        return Delta(self, parts, {name: base.shape(name) for name in names})
-
-    def _descend(self, problem: Problem, blend: Blend, learnt: Tensor, own: Mapping[str, Own]) -> None:
+    def _losses(
+        self, problem: Problem, blend: Blend, coefficients: Tensor, layer: Layer, own: Mapping[str, Own]
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor], Tensor]]:
+        """Yield, for every batch with an example to learn from, coefficients, parameters and the loss."""
         teachers = {task: _predictions(problem, task, self.inputs) for task in problem.tasks}
-        leaves = [value for task in sorted(own) for value in own[task].values()]
-        optimizer = torch.optim.Adam([learnt, *leaves], lr=self.learning_rate)
         for task, batch in self._visits(problem):
-            coefficients = learnt.clamp(0, 1)
-            thetas = blend.at(coefficients)
-            loss = self._loss(problem, thetas, task, own[task], batch, teachers[task])
-            if loss is None:
-                continue
-            optimizer.zero_grad()
-            loss.backward()
-            blend.backward(coefficients, thetas)
-            optimizer.step()
+            clamped = coefficients.clamp(0, 1)
+            thetas = blend.at(clamped)
+            logits = layer.logits(problem, task, thetas, own[task], batch.inputs)
+            teacher = Predictions(*(each[batch.places].to(logits.device) for each in teachers[task]))
+            mask = trusted(logits.detach(), teacher) if self.plus_plus else torch.ones_like(teacher.labels).bool()
+            if mask.any():
+                yield clamped, thetas, cross_entropy(logits[mask], teacher.labels[mask])
 
     def _visits(self, problem: Problem) -> Iterator[tuple[str, Batch]]:
         """Yield one batch of every task a round, in an order that no other order of the tasks changes."""
@@ -160,23 +166,70 @@ class ModelTinting(Variant):
             for place in torch.randperm(len(tasks), generator=generator).tolist():
                 yield tasks[place], next(streams[tasks[place]])
 
-    def _loss(
-        self,
-        problem: Problem,
-        thetas: Mapping[str, Tensor],
-        task: str,
-        own: Own,
-        batch: Batch,
-        teacher: Predictions,
-    ) -> Tensor | None:
-        """Return the cross-entropy of a batch to the teacher's classes; None if no example is to be learnt from."""
+
+class OwnHead:
+    """Every task keeps its head: a weight, which starts as that of the frozen head, and a bias, which starts at 0."""
+
+    def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
+        """Return a copy of the frozen head's weight ``[C, D]`` and a bias ``[C]``; see `Layer.start`."""
+        device = next(iter(thetas.values())).device
+        weight = cosine(problem.inputs().readout(task), f"that of task {task}").weight.detach().float().to(device)
+        bias = torch.zeros(len(weight), device=device, requires_grad=True)
+        return {"weight": weight.clone().requires_grad_(), "bias": bias}
+
+    def logits(
+        self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Classify features of the shared model by the task's own head; see `Layer.logits`."""
         probe = problem.inputs()
-        features = probe.encode(thetas if self.layer == HEAD else {**thetas, **own}, batch.inputs)
-        head = probe.readout(task)
-        logits = _classified(features, own, head) if self.layer == HEAD else head(features)
-        said = Predictions(*(each[batch.places].to(logits.device) for each in teacher))
-        kept = trusted(logits.detach(), said) if self.plus_plus else torch.ones_like(said.labels, dtype=torch.bool)
-        return cross_entropy(logits[kept], said.labels[kept]) if kept.any() else None
+        temperature = cosine(probe.readout(task), f"that of task {task}").temperature
+        return classified(probe.encode(thetas, inputs), own, temperature)
+
+    def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
+        """Return weight and bias under `READOUT`; see `Layer.packed`."""
+        return Delta(variant, {READOUT: {name: value.detach().cpu() for name, value in own.items()}})
+
+
+class OwnLayer:
+    """Every task keeps some parameters of the encoder, which start as those of the shared model.
+
+    Args:
+        names: The parameters.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    @classmethod
+    def starting(cls, start: str, pretrained: Weights) -> OwnLayer:
+        """Return the layer of all parameters whose names begin in one way.
+
+        Raises:
+            OptionError: If there are none.
+        """
+        known = pretrained.mergeable()
+        if names := [name for name in known if name.startswith(start)]:
+            return cls(names)
+        raise OptionError(
+            f"byom.layer={start} begins no parameter's name; use head, or one of {listed(known, limit=200)}"
+        )
+
+    def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
+        """Return copies of the shared parameters; see `Layer.start`."""
+        return {name: thetas[name].detach().clone().requires_grad_() for name in self.names}
+
+    def logits(
+        self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Classify features of the task's own encoder by its frozen head; see `Layer.logits`."""
+        probe = problem.inputs()
+        return probe.readout(task)(probe.encode({**thetas, **own}, inputs))
+
+    def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
+        """Return the parameters in the dtypes of the pre-trained model; see `Layer.packed`."""
+        base = problem.pretrained
+        parts = {name: {"values": own[name].detach().cpu().to(base.dtype(name))} for name in self.names}
+        return Delta(variant, parts, {name: base.shape(name) for name in self.names})
 
 
 def trusted(logits: Tensor, teacher: Predictions) -> Tensor:
@@ -202,25 +255,31 @@ def _predictions(problem: Problem, task: str, split: str) -> Predictions:
     return Predictions(labels, confidence)
 
 
-def _initial(problem: Problem, task: str, start: Mapping[str, Tensor], names: list[str]) -> Own:
-    """Return what the task keeps, before learning."""
-    if names:
-        return {name: start[name].detach().clone().requires_grad_() for name in names}
-    device = next(iter(start.values())).device
-    head = problem.inputs().readout(task)
-    if not hasattr(head, "temperature"):
+def cosine(head: Readout, whose: str) -> Head:
+    """Return a head if it is a cosine classifier.
+
+    Args:
+        head: A task's head.
+        whose: What it is called in the message.
+
+    Raises:
+        OptionError: If it is another kind of head.
+    """
+    if not isinstance(head, Head):
         raise OptionError(
-            f"byom=tinting with byom.layer={HEAD} starts from a cosine head, and that of task {task} is a "
+            f"byom=tinting with byom.layer={HEAD} starts from a cosine head, and {whose} is a "
             f"{type(head).__name__}; name a layer of the encoder instead, as in byom.layer=visual.ln_post"
         )
-    weight = cast(Cosine, head).weight.detach().float().to(device)
-    return {
-        "weight": weight.clone().requires_grad_(),
-        "bias": torch.zeros(len(weight), device=device, requires_grad=True),
-    }
+    return head
 
 
-def _classified(features: Tensor, own: Parts, head: Readout) -> Tensor:
+def classified(features: Tensor, own: Parts, temperature: float) -> Tensor:
+    """Return logits ``[B, C]`` of a task's own head: ``temperature * normalised features @ weight.T + bias``.
+
+    Args:
+        features: ``[B, D]``.
+        own: ``weight [C, D]`` and ``bias [C]``.
+        temperature: Factor on the cosine.
+    """
     weight, bias = own["weight"].to(features.device), own["bias"].to(features.device)
-    temperature = cast(Cosine, head).temperature
     return temperature * normalize(features.float(), dim=-1) @ weight.T + bias

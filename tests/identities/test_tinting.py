@@ -187,3 +187,10 @@ def test_what_is_out_of_range_is_refused(change, message):
 def test_a_layer_that_is_nowhere_is_refused():
     with pytest.raises(OptionError, match=r"byom\.layer=norm begins no parameter's name.*0\.bias"):
         serve(ModelTinting(layer="norm"), networks())
+
+
+def test_a_head_that_is_not_a_cosine_classifier_is_refused(monkeypatch):
+    held = networks(2)
+    monkeypatch.setattr(held.probe, "readout", lambda _: torch.nn.Linear(held.probe.dimensions, 3))
+    with pytest.raises(OptionError, match=r"cosine head, and that of task .* is a Linear; name a layer of the encoder"):
+        serve(ModelTinting(steps=1), held)
