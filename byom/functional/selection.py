@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import floor, inf, sqrt
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError, fraction
+from byom.errors import OptionError, fraction
+from byom.functional.rows import leading
+from byom.functional.stream import Array, Part, Stream
 
-Array = NDArray[Any]
+__all__ = ["Cut", "Part", "kept", "locate", "top_mask"]
 
-BLOCK = 1 << 17  # elements a block, so that magnitudes and masks stay in the second-level cache
 SAMPLE = 1 << 18  # sampled elements: brackets hold 2 * MARGIN * sqrt(p (1 - p) / SAMPLE) < 1 % of the stream
 MARGIN = 5.0  # standard deviations on each side of a bracket: a miss costs one more pass, never an error
 TOGETHER = 8  # brackets in one pass, which bounds the memory of the candidates
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of the stream, read in flat pieces.
-
-    Attributes:
-        numel: Number of elements.
-        read: Signed floating-point values, flat, at a slice or at ascending int64 positions. It may be
-            called many times and must give the same bits each time.
-    """
-
-    numel: int
-    read: Callable[[slice | Tensor], Tensor]
-
-    @staticmethod
-    def of(tensor: Tensor) -> Part:
-        """Wrap a tensor of any shape, 0-d and empty included; a non-contiguous one is copied."""
-        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +71,26 @@ def kept(density: float, n: int) -> int:
     return min(n, floor(fraction("density", density) * n + 1e-9))
 
 
+def top_mask(values: Tensor, density: float, dim: int | None = None) -> Tensor:
+    """Say which entries are the largest in magnitude: exactly `kept` of them, ties going to the lowest position.
+
+    Args:
+        values: ``[*shape]``, floating-point and finite.
+        density: Fraction kept, in [0, 1] (m).
+        dim: None ranks the whole tensor; an axis ranks each of the vectors along it, and a 0-dim tensor is one entry.
+
+    Returns:
+        Bool ``[*shape]``.
+
+    Raises:
+        OptionError: If the density lies outside [0, 1].
+    """
+    if dim is None:
+        return locate([Part.of(values)], [kept(density, values.numel())])[0].mask(values)
+    vectors = torch.atleast_1d(values)
+    return leading(vectors, kept(density, vectors.shape[dim]), dim).reshape(values.shape)
+
+
 @torch.no_grad()
 def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
     """Find where to cut a stream so that exactly `count` entries survive, for every count at once.
@@ -113,7 +112,7 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
         OptionError: If a count lies outside [0, n].
         CheckpointError: If the stream holds NaN, infinities or values that are not floating-point.
     """
-    stream = _Stream.of(parts)
+    stream = Stream.of(parts)
     n = stream.numel
     for count in counts:
         if not 0 <= count <= n:
@@ -132,53 +131,6 @@ def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
     """The dtype magnitudes compare in; a threshold from an fp64 part needs fp64 for fp32 values too."""
     exact = torch.tensor(threshold, dtype=torch.float32).item() == threshold
     return torch.float32 if exact and dtype != torch.float64 else torch.float64
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Random access to the magnitudes of the concatenated parts."""
-
-    parts: list[Part]
-    ends: list[int]
-    numel: int
-    buffer: Tensor  # [BLOCK], reused by every read
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.numel // len(self.buffer))
-
-    @staticmethod
-    def of(parts: Sequence[Part]) -> _Stream:
-        filled = [part for part in parts if part.numel]
-        dtypes = {part.read(slice(0, 1)).dtype for part in filled}
-        if odd := [dtype for dtype in dtypes if not dtype.is_floating_point]:
-            raise CheckpointError(f"the stream holds {odd[0]} values; leave tensors that are not float out")
-        precision = torch.float64 if torch.float64 in dtypes else torch.float32
-        ends = np.cumsum([part.numel for part in filled], dtype=np.int64).tolist()
-        return _Stream(filled, ends, sum(part.numel for part in filled), torch.empty(BLOCK, dtype=precision))
-
-    def block(self, index: int) -> Array:
-        """Magnitudes of one block, valid until the next read."""
-        start = done = index * len(self.buffer)
-        stop = min(start + len(self.buffer), self.numel)
-        while done < stop:
-            owner = bisect_right(self.ends, done)
-            part, end = self.parts[owner], self.ends[owner]
-            size, first = min(stop, end) - done, done - (end - part.numel)
-            self.buffer[done - start : done - start + size].copy_(part.read(slice(first, first + size)))
-            done += size
-        values = self.buffer.numpy()[: stop - start]
-        return np.abs(values, out=values)
-
-    def at(self, positions: Array) -> Array:
-        """Magnitudes at ascending flat positions."""
-        found = np.empty(len(positions), dtype=self.buffer.numpy().dtype)
-        borders = [0, *np.searchsorted(positions, self.ends).tolist()]
-        for part, end, low, high in zip(self.parts, self.ends, borders, borders[1:], strict=False):
-            if low < high:
-                local = torch.from_numpy(positions[low:high] - (end - part.numel))
-                found[low:high] = part.read(local).to(self.buffer.dtype).abs().cpu().numpy()
-        return found
 
 
 @dataclass
@@ -231,7 +183,7 @@ class _Bracket:
             low, high = _edge(self.sample, int(np.searchsorted(self.sample, low)) - margin), low
         return _Bracket(self.count, self.sample, margin, low, high)
 
-    def cut(self, stream: _Stream) -> Cut:
+    def cut(self, stream: Stream) -> Cut:
         """Turn the tallies into the cut; reads one block again to find the last tie's index."""
         rank = self.count - self.above
         if rank <= sum(self.at_high):
@@ -245,7 +197,7 @@ class _Bracket:
         ties = np.array([np.count_nonzero(piece == threshold) for piece in self.inside])
         return self._cut(stream, float(threshold), ties, rank - int(np.count_nonzero(inside > threshold)))
 
-    def _cut(self, stream: _Stream, threshold: float, ties: Array, rank: int) -> Cut:
+    def _cut(self, stream: Stream, threshold: float, ties: Array, rank: int) -> Cut:
         reached = np.cumsum(ties)
         index = int(np.searchsorted(reached, rank))
         among = rank - reached[index] + ties[index]
@@ -253,7 +205,7 @@ class _Bracket:
         return Cut(threshold, index * len(stream.buffer) + int(local), self.count)
 
 
-def _brackets(stream: _Stream, counts: list[int]) -> list[_Bracket]:
+def _brackets(stream: Stream, counts: list[int]) -> list[_Bracket]:
     sample = np.sort(stream.at(_positions(stream.numel))) if counts else np.empty(0)
     return [_bracket(stream.numel, sample, count) for count in counts]
 
@@ -278,21 +230,10 @@ def _positions(n: int) -> Array:
     return np.minimum(spots.astype(np.int64), n - 1)
 
 
-def _scan(stream: _Stream, brackets: list[_Bracket]) -> None:
+def _scan(stream: Stream, brackets: list[_Bracket]) -> None:
     for index in range(stream.blocks):
         block = stream.block(index)
         if not np.isfinite(block.max()):
-            _refuse(stream)
+            stream.refuse()
         for bracket in brackets:
             bracket.add(block)
-
-
-def _refuse(stream: _Stream) -> None:
-    finite = (np.isfinite(stream.block(index)) for index in range(stream.blocks))
-    bad = [(len(good) - int(good.sum()), int(good.argmin())) for good in finite]
-    index = next(index for index, (size, _) in enumerate(bad) if size)
-    raise CheckpointError(
-        f"{sum(size for size, _ in bad)} of {stream.numel} values are NaN or infinite, "
-        f"the first at flat position {index * len(stream.buffer) + bad[index][1]}; "
-        "such a checkpoint cannot be merged: take an earlier one, or train again in a wider dtype"
-    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byom.errors import OptionError, fraction
 from byom.functional.deltas import total
+from byom.functional.rows import leading
 from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, TensorwiseMethod
 
@@ -93,18 +94,7 @@ def middle(delta: Tensor, keep: float, remove_top: float, granularity: Granulari
         large, survivors = locate([Part.of(delta)], _ranks(delta.numel(), keep, remove_top))
         return survivors.mask(delta) & ~large.mask(delta)
     first, last = _ranks(delta.shape[-1], keep, remove_top)
-    sizes = delta.abs()
-    descending = sizes.topk(last).values
-    return _leading(sizes, descending, last) & ~_leading(sizes, descending, first)
-
-
-def _leading(sizes: Tensor, descending: Tensor, count: int) -> Tensor:
-    """Mark the `count` largest of each row, ties going to the lowest position."""
-    if count == 0:
-        return torch.zeros_like(sizes, dtype=torch.bool)
-    threshold = descending[..., count - 1 : count]
-    above, ties = sizes > threshold, sizes == threshold
-    return above | ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))
+    return leading(delta, last) & ~leading(delta, first)
 
 
 def _ranks(n: int, keep: float, remove_top: float) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.seeding import keyed
-from byom.functional.selection import Part, kept, locate
+from byom.functional.selection import top_mask
 from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
 from byom.merge.base.needs import Needs
@@ -127,4 +127,4 @@ def flips(delta: Tensor, drop: float, seed: int) -> Tensor:
 
 def heaviest(delta: Tensor, drop: float) -> Tensor:
     """Say which entries are not among the smallest; see `Dare`."""
-    return locate([Part.of(delta)], [kept(1 - drop, delta.numel())])[0].mask(delta)
+    return top_mask(delta, 1 - drop)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from byom.errors import OptionError, fraction
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
-from byom.functional.selection import Cut
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.weights.cuts import Cuts, cuts
+from byom.weights.cuts import Cuts, Located, cuts
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Ties(PlannedMethod):
         )
 
 
-def _trim(piece: Group, start: int, cut: Sequence[tuple[Cut, int]]) -> Tensor:
+def _trim(piece: Group, start: int, cut: Sequence[Located]) -> Tensor:
     deltas = piece.deltas
     for row, (threshold, offset) in zip(deltas, cut, strict=True):
         row.mul_(threshold.mask(row, offset + start))

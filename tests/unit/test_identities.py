@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byom.functional import selection
+from byom.functional import selection, stream
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.functional.selection import kept
 from byom.merge.average import Average
@@ -264,7 +264,7 @@ def small_blocks(patch):
     trim._known.cache_clear()
     patch.setattr(merging, "BLOCK", 3)
     for name, value in {"BLOCK": 4, "SAMPLE": 5, "MARGIN": 0.0}.items():
-        patch.setattr(selection, name, value)
+        patch.setattr(stream if name == "BLOCK" else selection, name, value)
 
 
 METHODS = st.builds(

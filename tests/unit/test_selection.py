@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byom.errors import CheckpointError, OptionError
-from byom.functional import selection
-from byom.functional.selection import Cut, Part, kept, locate
+from byom.functional import rows, selection, stream
+from byom.functional.rows import row_cuts
+from byom.functional.selection import Cut, Part, kept, locate, top_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -68,7 +69,7 @@ def scaled(tiny):
     """The constants as shipped, or so small that brackets miss, move and span many blocks."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in TINY.items() if tiny else ():
-            patch.setattr(selection, name, value)
+            patch.setattr(stream if name == "BLOCK" else selection, name, value)
         yield
 
 
@@ -164,13 +165,45 @@ def test_positions_beyond_int32():
                 values[place - where.start] = value
         return values
 
-    stream = selection._Stream.of([Part(n, read)])
-    ties = np.zeros(stream.blocks, dtype=np.int64)
-    ties[[((1 << 31) - 1) // selection.BLOCK, ((1 << 31) + 7) // selection.BLOCK]] = 1
-    cut = selection._Bracket(3, np.zeros(1), 0, 0.0, inf)._cut(stream, 2.0, ties, 2)
+    endless = stream.Stream.of([Part(n, read)])
+    ties = np.zeros(endless.blocks, dtype=np.int64)
+    ties[[((1 << 31) - 1) // stream.BLOCK, ((1 << 31) + 7) // stream.BLOCK]] = 1
+    cut = selection._Bracket(3, np.zeros(1), 0, 0.0, inf)._cut(endless, 2.0, ties, 2)
     assert cut == Cut(2.0, (1 << 31) + 7, 3)
     assert selection._positions(n).max() > 1 << 31
     assert cut.mask(read(slice(1 << 31, n)), 1 << 31).nonzero().tolist() == [[7]]
+
+
+@given(streams(), st.sampled_from([0.0, 0.1, 0.29, 0.5, 0.9, 1.0]), st.integers(1, 7))
+@settings(max_examples=150, deadline=None)
+def test_the_largest_of_every_vector_are_those_of_a_stable_sort(case, density, width):
+    values = case[0][: len(case[0]) // width * width].reshape(-1, width)
+    masks = [expected(*order_of(row), kept(density, width))[1] for row in values]
+    mask = torch.stack(masks) if masks else torch.empty(0, width, dtype=torch.bool)
+    assert torch.equal(top_mask(values, density, -1), mask)
+    assert torch.equal(top_mask(values.T, density, 0), mask.T)
+    for row, survivors in zip(values, mask, strict=True):
+        assert torch.equal(top_mask(row, density), survivors)
+
+
+@given(streams(), st.lists(st.sampled_from([0.0, 0.1, 0.29, 0.5, 0.9, 1.0]), max_size=3), st.integers(1, 7))
+@settings(max_examples=100, deadline=None)
+def test_cuts_of_rows_give_the_mask_piece_by_piece(case, densities, width):
+    values = case[0][: len(case[0]) // width * width].reshape(-1, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "PIECE", 5)
+        cuts = row_cuts(Part.of(values), width, [kept(density, width) for density in densities])
+        for density, cut in zip(densities, cuts, strict=True):
+            pieces = torch.split(values.reshape(-1), 3)
+            masks = [cut.mask(piece, 3 * i) for i, piece in enumerate(pieces)]
+            assert torch.equal(torch.cat(masks), top_mask(values, density, -1).reshape(-1))
+            assert cut.mask(values).shape == values.shape
+
+
+def test_the_largest_of_a_tensor_of_no_axis_is_that_entry_or_none():
+    assert top_mask(torch.tensor(2.0), 1.0, -1) and not top_mask(torch.tensor(2.0), 0.5, -1)
+    with pytest.raises(OptionError, match="density=10 is not a fraction"):
+        top_mask(torch.ones(3), 10, -1)
 
 
 def test_degenerate_shapes():

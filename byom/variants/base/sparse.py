@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError, fraction
+from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
 from byom.variants.base import positions as encoding
@@ -60,7 +61,7 @@ class TopMagnitude(PackingVariant):
         return assign(parts, shared.reference)
 
 
-def survivors(cut: Cut, target: Tensor, reference: Tensor, offset: int) -> Tensor:
+def survivors(cut: Cut | RowCut, target: Tensor, reference: Tensor, offset: int) -> Tensor:
     """Say which entries of ``target - reference`` a cut keeps, forming `PIECE` of the difference at a time.
 
     Args:

@@ -1,0 +1,45 @@
+"""Cuts of the difference between two sets of weights, in every scope."""
+
+import pytest
+import torch
+
+from byom.errors import OptionError
+from byom.functional.selection import top_mask
+from byom.weights import Weights
+from byom.weights.cuts import cuts, cuts_at, require_scope
+
+SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 3, 4), "e": (0, 2)}
+
+
+def weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return Weights.of({name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}, str(seed))
+
+
+def masks(target, reference, density, scope):
+    """Return each parameter's mask from its cut."""
+    where = cuts(target, reference, density, scope)
+    return {n: cut.mask(target[n] - reference[n], offset) for n, (cut, offset) in where.items()}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 1.0])
+def test_every_scope_keeps_the_largest_of_what_it_ranks_together(density):
+    target, reference = weights(1), weights(2)
+    deltas = {name: target[name] - reference[name] for name in SHAPES}
+    whole = torch.cat([delta.reshape(-1) for delta in deltas.values()])
+    together = masks(target, reference, density, "global")
+    assert torch.equal(torch.cat([mask.reshape(-1) for mask in together.values()]), top_mask(whole, density))
+    for scope, dim in {"tensor": None, "row": -1}.items():
+        for name, mask in masks(target, reference, density, scope).items():
+            assert torch.equal(mask, top_mask(deltas[name], density, dim)), (scope, name)
+
+
+@pytest.mark.parametrize("scope", ["rows", "layer", "", "Global"])
+def test_an_unknown_scope_is_refused(scope):
+    for find in (
+        lambda: cuts(weights(1), weights(2), 0.1, scope),
+        lambda: cuts_at(weights(1), weights(2), [0.1], scope),
+        lambda: require_scope("scope", scope),
+    ):
+        with pytest.raises(OptionError, match=f"scope={scope} is not known; use global, tensor or row"):
+            find()
