@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from benchmarks.options import conclude, parser
+from byom.functional.linalg import product_svd
 from byom.merge.base import Problem
 from byom.variants import lora
 from byom.variants.lora import ByomLora
 from byom.weights import Weights
-from byom.weights.lowrank import Adapted, Piece, product_svd
+from byom.weights.lowrank import Adapted, Piece
 
 TIMES_FASTER = 20.0
 SECONDS = 2.0

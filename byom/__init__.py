@@ -60,7 +60,7 @@ __version__ = "0.1.0"
 ALIASES = {
     "byom.adapter": "byom.checkpoint.adapters.adapter",
     "byom.bundle": "byom.checkpoint.bundle",
-    "byom.combine": "byom.weights.combine",
+    "byom.combine": "byom.weights.lowrank",
     "byom.config": "byom.cli.config",
     "byom.finetune": "byom.experts.finetune",
     "byom.fused": "byom.backbone.split_attention",

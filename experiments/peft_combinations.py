@@ -27,8 +27,7 @@ from byom.merge.base import Problem
 from byom.merge.knots import KnowledgeOrientationThroughSvd
 from byom.merge.ties import Ties
 from byom.weights import Weights
-from byom.weights.combine import cat, truncated
-from byom.weights.lowrank import Adapted, Piece
+from byom.weights.lowrank import Adapted, Piece, cat, truncated
 
 DENSITY = 0.2
 PEFT = ("linear", "svd", "ties", "dare_linear", "magnitude_prune", "cat")

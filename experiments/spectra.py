@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from byom.experts.finetune.targets import WORDS
-from byom.functional.linalg import VANISHING, is_matrix, truncated_svd
+from byom.functional.linalg import VANISHING, product_svd, truncated_svd
+from byom.merge.base.matrices import is_matrix
 from byom.weights import Weights
 from byom.weights.fused import module_of
-from byom.weights.lowrank import Adapted, product_svd
+from byom.weights.lowrank import Adapted
 
 SHOWN = 64
 FEWEST = 3  # two points lie on any line

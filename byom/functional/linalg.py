@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-from byom.errors import OptionError
 
 VANISHING = 1e-6  # singular values below this share of the largest are rounding of fp32 models, not directions
 OVERSAMPLING = 16  # directions that a randomised range finder looks for beyond those asked for
 POWERS = 3  # passes over A and its transpose, each adding 2 to the power of A
 SAFE = 1e-4  # squaring a matrix in fp64 keeps fp32 accuracy down to this share of its largest singular value
-
-
-def patterns(name: str, given: Iterable[str]) -> tuple[str, ...]:
-    """Check parameter-name patterns.
-
-    Args:
-        name: The option's name, for the message.
-        given: Shell-style patterns such as ``*text_projection*``.
-
-    Returns:
-        The patterns as a tuple, so that what holds them stays hashable.
-
-    Raises:
-        OptionError: If it is one string, or holds something that is no string.
-    """
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-        raise OptionError(f"{name}={given} is not a list of patterns; write {name}=['*text_projection*']")
-    return tuple(given)
-
-
-def is_matrix(name: str, shape: Sequence[int], exclude: Sequence[str] = ()) -> bool:
-    """Say whether the methods for matrices treat a parameter as one.
-
-    Args:
-        name: The parameter's name.
-        shape: Its shape.
-        exclude: Shell-style patterns (`fnmatch.fnmatchcase`) of names that are not.
-
-    Returns:
-        Whether it has two axes, both longer than 1, and its name matches no pattern.
-    """
-    return len(shape) == 2 and min(shape) > 1 and not any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +83,28 @@ def randomised_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor
         basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ basis)[0])[0]
     left, values, right = thin_svd(basis.T @ wide)
     return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor a product without forming it: ``L R = U diag(s) Vt``.
+
+    ``L = Q_L R_L`` and ``Rᵀ = Q_R R_R``; the SVD of the r x r core ``R_L R_Rᵀ`` is turned by the orthonormal Qs. It
+    costs ``O((m + n) r^2 + r^3)`` where the SVD of the dense product costs ``O(m n min(m, n))``.
+
+    Args:
+        left: ``[m, r]``.
+        right: ``[r, n]``.
+
+    Returns:
+        ``U [m, k]``, ``s [k]`` descending, ``Vt [k, n]`` with ``k = min(m, n, r)``, in the factors' dtype.
+
+    References:
+        BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-LoRA). https://arxiv.org/abs/2310.01886
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, values, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left @ u, values, vt @ q_right.T
 
 
 def polar(matrix: Tensor, rtol: float = VANISHING) -> Tensor:

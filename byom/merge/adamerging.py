@@ -15,14 +15,14 @@ from byom.errors import OptionError, fraction
 from byom.functional.deltas import agreeing, elect_sign
 from byom.functional.heads import require_classes
 from byom.merge.base import Group, PlannedMethod, Problem
-from byom.merge.base.descent import Blend, Vectors, blended, encoded, plain, require, require_unlabelled
+from byom.merge.base.descent import Blend, Vectors, blended, encoded, require, require_unlabelled, unchanged
 from byom.merge.base.needs import Needs
 from byom.merge.base.probe import Batch, Probe
 from byom.merge.ties import Ties
 
 
 @dataclass(frozen=True)
-class Plan:
+class Learnt:
     """What was learnt: ``[T]`` coefficients for every parameter, and which task vectors they weigh."""
 
     coefficients: dict[str, Tensor]
@@ -91,16 +91,16 @@ class AdaMerging(PlannedMethod):
         """Unlabelled inputs of one split."""
         return Needs(inputs=frozenset({self.inputs}))
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> Learnt:
         """Learn the coefficients."""
-        vectors = elected(problem, self.density) if self.plus_plus else plain
+        vectors = elected(problem, self.density) if self.plus_plus else unchanged
         blend = Blend(problem, self.inputs, vectors)
         learnt = blend.start(self.scale, None if self.granularity == "layer" else 1)
         self._descend(problem, blend, learnt)
         rows = learnt.detach().clamp(0, 1).expand(len(blend.names), -1)
-        return Plan(dict(zip(blend.names, rows, strict=True)), vectors)
+        return Learnt(dict(zip(blend.names, rows, strict=True)), vectors)
 
-    def merge(self, group: Group, plan: Plan) -> Tensor:
+    def merge(self, group: Group, plan: Learnt) -> Tensor:
         """Return ``theta_0 + sum_t lambda_t tau_t`` for one parameter."""
         return blended(group, plan.coefficients[group.name], plan.vectors)
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.deltas import total
+from byom.functional.means import weighted_mean
 from byom.merge.base import Group, TensorwiseMethod
-from byom.merge.fisher import plain, require_weights
+from byom.merge.base.checks import require_weights
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ class Average(TensorwiseMethod):
             raise OptionError(
                 f"merge.weights has {len(self.weights)} values for {len(group.experts)} tasks; give one a task"
             )
-        return plain(group.finetuned, self.weights)
+        return weighted_mean(group.finetuned, self.weights)

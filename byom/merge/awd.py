@@ -15,8 +15,8 @@ from byom.functional.deltas import inner_products, total
 from byom.functional.linalg import VANISHING
 from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
+from byom.merge.base.checks import require_experts
 from byom.merge.base.needs import Needs
-from byom.merge.dare import require_experts
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 

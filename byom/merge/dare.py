@@ -13,6 +13,7 @@ from byom.functional.seeding import keyed
 from byom.functional.selection import top_mask
 from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
+from byom.merge.base.checks import require_experts
 from byom.merge.base.needs import Needs
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
@@ -95,19 +96,6 @@ class Dare(MergeMethod):
     def _thin(self, delta: Tensor, seed: int) -> Tensor:
         mask = flips(delta, self.drop, seed) if self.select == "random" else heaviest(delta, self.drop)
         return delta * mask / (1 - self.drop if self.rescale else 1)
-
-
-def require_experts(then: MergeMethod) -> None:
-    """Refuse to wrap a method that does not look at the experts which the wrapper changes.
-
-    Raises:
-        OptionError: If it trains a joint model, or merges further models of each task.
-    """
-    if then.needs.joint or then.needs.members > 1:
-        raise OptionError(
-            f"merge.then={type(then).__name__} does not merge the experts alone, so changing them first would do "
-            "nothing or half; choose another, for example merge@merge.then=ties"
-        )
 
 
 def flips(delta: Tensor, drop: float, seed: int) -> Tensor:

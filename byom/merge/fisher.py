@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError
-from byom.functional.deltas import total
+from byom.errors import OptionError
+from byom.functional.means import precision_mean, weighted_mean
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.merge.base.checks import require_shape, require_weights, task_weights
 from byom.merge.base.needs import Needs
 
 
@@ -77,70 +76,10 @@ class FisherMerging(PlannedMethod):
         """Return the Fisher-weighted average, block by block."""
         if "fisher" not in group.statistics:
             weights = self.weights or [1.0] * len(group.experts)
-            return blockwise(group, lambda _, piece: piece.pretrained + plain(piece.deltas, weights))
+            return blockwise(group, lambda _, piece: piece.pretrained + weighted_mean(piece.deltas, weights))
         require_shape(group, "fisher")
         return blockwise(group, lambda _, piece: self._piece(piece, plan))
 
     def _piece(self, piece: Group, coefficients: list[float]) -> Tensor:
         fisher = piece.statistics["fisher"].clamp(min=self.floor)
-        return piece.pretrained + precise(piece.deltas, fisher, coefficients)
-
-
-def precise(deltas: Tensor, precisions: Tensor, weights: Sequence[float], prior: float = 0.0) -> Tensor:
-    """Average with a weight an element: ``sum_t c_t H_t tau_t / (prior + sum_t c_t H_t)``; 0 where that is 0 / 0.
-
-    Args:
-        deltas: ``[T, *shape]`` (tau_t).
-        precisions: ``[T, *shape]``, at least 0 (H_t).
-        weights: One a task (c_t).
-        prior: Precision of tau = 0.
-
-    Returns:
-        ``[*shape]``.
-    """
-    scaled = torch.stack([weight * row for weight, row in zip(weights, precisions.to(deltas), strict=True)])
-    whole = total(scaled) + prior
-    shares = scaled.div_(whole.masked_fill_(whole == 0, 1))
-    return total(shares * deltas)
-
-
-def plain(deltas: Tensor, weights: Sequence[float]) -> Tensor:
-    """Average ``[T, *shape]`` with one weight a task, whose sum need not be 1."""
-    whole = sum(weights)
-    return total(torch.stack([weight / whole * row for weight, row in zip(weights, deltas, strict=True)]))
-
-
-def require_weights(weights: Sequence[float]) -> None:
-    """Refuse task weights that are negative, not finite or all 0.
-
-    Raises:
-        OptionError: Naming ``merge.weights``.
-    """
-    if weights and not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
-        raise OptionError(f"merge.weights={list(weights)} must be at least 0, finite, and not all 0")
-
-
-def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
-    """Return one weight a task, all alike with sum 1 if none are given.
-
-    Raises:
-        OptionError: If their number is not that of the tasks.
-    """
-    tasks = problem.tasks
-    if weights and len(weights) != len(tasks):
-        raise OptionError(f"merge.weights has {len(weights)} values for {len(tasks)} tasks: {', '.join(tasks)}")
-    return list(weights) or [1 / len(tasks)] * len(tasks)
-
-
-def require_shape(group: Group, statistic: str) -> None:
-    """Refuse a statistic that is not of its parameter's shape.
-
-    Raises:
-        CheckpointError: Naming the parameter.
-    """
-    found = group.statistics[statistic].shape[1:]
-    if found != group.pretrained.shape:
-        raise CheckpointError(
-            f"the statistic '{statistic}' of '{group.name}' has shape {tuple(found)}, the parameter "
-            f"{tuple(group.pretrained.shape)}; compute it for this model"
-        )
+        return piece.pretrained + precision_mean(piece.deltas, fisher, coefficients)

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from byom.errors import OptionError
+from byom.functional.means import precision_mean, weighted_mean
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.merge.base.checks import require_shape, require_weights, task_weights
 from byom.merge.base.needs import Needs
-from byom.merge.fisher import plain, precise, require_shape, require_weights, task_weights
 
 POSTERIORS = ("fisher", "ivon")
 
@@ -76,11 +77,11 @@ class HessianWeighted(PlannedMethod):
 def previewed(group: Group, weights: list[float], posterior: str, prior: float) -> Tensor:
     """Return theta_0 plus the precision-weighted mean of the task vectors; the mean if there is no precision."""
     if posterior not in group.statistics:
-        return blockwise(group, lambda _, piece: piece.pretrained + plain(piece.deltas, weights))
+        return blockwise(group, lambda _, piece: piece.pretrained + weighted_mean(piece.deltas, weights))
     require_shape(group, posterior)
     return blockwise(
         group,
-        lambda _, piece: piece.pretrained + precise(piece.deltas, piece.statistics[posterior], weights, prior),
+        lambda _, piece: piece.pretrained + precision_mean(piece.deltas, piece.statistics[posterior], weights, prior),
     )
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, is_matrix, patterns, thin_svd
+from byom.functional.linalg import VANISHING, thin_svd
 from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base.matrices import is_matrix, patterns
 
 Rank = Literal["numerical", "full"]
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from byom.errors import OptionError, fraction
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, is_matrix, patterns, polar, thin_svd, truncated_svd
+from byom.functional.linalg import VANISHING, polar, thin_svd, truncated_svd
 from byom.functional.selection import kept as floored
 from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.matrices import is_matrix, patterns
 from byom.merge.iso_c import Rank
 
 Triplets = tuple[Tensor, Tensor, Tensor]

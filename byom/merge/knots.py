@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from byom.errors import OptionError
-from byom.functional.linalg import VANISHING, is_matrix, patterns, thin_svd
+from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
+from byom.merge.base.matrices import is_matrix, patterns
 from byom.merge.base.needs import Needs
 from byom.merge.ties import Ties
 from byom.weights import Spec, Weights
@@ -25,7 +26,7 @@ Chain = Sequence[Tensor]  # matrices whose product is meant: a change itself, or
 
 
 @dataclass(frozen=True)
-class Plan:
+class SharedBases:
     """One basis a matrix, the merged coordinates in them, and the merged changes of other tensors (None: none)."""
 
     bases: Mapping[str, Tensor]
@@ -106,7 +107,7 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         """Name what is not merged in a shared basis."""
         return [name for name in problem.pretrained.mergeable() if not self._applies(problem.pretrained, name)]
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> SharedBases:
         """Find the bases, and let the wrapped method plan for the coordinates."""
         base = problem.pretrained
         thin = all(isinstance(expert, Adapted) and expert.on(base) for expert in problem.finetuned.values())
@@ -114,9 +115,9 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         names = [name for name in base.mergeable() if self._applies(base, name)]
         bases = {name: changes.basis(name, self.rtol) for name in names}
         merged = self.then(changes.coordinates(bases))
-        return Plan(bases, merged, self._rest(problem))
+        return SharedBases(bases, merged, self._rest(problem))
 
-    def merge(self, group: Group, plan: Plan) -> Tensor:
+    def merge(self, group: Group, plan: SharedBases) -> Tensor:
         """Return ``theta_0 + scale * U R`` for a matrix, and what `rest` says for other tensors."""
         if group.name in plan.bases:
             change = plan.bases[group.name] @ plan.merged[group.name]

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from byom.errors import OptionError, fraction
 from byom.functional.deltas import total
 from byom.functional.heads import loss
-from byom.functional.linalg import patterns
 from byom.functional.selection import Part, kept, locate
 from byom.functional.tensors import wide
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.descent import require, shuffled, where
+from byom.merge.base.matrices import patterns
 from byom.merge.base.needs import Needs
 from byom.merge.base.probe import Batch
 from byom.weights import Weights

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError
+from byom.functional.means import precision_mean
 from byom.merge.base import Group, Member, PlannedMethod, Problem
+from byom.merge.base.checks import require_shape, require_weights, task_weights
 from byom.merge.base.needs import Needs
-from byom.merge.fisher import precise, require_shape, require_weights, task_weights
 from byom.merge.hessian_weighted import posterior_needs, previewed, require_posterior
 from byom.weights import Weights
 
@@ -21,7 +22,7 @@ TINY = 1e-30  # stands for no precision at all in a logarithm
 
 
 @dataclass(frozen=True)
-class Plan:
+class WeightedMembers:
     """All members as one problem, and the weight of each: its task's times its responsibility."""
 
     problem: Problem
@@ -87,7 +88,7 @@ class MixtureOfGaussians(PlannedMethod):
         """Name the parameters without a Hessian."""
         return self._members(problem).uncovered(self.posterior)
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> WeightedMembers:
         """Find the responsibilities by EM over the whole vector of parameters."""
         everyone = self._members(problem)
         tasks = torch.tensor(task_weights(self.weights, problem), dtype=torch.float64).unsqueeze(1)
@@ -95,9 +96,9 @@ class MixtureOfGaussians(PlannedMethod):
         for _ in range(self.steps if self.members > 1 else 0):
             evidence = self._evidence(everyone, (tasks * shares).flatten().tolist())
             shares = (evidence.reshape(shares.shape) / self.temperature).softmax(1)
-        return Plan(everyone, (tasks * shares).flatten().tolist())
+        return WeightedMembers(everyone, (tasks * shares).flatten().tolist())
 
-    def merge(self, group: Group, plan: Plan) -> Tensor:
+    def merge(self, group: Group, plan: WeightedMembers) -> Tensor:
         """Return the mode that the last responsibilities give, block by block."""
         return previewed(plan.problem.group(group.name), plan.weights, self.posterior, self.prior)
 
@@ -127,7 +128,7 @@ class MixtureOfGaussians(PlannedMethod):
 
     def _density(self, piece: Group, weights: list[float]) -> Tensor:
         deltas, precisions = piece.deltas.double(), piece.statistics[self.posterior].double()
-        away = deltas - precise(deltas, precisions, weights, self.prior)
+        away = deltas - precision_mean(deltas, precisions, weights, self.prior)
         believed = (precisions + self.prior).clamp(min=TINY)
         return 0.5 * (believed.log() - believed * away.square()).sum(1)
 

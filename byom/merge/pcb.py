@@ -26,7 +26,7 @@ class Range(NamedTuple):
     high: float
 
 
-class Plan(NamedTuple):
+class Ranges(NamedTuple):
     """What must be known about the whole model, a task each: the range of its sizes, and that of its scores."""
 
     sizes: Sequence[Range]
@@ -77,13 +77,13 @@ class ParameterCompetitionBalancing(PlannedMethod):
         if not 0 <= self.clip < 0.5:
             raise OptionError(f"merge.clip={self.clip} is not in [0, 0.5); write 1 % as merge.clip=0.01")
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> Ranges:
         """Find the bounds of each task's sizes, then of its scores."""
         sizes = [self._sizes(problem, task) for task in problem.tasks]
         read = _reader(problem)
-        return Plan(sizes, [self._scores(problem, read, index, bounds) for index, bounds in enumerate(sizes)])
+        return Ranges(sizes, [self._scores(problem, read, index, bounds) for index, bounds in enumerate(sizes)])
 
-    def merge(self, group: Group, plan: Plan) -> Tensor:
+    def merge(self, group: Group, plan: Ranges) -> Tensor:
         """Return ``theta_0`` plus the scaled mean change, weighted by the tasks' shares, block by block."""
         return blockwise(group, lambda _, piece: piece.pretrained + self.scale * balanced(piece.deltas, plan))
 
@@ -132,7 +132,7 @@ def score(delta: Tensor, together: Tensor, sizes: Range, tasks: int) -> Tensor:
     return (tasks * (within - 1)).exp_() * (delta * together).tanh_()
 
 
-def balanced(deltas: Tensor, plan: Plan) -> Tensor:
+def balanced(deltas: Tensor, plan: Ranges) -> Tensor:
     """Average the task vectors by their shares.
 
     Args:

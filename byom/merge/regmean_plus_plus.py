@@ -17,7 +17,7 @@ from byom.merge.base.needs import Needs
 from byom.merge.regmean import regression_mean, require_options
 
 
-class Layer(NamedTuple):
+class Stage(NamedTuple):
     """Parameters that are merged together."""
 
     matrices: list[str]  # that have a Gram
@@ -99,7 +99,7 @@ class RegMeanPlusPlus(PlannedMethod):
     def _merged(self, group: Group, grams: Tensor) -> Tensor:
         return group.pretrained + regression_mean(group.name, group.deltas, grams, self.off_diagonal, self.ridge)
 
-    def _grams(self, problem: Problem, task: str, merged: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    def _grams(self, problem: Problem, task: str, merged: dict[str, Tensor], layer: Stage) -> dict[str, Tensor]:
         """Grams of a layer of the task's model whose other layers are the merged ones."""
         base = problem.pretrained
         state = merged | {name: problem.finetuned[task][name] for name in layer.parameters}
@@ -108,7 +108,7 @@ class RegMeanPlusPlus(PlannedMethod):
         return problem.inputs().grams(state, task, "train", self.examples, layer.matrices)
 
 
-def layers(order: Sequence[Sequence[str]], names: Collection[str]) -> list[Layer]:
+def layers(order: Sequence[Sequence[str]], names: Collection[str]) -> list[Stage]:
     """Gather matrices and the parameters around them into layers.
 
     Args:
@@ -124,7 +124,7 @@ def layers(order: Sequence[Sequence[str]], names: Collection[str]) -> list[Layer
             if name in names:
                 matrices.setdefault(_prefix(name) or group[0], []).append(name)
     return [
-        Layer(found, sorted({*found, *(name for name in names if _prefix(name) == key)}))
+        Stage(found, sorted({*found, *(name for name in names if _prefix(name) == key)}))
         for key, found in matrices.items()
     ]
 

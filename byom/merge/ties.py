@@ -16,7 +16,7 @@ from byom.weights.cuts import Cuts, Located, cuts
 
 
 @dataclass(frozen=True)
-class Plan:
+class Trimming:
     """What TIES must know about the whole model: one cut a task, and the sign most coordinates elect."""
 
     cuts: Sequence[Cuts]
@@ -66,24 +66,24 @@ class Ties(PlannedMethod):
         if self.scope not in ("global", "tensor"):
             raise OptionError(f"merge.scope={self.scope} is not known; use global or tensor")
 
-    def plan(self, problem: Problem) -> Plan:
+    def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
         found = [cuts(expert, problem.pretrained, self.density, self.scope) for expert in problem.finetuned.values()]
-        undecided = Plan(found, 0.0)
+        undecided = Trimming(found, 0.0)
         votes = sum(self._votes(problem.group(name), undecided) for name in problem.pretrained.mergeable())
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))
 
-    def merge(self, group: Group, plan: Plan) -> Tensor:
+    def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""
         return blockwise(group, lambda start, piece: self._merge(piece, start, plan, group.name))
 
-    def _merge(self, piece: Group, start: int, plan: Plan, name: str) -> Tensor:
+    def _merge(self, piece: Group, start: int, plan: Trimming, name: str) -> Tensor:
         trimmed = _trim(piece, start, [cut[name] for cut in plan.cuts])
         kept = agreeing(trimmed, elect_sign(trimmed, plan.majority))
         merged = disjoint_mean(kept) if self.combine == "mean" else total(kept)
         return piece.pretrained + self.scale * merged
 
-    def _votes(self, group: Group, plan: Plan) -> int:
+    def _votes(self, group: Group, plan: Trimming) -> int:
         cut = [cut[group.name] for cut in plan.cuts]
         return sum(
             int(elect_sign(_trim(piece, start, cut)).sum(dtype=torch.float64)) for start, piece in group.blocks()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, is_matrix, patterns, polar, truncated_svd
+from byom.functional.linalg import VANISHING, polar, truncated_svd
 from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.matrices import is_matrix, patterns
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.deltas import total
-from byom.functional.linalg import is_matrix, patterns, weighted_solve
+from byom.functional.linalg import weighted_solve
 from byom.functional.tensors import wide
 from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base.matrices import is_matrix, patterns
 
 
 @dataclass(frozen=True)

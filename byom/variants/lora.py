@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, one_of, whole
-from byom.functional.linalg import is_matrix, randomised_svd, truncated_svd
+from byom.functional.linalg import product_svd, randomised_svd, truncated_svd
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
+from byom.merge.base.matrices import is_matrix
 from byom.storage import tensor_files as storage
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base.variant import PacksFactors
 from byom.weights import Weights
-from byom.weights.lowrank import Adapted, Piece, add, product_svd
+from byom.weights.lowrank import Adapted, Piece, add
 
 KEPT = 32  # singular values found of a dense difference: every smaller rank of a sweep is a cut of them
 Place = tuple[str, int]  # parameter and first row

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from byom.errors import OptionError, fraction
-from byom.functional.linalg import is_matrix
 from byom.functional.selection import kept
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
+from byom.merge.base.matrices import is_matrix
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
 from byom.weights import Weights

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from byom.errors import fraction, one_of
-from byom.functional.linalg import is_matrix
 from byom.functional.seeding import keyed
 from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
+from byom.merge.base.matrices import is_matrix
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
 from byom.weights import Weights

@@ -1,15 +1,21 @@
-"""Differences that are known as products of thin factors, and weights that carry them."""
+"""Differences that are known as products of thin factors, weights that carry them, and several of them as one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from byom.errors import CheckpointError, OptionError, listed
+from byom.functional.linalg import product_svd
 from byom.functional.tensors import wide
 from byom.weights.weights import Spec, Weights
+
+Site = tuple[int, int]  # first row, number of rows
 
 
 class Piece(NamedTuple):
@@ -83,26 +89,116 @@ def add(value: Tensor, pieces: Sequence[Piece]) -> Tensor:
     return moved
 
 
-def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor a product without forming it: ``L R = U diag(s) Vt``.
+def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted:
+    """Add adapters exactly: ``sum_t w_t s_t B_t A_t`` as one product, of rank ``r_1 + ... + r_T``.
 
-    ``L = Q_L R_L`` and ``Rᵀ = Q_R R_R``; the SVD of the r x r core ``R_L R_Rᵀ`` is turned by the orthonormal Qs. It
-    costs ``O((m + n) r^2 + r^3)`` where the SVD of the dense product costs ``O(m n min(m, n))``.
+    ``B = [w_1 s_1 B_1 ... w_T s_T B_T]`` and ``A`` the ``A_t`` one above the other. Nothing full-sized is formed.
 
     Args:
-        left: ``[m, r]``.
-        right: ``[r, n]``.
+        experts: Task name to adapter, all of one base; ranks and adapted layers may differ.
+        weights: Task name to its finite weight, of any sign (w_t).
 
     Returns:
-        ``U [m, k]``, ``s [k]`` descending, ``Vt [k, n]`` with ``k = min(m, n, r)``, in the factors' dtype.
+        The base with the weighted sum; what was trained whole (biases, modules) as all experts have it.
+
+    Raises:
+        OptionError: If the weights are not those of the experts.
+        CheckpointError: If there is no expert, bases differ, tensors that were trained whole differ, or one expert
+            adapts rows together that another adapts apart.
 
     References:
-        BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-LoRA). https://arxiv.org/abs/2310.01886
+        PEFT, ``add_weighted_adapter``, ``combination_type="cat"``.
+        https://huggingface.co/docs/peft/developer_guides/model_merging
+
+    Differences:
+        PEFT's ``cat`` is the same sum, but for rsLoRA: 0.21.2 then multiplies every combination by the root of its
+        rank. Its other types are left out, because the result depends on how a product was
+        factored: ``linear`` adds the factors themselves, hence ``B_i A_j`` of different tasks, and ``ties``,
+        ``dare_*`` and ``magnitude_prune`` prune B and A apart. Merge methods on the products do what they mean.
+        PEFT keeps the tensors that one adapter alone trained whole; here they conflict with the base's.
     """
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, values, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return q_left @ u, values, vt @ q_right.T
+    base = _base(experts)
+    if set(weights) != set(experts) or not all(isfinite(weight) for weight in weights.values()):
+        raise OptionError(f"weights={dict(weights)} must give one finite number for each of {listed(experts)}")
+    names = sorted({name for expert in experts.values() for name in expert.factored})
+    given = {name: [(weights[t], piece) for t, e in experts.items() for piece in e.pieces(name)] for name in names}
+    factored = {name: _joined(name, pieces) for name, pieces in given.items()}
+    return Adapted(base, factored, _agreed(experts), " + ".join(expert.origin for expert in experts.values()))
+
+
+def truncated(adapted: Adapted, rank: int) -> Adapted:
+    """Keep the largest singular values of every low-rank difference: the nearest one of that rank.
+
+    From the QR decompositions of the factors; the dense product is never formed.
+
+    Args:
+        adapted: An adapter, such as `cat` returns.
+        rank: How many values are kept a layer (r), at least 1.
+
+    Returns:
+        The same base with differences of at most this rank; what was trained whole stays.
+
+    Raises:
+        OptionError: If the rank is no whole number from 1 on.
+
+    Differences:
+        PEFT's ``svd`` (0.21.2) is this after `cat`, from the dense sum. Earlier versions multiply by ``s_t`` twice,
+        which matters where ``s_t = alpha / r`` is not 1. Its ``svd_clamp`` has no counterpart.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise OptionError(f"rank={rank} must be a whole number from 1 on")
+    factored = {name: [_cut(piece, rank) for piece in pieces] for name, pieces in adapted.factored.items()}
+    return Adapted(adapted.base, factored, adapted.replaced, f"{adapted.origin} at rank {rank}")
+
+
+def _base(experts: Mapping[str, Adapted]) -> Weights:
+    if not experts:
+        raise CheckpointError("there is no adapter to combine; give at least one task")
+    first = next(iter(experts.values()))
+    if other := [expert.origin for expert in experts.values() if not expert.on(first.base)]:
+        raise CheckpointError(
+            f"{other[0]} and {first.origin} adapt different base models; combine adapters of one base"
+        )
+    return first.base
+
+
+def _joined(name: str, given: Sequence[tuple[float, Piece]]) -> list[Piece]:
+    """Join the pieces of the same rows."""
+    sites: dict[Site, list[tuple[float, Piece]]] = {}
+    for weight, piece in given:
+        sites.setdefault((piece.start, len(piece.left)), []).append((weight, piece))
+    ends = [(start, start + height) for start, height in sorted(sites)]
+    if any(end > start for (_, end), (start, _) in pairwise(ends)):
+        raise CheckpointError(
+            f"some adapters change rows of '{name}' together that others change apart (a fused attention matrix); "
+            "merge them as weights instead, for example byom run merge=task_arithmetic"
+        )
+    return [_one(start, sites[start, height]) for start, height in sorted(sites)]
+
+
+def _one(start: int, given: Sequence[tuple[float, Piece]]) -> Piece:
+    left = torch.cat([weight * piece.left for weight, piece in given], 1)
+    return Piece(start, left, torch.cat([piece.right for _, piece in given]))
+
+
+def _agreed(experts: Mapping[str, Adapted]) -> dict[str, Tensor]:
+    """Return what was trained whole, which must be the same in every expert, adapted or not."""
+    every = list(experts.values())
+    values = {name: value for expert in every for name, value in expert.replaced.items()}
+    differing = [n for n, v in values.items() if any(not torch.equal(e.replaced.get(n, e.base[n]), v) for e in every)]
+    if differing:
+        raise CheckpointError(
+            f"the adapters hold different values of {listed(sorted(differing))}, which were trained whole and have no "
+            "sum as an adapter; merge the experts as weights (byom run merge=task_arithmetic), or train without them"
+        )
+    return values
+
+
+def _cut(piece: Piece, rank: int) -> Piece:
+    left, values, right = product_svd(piece.left.double(), piece.right.double())
+    dtype = torch.promote_types(piece.left.dtype, piece.right.dtype)
+    scaled = left[:, :rank] * values[:rank]
+    return Piece(piece.start, scaled.to(dtype).contiguous(), right[:rank].to(dtype).contiguous())
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from byom.errors import OptionError
 from byom.merge.adamerging import AdaMerging, elected, entropies, entropy
 from byom.merge.awd import AdaptiveWeightDisentanglement
 from byom.merge.base import Problem
-from byom.merge.base.descent import JOINED, Blend, blended, encoded, plain
+from byom.merge.base.descent import JOINED, Blend, blended, encoded, unchanged
 from byom.merge.base.probe import Batch
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
@@ -157,7 +157,7 @@ def test_what_is_returned_is_the_blend_of_the_learnt_coefficients():
     held = networks(3)
     merged, plan = LAYER(held), LAYER.plan(held)
     for name in held.pretrained.mergeable():
-        assert torch.equal(merged[name], blended(held.group(name), plan.coefficients[name], plain))
+        assert torch.equal(merged[name], blended(held.group(name), plan.coefficients[name], unchanged))
     blend = Blend(held, "test")
     thetas = blend.at(torch.stack([plan.coefficients[name] for name in blend.names]))
     close(merged, Weights.of(thetas), rtol=1e-6, atol=1e-6)

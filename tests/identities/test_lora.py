@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
 from byom.functional import linalg
+from byom.functional.linalg import product_svd
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.pipeline import measure
@@ -17,7 +18,7 @@ from byom.variants.base import Shared
 from byom.variants.base.delta import Delta
 from byom.variants.lora import ByomLora, allocate
 from byom.weights import Weights
-from byom.weights.lowrank import Adapted, Piece, product_svd
+from byom.weights.lowrank import Adapted, Piece
 from tests.problems import bits, same
 
 WIDTH, RANK = 24, 6

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from byom.errors import OptionError
 from byom.merge.base import Problem
 from byom.merge.regmean import RegMean, regression_mean
-from byom.merge.regmean_plus_plus import Layer, RegMeanPlusPlus, layers
+from byom.merge.regmean_plus_plus import RegMeanPlusPlus, Stage, layers
 from byom.statistics.gram import grams, order
 from byom.weights import Weights
 from tests.probes import TinyProbe
@@ -128,10 +128,10 @@ def test_layers_go_by_the_first_number_of_a_name():
     names = ["a.0.q", "a.0.k", "a.0.mlp.3", "a.0.norm", "a.1.q", "stem", "head", "bias"]
     found = layers([["stem"], ["a.0.q", "a.0.k"], ["a.0.mlp.3"], ["a.1.q"], ["head"], ["elsewhere"]], names)
     assert found == [
-        Layer(["stem"], ["stem"]),
-        Layer(["a.0.q", "a.0.k", "a.0.mlp.3"], ["a.0.k", "a.0.mlp.3", "a.0.norm", "a.0.q"]),
-        Layer(["a.1.q"], ["a.1.q"]),
-        Layer(["head"], ["head"]),
+        Stage(["stem"], ["stem"]),
+        Stage(["a.0.q", "a.0.k", "a.0.mlp.3"], ["a.0.k", "a.0.mlp.3", "a.0.norm", "a.0.q"]),
+        Stage(["a.1.q"], ["a.1.q"]),
+        Stage(["head"], ["head"]),
     ]
 
 

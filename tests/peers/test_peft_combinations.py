@@ -22,8 +22,7 @@ from byom.merge.base import Problem
 from byom.merge.knots import KnowledgeOrientationThroughSvd
 from byom.merge.ties import Ties
 from byom.weights import Weights
-from byom.weights.combine import cat, truncated
-from byom.weights.lowrank import Adapted, Piece
+from byom.weights.lowrank import Adapted, Piece, cat, truncated
 
 peft = pytest.importorskip("peft")
 experiment = pytest.importorskip("experiments.peft_combinations")

@@ -6,8 +6,7 @@ from torch.testing import assert_close
 
 from byom.errors import CheckpointError, OptionError
 from byom.weights import Weights
-from byom.weights.combine import cat, truncated
-from byom.weights.lowrank import Adapted, Piece
+from byom.weights.lowrank import Adapted, Piece, cat, truncated
 
 SHAPES = {"bias": (6,), "layer": (6, 4), "qkv": (9, 5)}
 WEIGHTS = {"a": 0.5, "b": -0.25, "c": 2.0}

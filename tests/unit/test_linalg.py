@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import OptionError
-from byom.functional.linalg import is_matrix, patterns, polar, ridge_solve, thin_svd, truncated_svd, weighted_solve
+from byom.functional.linalg import polar, ridge_solve, thin_svd, truncated_svd, weighted_solve
+from byom.merge.base.matrices import is_matrix, patterns
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (2, 9), (60, 40), (40, 60), (1, 3)]
 

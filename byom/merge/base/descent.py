@@ -10,15 +10,15 @@ from torch import Tensor
 from byom.errors import OptionError
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
-from byom.merge.base.method import Group, Problem, blockwise
 from byom.merge.base.probe import Batch, Probe
+from byom.merge.base.problem import Group, Problem, blockwise
 from byom.weights import Weights
 
 JOINED = 64  # examples encoded in one pass: fills two cores, and its activations stay well below the task vectors
 Vectors = Callable[[Group, int], Tensor]  # (flat piece of a parameter, its flat offset) -> task vectors [T, n]
 
 
-def plain(group: Group, start: int = 0) -> Tensor:
+def unchanged(group: Group, start: int = 0) -> Tensor:
     """Return the task vectors as they are."""
     return group.deltas
 
@@ -36,7 +36,7 @@ class Blend:
         vectors: The task vectors.
     """
 
-    def __init__(self, problem: Problem, split: str, vectors: Vectors = plain) -> None:
+    def __init__(self, problem: Problem, split: str, vectors: Vectors = unchanged) -> None:
         self.names = problem.pretrained.mergeable()
         self.tasks = len(problem.tasks)
         self.device = where(problem, split)
@@ -70,7 +70,7 @@ class Blend:
         return self.vectors[name].reshape(self.tasks, -1) @ gradient.reshape(-1)
 
 
-def blended(group: Group, coefficients: Tensor, vectors: Vectors = plain) -> Tensor:
+def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) -> Tensor:
     """Return one parameter of the model that coefficients give, block by block.
 
     Args:

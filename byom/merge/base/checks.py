@@ -1,0 +1,58 @@
+"""Checks that several merge methods share, of their options and of what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from byom.errors import CheckpointError, OptionError
+from byom.merge.base.method import MergeMethod
+from byom.merge.base.problem import Group, Problem
+
+
+def require_weights(weights: Sequence[float]) -> None:
+    """Refuse task weights that are negative, not finite or all 0.
+
+    Raises:
+        OptionError: Naming ``merge.weights``.
+    """
+    if weights and not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+        raise OptionError(f"merge.weights={list(weights)} must be at least 0, finite, and not all 0")
+
+
+def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
+    """Return one weight a task, all alike with sum 1 if none are given.
+
+    Raises:
+        OptionError: If their number is not that of the tasks.
+    """
+    tasks = problem.tasks
+    if weights and len(weights) != len(tasks):
+        raise OptionError(f"merge.weights has {len(weights)} values for {len(tasks)} tasks: {', '.join(tasks)}")
+    return list(weights) or [1 / len(tasks)] * len(tasks)
+
+
+def require_shape(group: Group, statistic: str) -> None:
+    """Refuse a statistic that is not of its parameter's shape.
+
+    Raises:
+        CheckpointError: Naming the parameter.
+    """
+    found = group.statistics[statistic].shape[1:]
+    if found != group.pretrained.shape:
+        raise CheckpointError(
+            f"the statistic '{statistic}' of '{group.name}' has shape {tuple(found)}, the parameter "
+            f"{tuple(group.pretrained.shape)}; compute it for this model"
+        )
+
+
+def require_experts(then: MergeMethod) -> None:
+    """Refuse to wrap a method that does not look at the experts which the wrapper changes.
+
+    Raises:
+        OptionError: If it trains a joint model, or merges further models of each task.
+    """
+    if then.needs.joint or then.needs.members > 1:
+        raise OptionError(
+            f"merge.then={type(then).__name__} does not merge the experts alone, so changing them first would do "
+            "nothing or half; choose another, for example merge@merge.then=ties"
+        )

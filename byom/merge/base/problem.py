@@ -1,0 +1,156 @@
+"""The problem that is merged: the models, parameter by parameter, their statistics and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byom.errors import CheckpointError, OptionError
+from byom.functional.tensors import wide
+from byom.merge.base.probe import Probe
+from byom.weights import Weights, require_match
+
+BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter in every model.
+
+    Args:
+        name: The parameter's name.
+        pretrained: ``[*shape]``.
+        experts: One ``[*shape]`` tensor a task, in the problem's task order.
+        statistics: Statistic name to ``[T, ...]``.
+    """
+
+    name: str
+    pretrained: Tensor
+    experts: tuple[Tensor, ...]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def finetuned(self) -> Tensor:
+        """The fine-tuned values ``[T, *shape]`` in fp32 (fp64 for fp64 models)."""
+        return torch.stack([wide(expert) for expert in self.experts])
+
+    @property
+    def deltas(self) -> Tensor:
+        """The task vectors ``[T, *shape]``, both sides cast to fp32 (fp64 for fp64 models) before subtracting."""
+        stacked = self.finetuned
+        return stacked.sub_(wide(self.pretrained))
+
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, Group]]:
+        """Yield ``(offset, group)`` for flat pieces of at most `size` elements; views, nothing is copied.
+
+        Statistics of the parameter's shape are cut with it, others are left out.
+
+        Args:
+            size: Elements of a piece; None takes `BLOCK`.
+        """
+        size, shape = size or BLOCK, self.pretrained.shape
+        flat = [tensor.reshape(-1) for tensor in (self.pretrained, *self.experts)]
+        fitting = {kind: rows for kind, rows in self.statistics.items() if rows.shape[1:] == shape}
+        rows = {kind: rows.reshape(len(rows), flat[0].numel()) for kind, rows in fitting.items()}
+        for start in range(0, flat[0].numel(), size):
+            piece = [tensor[start : start + size] for tensor in flat]
+            cut = {kind: tensor[:, start : start + size] for kind, tensor in rows.items()}
+            yield start, Group(self.name, piece[0], tuple(piece[1:]), cut)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of several solutions of a task.
+
+    Args:
+        weights: The solution.
+        statistics: Statistic name to weights-like values, computed for this solution.
+    """
+
+    weights: Weights
+    statistics: Mapping[str, Weights] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be merged.
+
+    Args:
+        pretrained: theta_0.
+        finetuned: Task name to theta_t, all with the names and shapes of theta_0.
+        statistics: Statistic name to task name to weights-like values.
+        members: Task name to further solutions of the task, the first being theta_t itself; for mixtures.
+        probe: The tasks' inputs, for methods that look at them.
+
+    Raises:
+        CheckpointError: If there is no expert, or names or shapes differ.
+    """
+
+    pretrained: Weights
+    finetuned: Mapping[str, Weights]
+    statistics: Mapping[str, Mapping[str, Weights]] = field(default_factory=dict)
+    members: Mapping[str, Sequence[Member]] = field(default_factory=dict)
+    probe: Probe | None = None
+
+    def __post_init__(self) -> None:
+        if not self.finetuned:
+            raise CheckpointError("there is no fine-tuned model to merge; give at least one task")
+        for expert in self.finetuned.values():
+            require_match(self.pretrained, expert)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names, in the order of every ``[T, ...]`` axis."""
+        return list(self.finetuned)
+
+    def inputs(self) -> Probe:
+        """Return the probe.
+
+        Raises:
+            OptionError: If the problem has none.
+        """
+        if self.probe is None:
+            raise OptionError(
+                "this method looks at inputs of the tasks, and the problem has none; run it through the pipeline "
+                "(byom run merge=... suite=...), or give Problem(..., probe=...)"
+            )
+        return self.probe
+
+    def group(self, name: str) -> Group:
+        """Read one parameter of every model, refusing NaN and infinity."""
+        pretrained = self.pretrained.read_finite(name)
+        experts = tuple(expert.read_finite(name) for expert in self.finetuned.values())
+        return Group(name, pretrained, experts, self._statistics(name))
+
+    def uncovered(self, statistic: str) -> list[str]:
+        """Name the mergeable parameters for which some task lacks a statistic, such as floating-point buffers."""
+        by_task = self.statistics[statistic]
+        return [name for name in self.pretrained.mergeable() if any(name not in by_task[task] for task in self.tasks)]
+
+    def _statistics(self, name: str) -> dict[str, Tensor]:
+        return {
+            kind: torch.stack([by_task[task].read_finite(name) for task in self.tasks])
+            for kind, by_task in self.statistics.items()
+            if all(name in by_task[task] for task in self.tasks)
+        }
+
+
+def blockwise(group: Group, merge: Any) -> Tensor:
+    """Merge a parameter piece by piece.
+
+    Args:
+        group: The parameter in every model.
+        merge: Function of (flat offset, flat piece) that returns the merged piece.
+
+    Returns:
+        ``[*shape]`` merged values.
+    """
+    dtype = torch.promote_types(group.pretrained.dtype, torch.float32)
+    merged = torch.empty(group.pretrained.numel(), dtype=dtype)
+    for start, piece in group.blocks():
+        merged[start : start + piece.pretrained.numel()] = merge(start, piece)
+    return merged.reshape(group.pretrained.shape)
