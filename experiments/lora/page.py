@@ -17,8 +17,8 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.figures.style import save
-from byom.report.frame import Record
 from byom.report.report import header, read_runs, write
+from byom.storage.record import Record
 from experiments import peft_combinations, spectra
 from experiments.lora import display as rank_display
 from experiments.lora import figures as rank_figures
