@@ -10,7 +10,8 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
-from byom.report.report import Runs, Tables, header, read_runs, write
+from byom.report.report import Tables, write
+from byom.report.runs import Runs, header, read_runs
 
 NOTES = (
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model, in per cent; mean ± "
