@@ -12,11 +12,9 @@ import pandas as pd
 
 from benchmarks import lora, selection, true_size
 from byom.cli import config
-from byom.report import frame as table
-from byom.report import methods as methods_table
 from byom.report import render, scaling
-from byom.report.comparison import against_post_pruning
-from byom.report.report import read_runs
+from byom.report.report import Tables
+from byom.report.runs import read_runs
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")
@@ -33,7 +31,7 @@ def results(root: Path = ROOT / "results") -> str:
     Returns:
         Markdown, the same for the same records.
     """
-    frames = {s: table.numbers(read_runs(root, s, b).done) for s, b in SUITES.items()}
+    frames = {s: Tables(read_runs(root, s, b)).frame for s, b in SUITES.items()}
     header = [f"{TITLES[s]}: accuracy | relative | stored" for s in SUITES]
     lines = [f"| | m | {' | '.join(header)} |", "|---|--:|" + "--:|--:|--:|" * len(SUITES)]
     first = frames["vision8_offline"]
@@ -59,7 +57,7 @@ def headline(root: Path = ROOT / "results") -> str:
 
 def comparison(root: Path = ROOT / "results") -> str:
     """Return the Markdown table of BYOM-FFT minus post-pruning, with bootstrap intervals and distance ratios."""
-    frames = {s: against_post_pruning(read_runs(root, s, b).done) for s, b in SUITES.items()}
+    frames = {s: Tables(read_runs(root, s, b)).comparison for s, b in SUITES.items()}
     header = [f"{TITLES[s]}: difference | 95 % interval | distance ratio" for s in SUITES]
     lines = [f"| | m | {' | '.join(header)} |", "|---|--:|" + "--:|--:|--:|" * len(SUITES)]
     for _, row in frames["vision8_offline"].iterrows():
@@ -111,7 +109,8 @@ def _option(group: str, path: Path, root: str, short: bool) -> str:
     name = f"[`{path.stem}`]({root}{type(option).__module__.replace('.', '/')}.py)"
     words = text.splitlines()[0].replace("``", "`").replace("|", r"\|")
     stored = f" {option.stores} |" if group == "byom" else ""
-    needs = option.needs.words.replace("weights, ", "")
+    entries = option.needs.entries
+    needs = ", ".join(entries[1:] if len(entries) > 1 and option.needs.members == 1 else entries)
     if short:
         return f"| {name} | {words} | {links} | {needs} |{stored}"
     return f"| {name} | {words} | `{type(option).__name__}` | {links} | {year} | {needs} |{stored}"
@@ -126,7 +125,7 @@ def methods(root: Path = ROOT / "results" / "methods") -> str:
     Returns:
         Markdown; a row that one suite lacks is left empty there.
     """
-    frames = {s: methods_table.methods(read_runs(root, s, b).done).set_index("method") for s, b in SUITES.items()}
+    frames = {s: Tables(read_runs(root, s, b)).methods.set_index("method") for s, b in SUITES.items()}
     header = [f"{TITLES[s]}: accuracy | relative | stored | seconds" for s in SUITES]
     lines = [f"| | needs | {' | '.join(header)} |", "|---|---|" + "--:|--:|--:|--:|" * len(SUITES)]
     names = dict.fromkeys(name for frame in frames.values() for name in frame.index)

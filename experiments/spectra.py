@@ -156,7 +156,7 @@ def run(suite: str, recipe: str, overrides: Sequence[str] = ()) -> Spectrum:
     from byom.cli import config
     from byom.pipeline.cell import laboratory
     from byom.pipeline.provenance import provenance, results_root
-    from byom.storage.record import now, write_json
+    from byom.storage.place import now, write_json
 
     settings = config.settings([f"suite={suite}", *RECIPES[recipe], "byom=none", *overrides])
     lab, start = laboratory(settings), time.perf_counter()

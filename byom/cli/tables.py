@@ -65,7 +65,7 @@ def write_all(cells: Sequence[Sequence[str]], published: Sequence[str]) -> None:
 
 
 def _finished(of: Place) -> bool:
-    from byom.report.report import read_runs
+    from byom.report.runs import read_runs
 
     try:
         read_runs(of.results, of.suite, of.backbone)

@@ -1,4 +1,4 @@
-"""What a score is: a number from the predictions and labels of one split."""
+"""Scores: a number from the predictions and labels of one split."""
 
 from __future__ import annotations
 
@@ -20,19 +20,43 @@ class Metric:
 
     Args:
         title: How tables write it.
-        compute: Maps predictions [N] and labels [N] to a number, 1 for perfect ones.
+        compute: Maps predictions ``[N]`` and labels ``[N]`` to a number, 1 for perfect ones; None where the score is
+            the mean of `points`.
+        points: Maps predictions ``[N, ...]`` and labels ``[N]`` to what each example scores, ``[N]``, bool or a number
+            that is 1 for a perfect prediction; None where the score is not a mean over examples.
+        predict: Maps logits ``[B, C]`` to the predictions ``[B, ...]`` that `points` or `compute` reads; None takes
+            what the task's head predicts, which is the class with the largest logit where it does not say.
         regression: Whether labels are real numbers.
-        decomposes: Whether the score is the share of examples that are right.
+
+    Raises:
+        OptionError: If neither or both of `compute` and `points` are given.
     """
 
     title: str
-    compute: Callable[[np.ndarray, np.ndarray], float]
+    compute: Callable[[np.ndarray, np.ndarray], float] | None = None
+    points: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    predict: Callable[[Tensor], Tensor] | None = None
     regression: bool = False
-    decomposes: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.compute is None) == (self.points is None):
+            raise OptionError(f"metric {self.title}: give either compute or points")
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the score is a mean over examples."""
+        return self.points is not None
+
+    def value(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        """Return the score of predictions ``[N, ...]`` against labels ``[N]``."""
+        if self.points is not None:
+            return float(np.mean(self.points(predictions, labels)))
+        assert self.compute is not None
+        return float(self.compute(predictions, labels))
 
     def __call__(self, predictions: Tensor, labels: Tensor) -> float:
-        """Return the score of predictions [N] against labels [N]."""
-        return float(self.compute(predictions.numpy(), labels.numpy()))
+        """Return the score of predictions ``[N, ...]`` against labels ``[N]``."""
+        return self.value(predictions.numpy(), labels.numpy())
 
 
 def metric(name: str) -> Metric:
@@ -47,12 +71,20 @@ def metric(name: str) -> Metric:
 
 
 def value_of(row: Mapping[str, Any]) -> float:
-    """Return the score that a record holds, whatever its metric."""
-    return row["accuracy"] if "accuracy" in row else row["value"]
+    """Return the score in a row as it is stored, whatever its metric; rows of accuracies once named it."""
+    return row["value"] if "value" in row else row["accuracy"]
 
 
-def _right(predictions: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean(predictions == labels))
+def _right(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return predictions == labels
+
+
+def _five_best(logits: Tensor) -> Tensor:
+    return logits.topk(min(5, logits.shape[-1]), -1).indices
+
+
+def _among(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return (predictions == labels[:, None]).any(1)
 
 
 def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -79,12 +111,19 @@ def _both(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 METRICS = {
-    "accuracy": Metric("accuracy", _right, decomposes=True),
-    "exact_match": Metric("exact match", _right, decomposes=True),
+    "accuracy": Metric("accuracy", points=_right),
+    "exact_match": Metric("exact match", points=_right),
+    "top5": Metric("top-5 accuracy", points=_among, predict=_five_best),
     "matthews": Metric("Matthews correlation", _matthews),
     "pearson_spearman": Metric("mean of Pearson and Spearman correlation", _both, regression=True),
     "spearman": Metric("Spearman correlation", _spearman, regression=True),
 }
+
+"""Metrics by the name that a task's ``metric`` gives.
+
+``top5`` counts an example as right if its label is among the five classes with the largest logits, as ImageNet does; it
+is 1 for five classes or fewer.
+"""
 
 
 def ratio(accuracy: float, single: float) -> float:

@@ -25,7 +25,7 @@ from byom.pipeline.route import evaluate_routed
 from byom.pipeline.router.base import LearnedRouter
 from byom.pipeline.settings import Settings
 from byom.storage.lock import alone
-from byom.storage.record import write_json
+from byom.storage.place import write_json
 from byom.storage.signature import describe, signature
 from byom.variants.base.delta import Served
 from byom.weights import Weights

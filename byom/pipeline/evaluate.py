@@ -11,56 +11,77 @@ import torch
 from torch import Tensor, nn
 
 from byom.data.splits import Split
-from byom.functional.metrics import metric
+from byom.errors import OptionError
+from byom.functional.metrics import METRICS, metric
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model predicted.
+    """The predictions of a model, or what each example scored where only that is known.
 
     Args:
-        predictions: ``[N]``, class numbers int64 or values float32, in the split's order.
+        predictions: ``[N, ...]``, class numbers int64 or values float32, in the split's order.
         labels: ``[N]``.
         metric: Name of the metric.
+        known: ``[N]``, what each example scored; predictions and labels are empty then.
     """
 
     predictions: Tensor
     labels: Tensor
     metric: str = "accuracy"
+    known: Tensor | None = None
 
     @property
-    def hits(self) -> Tensor:
-        """Which examples are right, bool ``[N]``."""
-        return self.predictions == self.labels
+    def points(self) -> Tensor:
+        """The score of each example, ``[N]``: bool where one is right or wrong, else numbers.
+
+        Raises:
+            OptionError: If the metric is not a mean over examples.
+        """
+        if self.known is not None:
+            return self.known
+        of = metric(self.metric)
+        if of.points is None:
+            raise OptionError(f"{of.title} is not a mean over examples, so that no example has a score of its own")
+        return torch.from_numpy(np.asarray(of.points(self.predictions.numpy(), self.labels.numpy())))
 
     @property
     def value(self) -> float:
         """The score: 1 is perfect."""
-        return metric(self.metric)(self.predictions, self.labels)
+        of = metric(self.metric)
+        return float(np.mean(self.points.numpy())) if of.decomposes else of(self.predictions, self.labels)
 
     def to_json(self) -> dict[str, object]:
         """Return the score and what it is made of.
 
-        Hits as packed bits in hexadecimal where the score is their mean, else predictions and labels.
+        Where it is a mean over examples, what each of them scored: as packed bits in hexadecimal (``hits``) if that is
+        right or wrong, else as numbers (``points``). For other metrics predictions and labels.
         """
-        if metric(self.metric).decomposes:
-            packed = np.packbits(self.hits.numpy()).tobytes().hex()
-            return {"accuracy": self.value, "examples": len(self.hits), "hits": packed}
-        pairs = {"predictions": _listed(self.predictions), "labels": _listed(self.labels)}
-        return {"metric": self.metric, "value": self.value, "examples": len(self.labels), **pairs}
+        row: dict[str, object] = {"metric": self.metric, "value": self.value}
+        if not metric(self.metric).decomposes:
+            pairs = {"predictions": _listed(self.predictions), "labels": _listed(self.labels)}
+            return {**row, "examples": len(self.labels), **pairs}
+        row |= {"accuracy": self.value} if self.metric == "accuracy" else {}
+        row["examples"] = len(self.points)
+        if self.points.dtype == torch.bool:
+            return {**row, "hits": np.packbits(self.points.numpy()).tobytes().hex()}
+        return {**row, "points": self.points.tolist()}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Score:
-        """Return the score that `to_json` wrote; of hits, those that are right are 1 and expected to be."""
-        if "hits" not in row:
-            return cls(torch.tensor(row["predictions"]), torch.tensor(row["labels"]), row["metric"])
-        packed = np.frombuffer(bytes.fromhex(row["hits"]), np.uint8)
-        return cls.of(torch.from_numpy(np.unpackbits(packed, count=row["examples"]).astype(bool)))
+        """Return the score that `to_json` wrote; rows of accuracies once named no metric."""
+        name = row.get("metric", "accuracy")
+        if "points" in row:
+            return cls.of(torch.tensor(row["points"], dtype=torch.float64), name)
+        if "hits" in row:
+            packed = np.frombuffer(bytes.fromhex(row["hits"]), np.uint8)
+            return cls.of(torch.from_numpy(np.unpackbits(packed, count=row["examples"]).astype(bool)), name)
+        return cls(torch.tensor(row["predictions"]), torch.tensor(row["labels"]), name)
 
     @classmethod
-    def of(cls, hits: Tensor) -> Score:
-        """Return the score of which only the hits are known, bool ``[N]``."""
-        return cls(hits.long(), torch.ones(len(hits), dtype=torch.int64))
+    def of(cls, points: Tensor, metric: str = "accuracy") -> Score:
+        """Return the score of which only that of each example is known, ``[N]``."""
+        return cls(torch.empty(0), torch.empty(0), metric, points)
 
 
 def _listed(values: Tensor) -> list[float]:
@@ -74,19 +95,19 @@ def score(
     """Collect predictions.
 
     Args:
-        predict: Maps a batch of inputs to predictions ``[B]``.
-        batches: Yields ``(inputs, labels [B], index [B])``, where index is the example's place in the split.
+        predict: Maps a batch of inputs to predictions ``[B, ...]``.
+        batches: Yields ``(inputs, labels [B], index [B])``, where index is each example's place in the split.
         examples: Number of examples (N) that the batches cover.
         metric: Name of the metric.
 
     Returns:
         The score, in the split's order.
     """
-    found: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
     for inputs, labels, index in batches:
         for name, values in (("predictions", predict(inputs).cpu()), ("labels", labels)):
-            found.setdefault(name, torch.zeros(examples, dtype=values.dtype))[index] = values
-    return Score(found["predictions"], found["labels"], metric)
+            columns.setdefault(name, torch.zeros(examples, *values.shape[1:], dtype=values.dtype))[index] = values
+    return Score(columns["predictions"], columns["labels"], metric)
 
 
 def evaluate(
@@ -101,7 +122,7 @@ def evaluate(
     Args:
         encoder: The encoder, put in evaluation mode.
         head: The task's head: features ``[B, D]`` to logits ``[B, C]``; its ``predict`` takes logits to
-            predictions, where it has one.
+            predictions where it has one, unless the metric says how.
         split: Labelled examples.
         batch_size: Examples a forward pass.
         metric: Name of the metric.
@@ -111,7 +132,7 @@ def evaluate(
     """
     encoder.eval()
     device = next(encoder.parameters()).device
-    predict = getattr(head, "predict", best)
+    predict = METRICS[metric].predict or getattr(head, "predict", best)
     return score(
         lambda inputs: predict(head(encoder(**{k: v.to(device) for k, v in inputs.items()}))),
         split.batches(batch_size),

@@ -30,7 +30,7 @@ from byom.pipeline.evaluate import Score, evaluate
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
 from byom.storage.lock import alone
-from byom.storage.record import write_json
+from byom.storage.place import write_json
 from byom.storage.signature import describe, signature
 from byom.weights import Weights
 
@@ -219,16 +219,16 @@ class Lab:
         held, metric = self.splits(task)[split], self.tasks[task].metric
         return evaluate(self.encoder, head or self.head(task), held, self.batch_size, metric)
 
-    def hits(self, head: Readout, split: data.Split) -> Tensor:
-        """Return which examples what the encoder holds gets right, bool ``[N]``."""
-        return evaluate(self.encoder, head, split, self.batch_size).hits
+    def points(self, head: Readout, split: data.Split, metric: str) -> Tensor:
+        """Return what each example of a split scores with the weights that the encoder holds, ``[N]``."""
+        return evaluate(self.encoder, head, split, self.batch_size, metric).points
 
     def single_task(self, task: str, split: str) -> float:
         """Return the score of a task's own expert: the denominator of normalised accuracy."""
         file = self.cache / "scores" / f"{self.signature_of(task)}-{split}.json"
         if not file.is_file():
             score = self.score(task, self.expert(task), split)
-            write_json(file, {"accuracy" if score.metric == "accuracy" else "value": score.value})
+            write_json(file, {"metric": score.metric, "value": score.value})
         return value_of(json.loads(file.read_text()))
 
     def fill(self, state: Mapping[str, Tensor]) -> None:

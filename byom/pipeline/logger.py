@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +11,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from byom.errors import OptionError
-from byom.functional.metrics import value_of
-
-Record = Mapping[str, Any]
+from byom.storage.record import Record
 
 
 class Logger(ABC):
@@ -35,7 +32,7 @@ class Console(Logger):
 
     def finished(self, record: Record, path: Path) -> None:
         """Print the scores and the record's path."""
-        seconds = sum(stage["seconds"] for stage in record["stages"].values())
+        seconds = sum(stage.seconds for stage in record.stages.values())
         tqdm.write(f"{headline(record)}  {seconds:.1f} s  {path}", file=sys.stdout)
 
 
@@ -69,7 +66,7 @@ class Wandb(Logger):
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with wandb.init(
             project=self.project, entity=self.entity, group=self.group, name=f"{path.stem}", mode=self.mode,
-            dir=self.folder, config={"choices": record["choices"], **record["config"]}, reinit="finish_previous",
+            dir=self.folder, config={"choices": record.choices.named, **record.config}, reinit="finish_previous",
         ) as live:  # fmt: skip
             live.log(metrics(record))
             live.log_artifact(_table_artifact(wandb, record))
@@ -78,31 +75,30 @@ class Wandb(Logger):
 def metrics(record: Record) -> dict[str, float]:
     """Return a record's numbers under flat names such as ``test/mnist/accuracy``."""
     flat = {
-        f"{split}/{task}/{row.get('metric', 'accuracy')}": value_of(row)
-        for split, rows in record["scores"].items()
-        for task, row in rows.items()
+        f"{split}/{task}/{score.metric}": score.value
+        for split, scores in record.scores.items()
+        for task, score in scores.items()
     }
-    flat |= {f"{split}/mean/{kind}": v for split, row in record["summary"].items() for kind, v in row.items()}
-    flat |= {f"storage/{key}": record["storage"][key] for key in ("parameters", "bytes")}
-    return flat | {f"seconds/{stage}": row["seconds"] for stage, row in record["stages"].items()}
+    flat |= {f"{split}/mean/{kind}": v for split, means in record.summary.items() for kind, v in vars(means).items()}
+    flat |= {"storage/parameters": record.storage.parameters, "storage/bytes": record.storage.bytes}
+    return flat | {f"seconds/{name}": stage.seconds for name, stage in record.stages.items()}
 
 
 def headline(record: Record) -> str:
     """Return one line that names a run and its score."""
-    choices, split = record["choices"], "test" if "test" in record["summary"] else "validation"
-    density = record["hyperparameters"]["byom"].get("density")
-    variant = choices["byom"] + (f" {density:g}" if density is not None else "")
-    score = record["summary"][split]
+    choices, split = record.choices, "test" if "test" in record.summary else "validation"
+    density = record.variant_settings.get("density")
+    variant = choices.byom + (f" {density:g}" if density is not None else "")
+    means = record.summary[split]
     return (
-        f"{choices['merge']:>15} + {variant:<17} seed {choices['seed']}  {split} {100 * score['absolute']:5.1f} %"
-        f"  normalised {100 * score['normalised']:5.1f} %"
+        f"{choices.merge:>15} + {variant:<17} seed {choices.seed}  {split} {100 * means.absolute:5.1f} %"
+        f"  normalised {100 * means.normalised:5.1f} %"
     )
 
 
 def _table_artifact(wandb: Any, record: Record) -> Any:
-    splits = list(record["scores"])
-    tasks = list(record["scores"][splits[0]])
-    rows = [[task, *(value_of(record["scores"][split][task]) for split in splits)] for task in tasks]
-    artifact = wandb.Artifact(f"scores-{record['signature']}", type="table")
+    splits = list(record.scores)
+    rows = [[task, *(record.scores[split][task].value for split in splits)] for task in record.scores[splits[0]]]
+    artifact = wandb.Artifact(f"scores-{record.signature}", type="table")
     artifact.add(wandb.Table(columns=["task", *splits], data=rows), "scores")
     return artifact

@@ -12,6 +12,7 @@ from typing import Any
 
 from byom.data.suite import Task
 from byom.pipeline.settings import Settings
+from byom.storage.record import Record
 from byom.storage.repository import Download
 
 BATCH = 8
@@ -70,7 +71,7 @@ def plan(cells: Sequence[Settings]) -> Plan:
         The plan.
     """
     missing = [cell for cell in cells if cell.place().finished() is None]
-    done = [record for cell in cells if (record := cell.place().finished())]
+    done = [Record.lift(values) for cell in cells if (values := cell.place().finished())]
     size, pace = _trial(missing)
     examples = [count for cell in missing for count in _examples(cell)]
     known = [count for count in examples if count is not None]
@@ -156,12 +157,12 @@ def _sample(task: Task) -> Any:
 
 
 def _seconds(
-    done: Sequence[dict[str, Any]], missing: int, pace: float | None, examples: int | None
+    done: Sequence[Record], missing: int, pace: float | None, examples: int | None
 ) -> tuple[float, str] | None:
     if not missing:
         return 0.0, "nothing is missing"
     if done:
-        taken = [sum(record["stages"].get(s, {}).get("seconds", 0.0) for s in STAGES) for record in done]
+        taken = [sum(record.stages[s].seconds for s in STAGES if s in record.stages) for record in done]
         return missing * sum(taken) / len(taken), f"the {len(done)} finished cells, without fine-tuning"
     if pace is None or examples is None:
         return None

@@ -22,7 +22,8 @@ from byom.pipeline.lab import Lab
 from byom.pipeline.provenance import Stages, provenance, results_root
 from byom.pipeline.scorer import Job, Scorer
 from byom.pipeline.settings import Settings
-from byom.storage.record import FORMAT, Place, now
+from byom.storage.place import Place, now
+from byom.storage.record import FORMAT
 from byom.storage.signature import describe, signature
 from byom.weights import Weights
 

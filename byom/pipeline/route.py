@@ -48,8 +48,8 @@ def evaluate_routed(
             shares = {task: _by_batch(rows, router.batch_size) for task, rows in shares.items()}
         tasks = list(lab.tasks)
         alone = router.mix == "sample" and router.heads == "routed"
-        hits = _right(shares, known, split) if alone else _hits(lab, served, router, split, shares)
-        scores[split] = {task: Score.of(hits[task]).to_json() for task in tasks}
+        points = _right(shares, known, split) if alone else _points(lab, served, router, split, shares)
+        scores[split] = {task: Score.of(points[task], lab.tasks[task].metric).to_json() for task in tasks}
         right[split] = {t: float((shares[t].argmax(1) == i).double().mean()) for i, t in enumerate(tasks)}
     return scores, {"accuracy": right, "mix": router.mix, "heads": router.heads}
 
@@ -57,7 +57,7 @@ def evaluate_routed(
 def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split: str) -> dict[str, Tensor]:
     """An example sent to its own task's model gets that model's answer; elsewhere no head has the right classes."""
     places = enumerate(shares.items())
-    return {task: known(task, split).hits & (rows.argmax(1) == place) for place, (task, rows) in places}
+    return {task: known(task, split).points * (rows.argmax(1) == place) for place, (task, rows) in places}
 
 
 def _by_batch(shares: Tensor, size: int) -> Tensor:
@@ -65,8 +65,10 @@ def _by_batch(shares: Tensor, size: int) -> Tensor:
     return torch.cat([rows.mean(0).expand_as(rows) for rows in shares.split(size)])
 
 
-def _hits(lab: Lab, served: Served, router: LearnedRouter, split: str, shares: dict[str, Tensor]) -> dict[str, Tensor]:
-    hits = {task: torch.zeros(len(rows), dtype=torch.bool) for task, rows in shares.items()}
+def _points(
+    lab: Lab, served: Served, router: LearnedRouter, split: str, shares: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    points: dict[str, Tensor] = {}
     groups = _mixtures(shares) if router.mix == "batch" else _choices(shares)
     names = list(shares)
     for (model_shares, answering), members in tqdm(
@@ -77,8 +79,9 @@ def _hits(lab: Lab, served: Served, router: LearnedRouter, split: str, shares: d
             if router.heads == "routed" and names[answering] != task:
                 continue  # another task's head cannot give this task's answer
             model = model or _mixed(served, names, model_shares)
-            hits[task][places] = _score(lab, served, model, task, split, places)
-    return hits
+            scored = _score(lab, served, model, task, split, places)
+            points.setdefault(task, torch.zeros(len(shares[task]), dtype=scored.dtype))[places] = scored
+    return {task: points.get(task, torch.zeros(len(rows), dtype=torch.bool)) for task, rows in shares.items()}
 
 
 Groups = dict[tuple[tuple[float, ...], int], dict[str, Tensor]]
@@ -118,4 +121,4 @@ def _score(lab: Lab, served: Served, model: Weights, task: str, split: str, plac
     whole = lab.splits(task)[split]
     part = Split({name: rows[places] for name, rows in whole.inputs.items()}, whole.labels[places], whole.fingerprint)
     lab.fill(model.state())
-    return lab.hits(served.deltas[task].readout(lab.head(task)), part)
+    return lab.points(served.deltas[task].readout(lab.head(task)), part, lab.tasks[task].metric)

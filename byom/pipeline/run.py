@@ -7,7 +7,8 @@ from typing import Any
 
 from byom.pipeline.provenance import provenance
 from byom.pipeline.settings import Settings
-from byom.storage.record import FORMAT, Place, now
+from byom.storage.place import Place, now
+from byom.storage.record import FORMAT, Record
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(settings: Settings) -> dict[str, Any]:
     place = settings.place()
     finished = place.finished()
     if finished is not None:
-        settings.logger.skipped(finished, place.done)
+        settings.logger.skipped(Record.lift(finished), place.done)
         return finished
     place.require_writable()
     from byom.pipeline.cell import execute
@@ -37,7 +38,7 @@ def run(settings: Settings) -> dict[str, Any]:
         place.write(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise
     path = place.write(record)
-    settings.logger.finished(record, path)
+    settings.logger.finished(Record.lift(record), path)
     return record
 
 
@@ -60,7 +61,7 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
             "byom": settings.byom.title,
             "router": settings.router.title,
         },
-        "needs": {"words": settings.needs.words, "sees_test": settings.needs.sees_test},
+        "needs": settings.needs.to_json(),
         "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
         "family": settings.experts.family,
         "skipped_tasks": list(settings.suite.missing),

@@ -21,7 +21,7 @@ from byom.pipeline.router.base import Router
 from byom.pipeline.router.oracle import Oracle
 from byom.pipeline.tune import AsGiven, Tuner
 from byom.statistics.base import Statistic
-from byom.storage.record import Place
+from byom.storage.place import Place
 from byom.storage.signature import signature
 from byom.variants.base import Variant
 

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from byom.errors import ByomError
-from byom.functional.metrics import METRICS
+from byom.functional.metrics import metric
+from byom.storage.parts import TaskScore
 
 RESAMPLES = 2000
 LEVEL = 0.95
 
-Scores = Mapping[str, Mapping[str, Any]]  # task -> a score as a record holds it
+Scores = Mapping[str, TaskScore]
 
 
-def unpack_hits(score: Mapping, task: str) -> np.ndarray:
-    """Return whether each test example was classified correctly.
+def points(score: TaskScore, task: str) -> np.ndarray:
+    """Return what each test example scored, for metrics that are the mean of that.
 
     Args:
-        score: A task's score, with ``hits`` (hexadecimal, most significant bit first) and ``examples``.
+        score: The task's score.
         task: The task's name, for the message.
 
     Returns:
-        Booleans as 0 and 1, one an example.
+        ``[N]``, 0 and 1 where an example is right or wrong.
 
     Raises:
-        ByomError: If ``hits`` does not hold ``examples`` bits.
+        ByomError: If the score does not hold one value for each of its N examples.
     """
-    packed = np.frombuffer(bytes.fromhex(score["hits"]), dtype=np.uint8)
-    if packed.size != -(-score["examples"] // 8):
+    if score.points:
+        held, values = f"{len(score.points)} values", np.array(score.points)
+    else:
+        packed = np.frombuffer(bytes.fromhex(score.hits), dtype=np.uint8)
+        bits = np.unpackbits(packed, count=min(score.examples, 8 * packed.size)).astype(np.int64)
+        held, values = f"{packed.size} bytes", bits if packed.size == -(-score.examples // 8) else bits[:0]
+    if len(values) != score.examples:
         raise ByomError(
-            f"the hits of {task} hold {packed.size} bytes, which is not {score['examples']} examples; "
+            f"the hits of {task} hold {held}, which is not {score.examples} examples; "
             "the record is damaged: delete it and run that cell again"
         )
-    return np.unpackbits(packed, count=score["examples"]).astype(np.int64)
+    return values
 
 
 def interval(differences: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
@@ -61,10 +66,10 @@ def interval(differences: Sequence[np.ndarray], seed: int = 0) -> tuple[float, f
 def gain_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of what one model scores beyond another, averaged over tasks and over pairs.
 
-    Scores that are no mean over examples (correlations) are computed anew on every resample.
+    Scores that are not a mean over examples (correlations) are computed again on every resample.
 
     Args:
-        pairs: The scores of both models, a pair for each seed.
+        pairs: Task to score of both models, a pair for each seed.
         seed: Of the 2000 resamples.
 
     Returns:
@@ -80,17 +85,18 @@ def _ends(resampled: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def _resampled_gains(pairs: Sequence[tuple[Mapping, Mapping]], task: str, rng: np.random.Generator) -> np.ndarray:
-    if "hits" in pairs[0][0]:
-        return _resampled_means(np.mean([unpack_hits(a, task) - unpack_hits(b, task) for a, b in pairs], axis=0), rng)
-    places = rng.integers(pairs[0][0]["examples"], size=(RESAMPLES, pairs[0][0]["examples"]))
+def _resampled_gains(pairs: Sequence[tuple[TaskScore, TaskScore]], task: str, rng: np.random.Generator) -> np.ndarray:
+    first = pairs[0][0]
+    if first.hits or first.points:
+        return _resampled_means(np.mean([points(a, task) - points(b, task) for a, b in pairs], axis=0), rng)
+    places = rng.integers(first.examples, size=(RESAMPLES, first.examples))
     return np.mean([_rescored(a, places) - _rescored(b, places) for a, b in pairs], axis=0)
 
 
-def _rescored(score: Mapping, places: np.ndarray) -> np.ndarray:
-    compute = METRICS[score["metric"]].compute
-    predictions, labels = np.array(score["predictions"]), np.array(score["labels"])
-    return np.array([compute(predictions[drawn], labels[drawn]) for drawn in places])
+def _rescored(score: TaskScore, places: np.ndarray) -> np.ndarray:
+    of = metric(score.metric)
+    predictions, labels = np.array(score.predictions), np.array(score.labels)
+    return np.array([of.value(predictions[drawn], labels[drawn]) for drawn in places])
 
 
 def _resampled_means(differences: np.ndarray, rng: np.random.Generator) -> np.ndarray:

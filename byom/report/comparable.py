@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from byom.errors import ByomError
-from byom.report.frame import Record
+from byom.storage.record import Record
 
 SPLITS = ("train", "validation", "test", "shots")
 AGAIN = "run the older ones again on today's data"
@@ -26,11 +26,11 @@ def check_comparable(records: Sequence[Record]) -> None:
     """
     for what, of, remedy in COMPARED:
         _refuse_different(records, what, of, remedy)
-    for seed in {record["choices"]["seed"] for record in records}:
-        same = [record for record in records if record["choices"]["seed"] == seed]
-        for task in sorted({task for record in same for task in _data(record)}):
+    for seed in {record.choices.seed for record in records}:
+        same = [record for record in records if record.choices.seed == seed]
+        for task in sorted({task for record in same for task in record.data}):
             for split in SPLITS:  # a run reads the splits that it needs
-                holding = [record for record in same if split in _data(record).get(task, ())]
+                holding = [record for record in same if split in record.data.get(task, ())]
                 _refuse_different(holding, f"data ({task}, {split})", partial(_print, task, split), AGAIN)
 
 
@@ -39,7 +39,7 @@ def _refuse_different(records: Sequence[Record], what: str, of: Callable[[Record
         return
     values = [json.dumps(of(record), sort_keys=True) for record in records]
     usual = Counter(values).most_common(1)[0][0]
-    odd = [r["signature"] for r, value in zip(records, values, strict=True) if value != usual]
+    odd = [r.signature for r, value in zip(records, values, strict=True) if value != usual]
     if odd:
         raise ByomError(
             f"these {len(records)} records differ in their {what} and cannot share a table; {remedy}. "
@@ -47,30 +47,26 @@ def _refuse_different(records: Sequence[Record], what: str, of: Callable[[Record
         )
 
 
-def _data(record: Record) -> Mapping[str, Mapping[str, str]]:
-    return (record.get("fingerprints") or {}).get("data") or {}
-
-
 def _print(task: str, split: str, record: Record) -> str:
-    return _data(record)[task][split]
+    return record.data[task][split]
 
 
 def _test_data(record: Record) -> Any:
     """Return the part no seed changes: training and validation examples are drawn by seed."""
-    return {task: prints.get("test") for task, prints in _data(record).items()}
+    return {task: prints.get("test") for task, prints in record.data.items()}
 
 
 def _recipe(record: Record) -> list:
-    config = (record.get("config") or {}).get("finetune")
+    config = record.config.get("finetune")
     recipe = {k: v for k, v in config.items() if k not in ("seed", "_target_")} if isinstance(config, dict) else config
-    return [record["choices"].get("finetune"), recipe]
+    return [record.choices.finetune, recipe]
 
 
 COMPARED: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
-    ("suite", lambda r: r["choices"]["suite"], "report one suite at a time"),
-    ("backbone", lambda r: r["choices"]["backbone"], "report one backbone at a time"),
-    ("tasks", lambda r: sorted(r["scores"]["test"]), "run the skipped tasks, or move the odd records away"),
+    ("suite", lambda r: r.choices.suite, "report one suite at a time"),
+    ("backbone", lambda r: r.choices.backbone, "report one backbone at a time"),
+    ("tasks", lambda r: sorted(r.test), "run the skipped tasks, or move the odd records away"),
     ("test data", _test_data, AGAIN),
-    ("checkpoint family", lambda r: r.get("family", "trained"), "give every family a results= folder of its own"),
+    ("checkpoint family", lambda r: r.family, "give every family a results= folder of its own"),
     ("fine-tuning recipe", _recipe, "name one, as in finetune=full, or move the odd records away"),
 )

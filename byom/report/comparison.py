@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from byom.report.bootstrap import Scores, gain_interval
-from byom.report.frame import MISSING, Record, Row, percent, rows
-from byom.report.rows import labels
+from byom.report.bootstrap import gain_interval
+from byom.report.frame import MISSING, percent, spread
+from byom.report.rows import Row
+from byom.storage.record import Record
 
 COLUMNS = (
     "method", "density", "distance", "distance_std", "residual", "residual_std",
@@ -17,26 +18,26 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def against_post_pruning(records: Iterable[Record]) -> pd.DataFrame:
+def against_post_pruning(rows: Iterable[Row]) -> pd.DataFrame:
     """Compare BYOM-FFT with post-pruning at each density, paired over seeds and test examples.
 
     Args:
-        records: Finished runs of one suite and backbone.
+        rows: Rows of one suite and backbone.
 
     Returns:
-        One row a BYOM-FFT row of the main table, as fractions. ``distance`` is the mean over tasks of
+        For each BYOM-FFT row of the main table a row, as fractions. ``distance`` is the mean over tasks of
         ‖θₜ − θ*‖ / ‖θₜ − θ₀‖; ``residual`` the same ratio of what is left out after putting back;
         ``difference`` BYOM-FFT less post-pruning; ``lower`` and ``upper`` its interval over examples. A
         quantity without its partner is NaN.
     """
-    found = rows(records)
-    pruned = [row for row in found if row.variant == "post_pruning"]
-    made = [
-        {"method": label, "density": row.density, **_compare(row, _partner(row, pruned))}
-        for row, label in zip(found, labels(found), strict=True)
+    every = list(rows)
+    pruned = [row for row in every if row.variant == "post_pruning"]
+    compared = [
+        {"method": row.label, "density": row.density, **_compare(row, _partner(row, pruned))}
+        for row in every
         if row.variant == "fft"
     ]
-    return pd.DataFrame(made, columns=list(COLUMNS))
+    return pd.DataFrame(compared, columns=list(COLUMNS))
 
 
 def _partner(row: Row, pruned: Sequence[Row]) -> Row | None:
@@ -50,28 +51,28 @@ def _same_choice(one: Mapping, two: Mapping) -> bool:
 
 
 def _compare(row: Row, partner: Row | None) -> dict[str, float]:
-    distance = [float(np.mean(_distances(record))) for record in row.records if record.get("norms")]
+    distance = [float(np.mean(_distances(record))) for record in row.records if record.norms]
     pairs = _paired(row, partner)
-    measured = [pair for pair in pairs if all(record.get("norms") for record in pair)]
+    measured = [pair for pair in pairs if all(record.norms for record in pair)]
     residual = [float(np.mean(_residuals(*pair))) for pair in measured]
-    difference = [_mean(one) - _mean(two) for one, two in pairs]
-    out = _spread("distance", distance) | _spread("residual", residual) | _spread("difference", difference)
-    lower, upper = gain_interval([_test(*pair) for pair in pairs]) if pairs else (np.nan, np.nan)
+    difference = [one.mean - two.mean for one, two in pairs]
+    out = spread("distance", distance) | spread("residual", residual) | spread("difference", difference)
+    lower, upper = gain_interval([(one.test, two.test) for one, two in pairs]) if pairs else (np.nan, np.nan)
     return out | {"lower": lower, "upper": upper, "seeds": len(pairs)}
 
 
 def _paired(row: Row, partner: Row | None) -> list[tuple[Record, Record]]:
-    other = {record["choices"]["seed"]: record for record in partner.records} if partner else {}
-    seeds = [(record, record["choices"]["seed"]) for record in row.records]
+    other = {record.choices.seed: record for record in partner.records} if partner else {}
+    seeds = [(record, record.choices.seed) for record in row.records]
     return [(record, other[seed]) for record, seed in seeds if seed in other]
 
 
 def _distances(record: Record) -> list[float]:
-    return [_ratio(norms["to_merged"], norms["to_pretrained"]) for norms in record["norms"].values()]
+    return [_ratio(norms.to_merged, norms.to_pretrained) for norms in record.norms.values()]
 
 
 def _residuals(one: Record, two: Record) -> list[float]:
-    return [_ratio(norms["dropped"], two["norms"][task]["dropped"]) for task, norms in one["norms"].items()]
+    return [_ratio(norms.dropped, two.norms[task].dropped) for task, norms in one.norms.items()]
 
 
 def _ratio(one: float, two: float) -> float:
@@ -79,19 +80,6 @@ def _ratio(one: float, two: float) -> float:
     if one == two:
         return 1.0
     return one / two if two else np.inf
-
-
-def _mean(record: Record) -> float:
-    return record["summary"]["test"]["absolute"]
-
-
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-    return {name: float(np.mean(values)) if len(values) else np.nan, f"{name}_std": std}
-
-
-def _test(one: Record, two: Record) -> tuple[Scores, Scores]:
-    return one["scores"]["test"], two["scores"]["test"]
 
 
 def display_comparison(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,15 +1,18 @@
-"""What every method needs, stores and costs beside what it reaches: one row a method."""
+"""The needs, storage and cost of every method alongside what it reaches: one row per method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from byom.report.frame import MISSING, Record, Row, percent, rows
-from byom.report.rows import labels
+from byom.errors import ByomError
+from byom.report.frame import MISSING, percent, spread
+from byom.report.rows import Row
+from byom.storage.parts import Cost
+from byom.storage.record import Record
 
 NOTES = (
     "Needs: what a method is given besides theta_0. Test inputs are looked at without their labels, which is "
@@ -24,73 +27,71 @@ NOTES = (
 )
 
 
-def costed(records: Iterable[Record]) -> list[Record]:
-    """Return the records that say what a method cost."""
-    return [record for record in records if record.get("cost")]
-
-
-def methods(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row a method: needs, accuracy, storage, cost.
+def methods(rows: Iterable[Row]) -> pd.DataFrame:
+    """Return one row per method: needs, accuracy, storage, cost.
 
     Args:
-        records: Finished runs of one suite and backbone.
+        rows: Rows of one suite and backbone, of records that say what a method cost.
 
     Returns:
         Columns ``method``, ``needs``, ``sees_test``, ``by_batch``, ``mean``, ``mean_std``, ``normalised``,
         ``task_parameters``, ``bytes``, ``statistics_seconds``, ``merge_seconds``, ``variant_seconds``,
-        ``extra_mib``, ``right`` and ``price`` (NaN where the task is known), ``seeds``. Accuracies are fractions.
+        ``extra_mib``, ``right`` and ``price`` (NaN where the task is known), ``seeds``; accuracies are fractions. The
+        columns of `byom.report.frame.DRAWN` are for figures alone.
     """
-    found = rows(costed(records))
-    frame = pd.DataFrame([_numbers(row, label) for row, label in zip(found, labels(found), strict=True)])
-    return frame.assign(price=[_price(row, found) for row in found]) if len(frame) else frame
+    every = list(rows)
+    frame = pd.DataFrame([_numbers(row) for row in every])
+    return frame.assign(price=[_price(row, every) for row in every]) if len(frame) else frame
 
 
-def _numbers(row: Row, label: str) -> dict[str, Any]:
-    means = _each(row, lambda r: r["summary"]["test"]["absolute"])
-    needs = [record["needs"] for record in row.records]
+def _numbers(row: Row) -> dict[str, Any]:
     return {
-        "method": label,
+        "method": row.label,
         "merge": row.merge,
         "variant": row.variant,
         "density": row.density,
-        "needs": needs[0]["words"],
-        "sees_test": any(need["sees_test"] for need in needs),
-        "by_batch": any((record.get("routed") or {}).get("mix") == "batch" for record in row.records),
-        "mean": np.mean(means),
-        "mean_std": np.std(means, ddof=1) if len(means) > 1 else np.nan,
-        "normalised": np.mean(_each(row, lambda r: r["summary"]["test"]["normalised"])),
-        "task_parameters": np.mean(_each(row, _per_task)),
-        "bytes": np.mean(_each(row, lambda r: r["storage"]["bytes"] + r["storage"].get("router_bytes", 0))),
-        "statistics_seconds": np.mean(_each(row, lambda r: r["cost"].get("statistics", {}).get("seconds", 0.0))),
-        "merge_seconds": np.mean(_each(row, lambda r: r["cost"]["merge"]["seconds"])),
-        "variant_seconds": np.mean(_each(row, lambda r: r["cost"]["variant"]["seconds"])),
-        "extra_mib": np.mean(_each(row, lambda r: max(r["cost"][s]["extra_mib"] for s in ("merge", "variant")))),
-        "right": np.mean(_each(row, _right)),
+        "needs": row.records[0].needs.words,
+        "sees_test": any(record.needs.sees_test for record in row.records),
+        "by_batch": any(record.routed is not None and record.routed.mix == "batch" for record in row.records),
+        **spread("mean", [record.mean for record in row.records]),
+        "normalised": _mean(row, lambda r: r.summary["test"].normalised),
+        "task_parameters": _mean(row, lambda r: np.mean(list(r.storage.task_parameters.values()))),
+        "bytes": _mean(row, lambda r: r.storage.bytes + r.storage.router_bytes),
+        "statistics_seconds": _mean(row, lambda r: _cost(r).statistics.seconds),
+        "merge_seconds": _mean(row, lambda r: _cost(r).merge.seconds),
+        "variant_seconds": _mean(row, lambda r: _cost(r).variant.seconds),
+        "extra_mib": _mean(row, lambda r: max(stage.extra_mib for stage in (_cost(r).merge, _cost(r).variant))),
+        "right": _mean(row, _right),
         "seeds": len(row.records),
+        "kind": row.kind,
+        "given": row.given,
+        "one_model": row.one_model,
     }
 
 
-def _each(row: Row, read: Any) -> list[float]:
-    return [float(read(record)) for record in row.records]
+def _mean(row: Row, read: Callable[[Record], Any]) -> float:
+    return float(np.mean([float(read(record)) for record in row.records]))
 
 
-def _per_task(record: Record) -> float:
-    return float(np.mean(list(record["storage"]["task_parameters"].values())))
+def _cost(record: Record) -> Cost:
+    if record.cost is None:
+        raise ByomError(f"record {record.signature} does not say what its method cost; leave it out")
+    return record.cost
 
 
 def _right(record: Record) -> float:
-    routed = (record.get("routed") or {}).get("accuracy", {}).get("test", {})
+    routed = record.routed.accuracy.get("test") if record.routed else None
     return float(np.mean(list(routed.values()))) if routed else np.nan
 
 
-def _price(row: Row, found: Sequence[Row]) -> float:
+def _price(row: Row, rows: Sequence[Row]) -> float:
     """Return what not knowing the task costs, over the seeds that both rows have."""
     if "router" not in row.settings:
         return np.nan
     own = {k: v for k, v in row.settings.items() if not k.startswith("router")}
-    known = next((other for other in found if dict(other.settings) == own), None)
-    told = {r["choices"]["seed"]: r["summary"]["test"]["absolute"] for r in known.records} if known else {}
-    pairs = [(told[s], r["summary"]["test"]["absolute"]) for r in row.records if (s := r["choices"]["seed"]) in told]
+    known = next((other for other in rows if dict(other.settings) == own), None)
+    means = {record.choices.seed: record.mean for record in known.records} if known else {}
+    pairs = [(means[record.choices.seed], record.mean) for record in row.records if record.choices.seed in means]
     return float(np.mean([a - b for a, b in pairs])) if pairs else np.nan
 
 

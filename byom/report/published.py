@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from byom.errors import OptionError
-from byom.report.frame import Row, numbers, rows
-from byom.report.report import Runs
+from byom.report.report import Tables
+from byom.report.rows import Row
+from byom.report.runs import Runs
 
 CONFIDENCE = {
     "exact": "copied from the source",
@@ -177,21 +178,20 @@ class Pair:
         return np.nan if self.apart else self.mean - self.line.mean
 
 
-def pairs(runs: Runs, table: Published) -> list[Pair]:
+def pairs(ours: Tables, table: Published) -> list[Pair]:
     """Match a published table with our runs.
 
     Args:
-        runs: Ours.
+        ours: Ours.
         table: The published one.
 
     Returns:
         Published rows in order, one pair for each of ours that has the same settings, or one without.
     """
-    frame, found = numbers(runs.done), rows(runs.done)
     out: list[Pair] = []
     for line in table.rows:
-        same, apart = [place for place, row in enumerate(found) if line.fits(row)], _apart(runs, table, line)
-        out += [_pair(line, found[place], frame.iloc[place], table, apart) for place in same]
+        same, apart = [n for n, row in enumerate(ours.rows) if line.fits(row)], _apart(ours.runs, table, line)
+        out += [_pair(line, ours.rows[n], ours.frame.iloc[n], table, apart) for n in same]
         out += [Pair(line, None, {}, np.nan)] * (not same)
     return out
 
@@ -212,13 +212,9 @@ def _apart(runs: Runs, table: Published, line: Line) -> str:
 
 def same_family(runs: Runs, table: Published) -> bool:
     """Say whether our experts are the checkpoints that the published numbers were measured on."""
-    return _family(runs) == table.family
+    return runs.family == table.family
 
 
 def same_tasks(runs: Runs, table: Published) -> bool:
     """Say whether we merged the tasks that the published numbers were measured on."""
-    return set(runs.done[0]["scores"]["test"]) == set(table.tasks)
-
-
-def _family(runs: Runs) -> str:
-    return runs.done[0].get("family", "trained")
+    return set(runs.tasks) == set(table.tasks)

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 
 from byom.report import render
-from byom.report.frame import MISSING, Row, percent
-from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, _family, pairs, same_family, same_tasks
-from byom.report.report import Runs, read_runs, write
+from byom.report.frame import MISSING, csv, percent
+from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, pairs, same_family, same_tasks
+from byom.report.report import Tables, write
+from byom.report.rows import Row
+from byom.report.runs import Runs, read_runs
 
 DAGGER = "†"
 OURS, THEIRS, GAP = "ours", "published", "difference"
@@ -30,12 +32,13 @@ def generate(results: Path, suite: str, backbone: str, tables: Sequence[Publishe
         The tables as text, and the paths of all files.
     """
     runs = read_runs(results, suite, backbone)
-    compared = [(table, pairs(runs, table)) for table in tables]
+    ours = Tables(runs)
+    compared = [(table, pairs(ours, table)) for table in tables]
     stem = f"{suite}--{backbone}--published"
     frame = pd.concat([_full(table, found) for table, found in compared], ignore_index=True)
     texts = {
         f"{stem}.md": as_markdown(runs, compared),
-        f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
+        f"{stem}.csv": csv(frame),
         f"{stem}.tex": as_latex(runs, compared),
     }
     files = [write(results / "tables" / name, text) for name, text in texts.items()]
@@ -43,7 +46,7 @@ def generate(results: Path, suite: str, backbone: str, tables: Sequence[Publishe
     from byom.report.figures.style import save
 
     if any(not np.isnan(pair.mean) for _, found in compared for pair in found):
-        files += save(ours_against_published(compared, _marks(runs)), results / "figures" / stem)
+        files += save(ours_against_published(compared, runs.notes), results / "figures" / stem)
     return as_text(runs, compared), files
 
 
@@ -93,8 +96,8 @@ def _named(pair: Pair) -> str:
 
 
 def _millions(row: Row) -> str:
-    stored = row.records[0]["storage"]
-    count = stored.get("with_frozen", stored)["parameters"]
+    stored = row.records[0].storage
+    count = stored.parameters if stored.with_frozen is None else stored.with_frozen
     return f"{count / 1e6:.0f}M"
 
 
@@ -117,7 +120,7 @@ def _checkpoints(runs: Runs, table: Published) -> str:
     if same_family(runs, table):
         return f"Checkpoints: '{table.family}', ours and published. Numbers of other families are not comparable."
     return (
-        f"Our experts are of the family '{_family(runs)}', the published numbers of '{table.family}': other "
+        f"Our experts are of the family '{runs.family}', the published numbers of '{table.family}': other "
         "checkpoints, not comparable, so no differences are printed."
     )
 
@@ -125,7 +128,7 @@ def _checkpoints(runs: Runs, table: Published) -> str:
 def _merged(runs: Runs, table: Published) -> list[str]:
     if same_tasks(runs, table):
         return []
-    ours = len(runs.done[0]["scores"]["test"])
+    ours = len(runs.tasks)
     return [f"We merge {ours} tasks, the source {len(table.tasks)}: no differences of merged models are printed."]
 
 
@@ -133,7 +136,7 @@ def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) ->
     """Return all tables as Markdown."""
     parts = [
         f"# {runs.suite}, {runs.backbone}: ours beside published numbers\n\n",
-        *(f"**{n}**\n\n" for n in _marks(runs)),
+        *(f"**{n}**\n\n" for n in runs.notes),
     ]
     for table, found in compared:
         parts += [f"## {table.title}\n\n", render.markdown(_cells(table, found)), "\n"]
@@ -143,7 +146,7 @@ def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) ->
 
 def as_latex(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
     """Return all tables as LaTeX, each above what a reader must know of it."""
-    parts = [rf"\textbf{{{render.escape_latex(mark)}}}\par" "\n" for mark in _marks(runs)]
+    parts = [rf"\textbf{{{render.escape_latex(mark)}}}\par" "\n" for mark in runs.notes]
     for table, found in compared:
         told = " ".join(render.escape_latex(note) for note in notes(runs, table))
         parts.append(f"{render.latex(_cells(table, found))}\\par{{\\footnotesize {told}\\par}}\n\n")
@@ -152,7 +155,7 @@ def as_latex(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> st
 
 def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
     """Return the tables for a terminal: averages, as tasks are in the files."""
-    lines = [f"{runs.suite}, {runs.backbone}: ours beside published numbers", *_marks(runs)]
+    lines = [f"{runs.suite}, {runs.backbone}: ours beside published numbers", *runs.notes]
     for table, found in compared:
         lines += ["", table.title, *notes(runs, table), ""]
         shown = [_short(table, pair) for pair in found]
@@ -164,7 +167,3 @@ def _short(table: Published, pair: Pair) -> list[str]:
     digits = pair.line.decimals[1]
     cells = [*_plain([pair.mean, pair.line.mean], digits), *_plain([pair.gap], digits, "+")]
     return [pair.line.label + DAGGER * table.dagger, *cells]
-
-
-def _marks(runs: Runs) -> list[str]:
-    return sorted({record["note"] for record in runs.done if record.get("note")})

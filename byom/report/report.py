@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from byom.errors import ByomError, NothingFinished, OptionError, suggest
-from byom.functional.metrics import METRICS
 from byom.report import render
-from byom.report.comparable import check_comparable
 from byom.report.comparison import against_post_pruning, display_comparison
-from byom.report.frame import Record, best, display, kind, name_method, numbers, percent, table, task_names
+from byom.report.frame import best, csv, display, numbers, task_names
 from byom.report.methods import NOTES as METHOD_NOTES
-from byom.report.methods import costed, display_methods, methods
+from byom.report.methods import display_methods, methods
+from byom.report.rows import Row, rows
+from byom.report.runs import Runs, backbones, header, read_runs
 from byom.storage.lock import owner
 
-__all__ = ["Report", "Runs", "generate", "read_runs", "table"]
-
-FORMAT = 1
-NEEDED = ("choices", "hyperparameters", "scores", "summary", "storage", "signature")
 NOTES = (
     "Accuracies are in per cent on the test split, mean ± sample standard deviation over seeds.",
     "m %: the part of one model's parameters put back for each task, the largest differences first.",
@@ -34,11 +28,6 @@ NOTES = (
     "no part in the choice. Several values are those of different seeds.",
     "Bold: the best of each column among the merged models alone, and among the rows of each m %.",
 )
-VALIDATED = {
-    "unseen": "They were not trained on the validation examples that hyperparameters were selected on.",
-    "seen": "They were trained on the validation examples that hyperparameters were selected on.",
-    "unknown": "Whether they were trained on the validation examples of that selection is not known.",
-}
 COMPARISON_NOTES = (
     "Distance ratio: mean over tasks of ‖θₜ − θ*‖ / ‖θₜ − θ₀‖ (θₜ: the task's own model, θ*: merged, θ₀: "
     "pre-trained); below 1, merging has moved towards the tasks and less is left to put back.",
@@ -50,18 +39,50 @@ COMPARISON_NOTES = (
 
 
 @dataclass(frozen=True)
-class Runs:
-    """The records of one suite and backbone, finished and failed."""
+class Tables:
+    """The rows and numbers of some runs, each computed when it is first read; texts, files and figures are its views.
 
-    suite: str
-    backbone: str
-    done: tuple[Record, ...]
-    failed: tuple[Record, ...]
+    Args:
+        runs: Records that can be compared.
+    """
+
+    runs: Runs
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The rows in order."""
+        return rows(self.runs.done)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The numbers of every row (`byom.report.frame.numbers`)."""
+        return numbers(self.rows)
+
+    @cached_property
+    def shown(self) -> pd.DataFrame:
+        """The table as it is printed: accuracies in per cent, one decimal, with the spread over seeds."""
+        return display(self.frame)
+
+    @cached_property
+    def best(self) -> pd.DataFrame:
+        """True at the cells of `shown` that are printed in bold."""
+        return best(self.frame)
+
+    @cached_property
+    def comparison(self) -> pd.DataFrame:
+        """BYOM-FFT against Post-Pruning (`byom.report.comparison.against_post_pruning`)."""
+        return against_post_pruning(self.rows)
+
+    @cached_property
+    def methods(self) -> pd.DataFrame:
+        """The needs and costs of every method (`byom.report.methods.methods`); empty where no record says them."""
+        costed = [record for record in self.runs.done if record.cost]
+        return methods(self.rows if len(costed) == len(self.runs.done) else rows(costed))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `generate` made: a text to print and the files written."""
+    """The text to print of a report, and the files written."""
 
     text: str
     files: list[Path]
@@ -77,7 +98,7 @@ def generate(
     """Write the tables and figures of a suite from its records alone.
 
     Args:
-        results: The folder that holds ``runs``; ``tables`` and ``figures`` are written beside it.
+        results: The folder that holds ``runs``; ``tables`` and ``figures`` are written next to it.
         suite: The suite's name.
         backbone: One backbone, or every backbone with records.
         seeds: Only these seeds, or all.
@@ -89,107 +110,43 @@ def generate(
     Raises:
         ByomError: If there is no record, one cannot be read, or they cannot stand in one table.
     """
-    found = [backbone] if backbone else _backbones(results, suite)
+    names = [backbone] if backbone else backbones(results, suite)
     suffix = f"--{finetune}" if finetune else ""
-    made = [_report(results, read_runs(results, suite, name, seeds, finetune), suffix) for name in found]
-    return Report("\n".join(one.text for one in made), [path for one in made for path in one.files])
+    tables = [Tables(read_runs(results, suite, name, seeds, finetune)) for name in names]
+    files = [path for each in tables for path in write_all(each, results, suffix)]
+    return Report("\n".join(as_text(each) for each in tables), files)
 
 
-def _backbones(results: Path, suite: str) -> list[str]:
-    folder = results / "runs" / suite
-    names = sorted(path.parent.name for path in folder.glob("*/*.json"))
-    if not names:
-        suites = {path.parents[1].name for path in (results / "runs").glob("*/*/*.json")}
-        raise OptionError(f"{folder} holds no record: run `byom suite={suite}` first; {suggest(suite, suites)}")
-    return list(dict.fromkeys(names))
-
-
-def read_runs(
-    results: Path,
-    suite: str,
-    backbone: str,
-    seeds: Sequence[int] | None = None,
-    finetune: str | None = None,
-) -> Runs:
-    """Read the records of one suite and backbone, and make sure that they can be compared.
+def write_all(tables: Tables, results: Path, suffix: str = "") -> list[Path]:
+    """Write tables and figures, and return the paths of their files.
 
     Args:
-        results: The folder that holds ``runs``.
-        suite: The suite's name.
-        backbone: The backbone's name.
-        seeds: Only these seeds, or all.
-        finetune: Only models fine-tuned with this option, or all.
-
-    Returns:
-        The finished runs and the failed ones; a failed run that was finished later is left out.
-
-    Raises:
-        NothingFinished: If there is no finished record.
-        ByomError: If one cannot be read, or they cannot stand in one table.
+        tables: What is written.
+        results: The folder that gets ``tables`` and ``figures``.
+        suffix: What the stem of the files' names ends with.
     """
-    folder = results / "runs" / suite / backbone
-    records = [_read(path) for path in sorted(folder.glob("*.json"))]
-    kept = [r for r in records if _wanted(r["choices"], seeds, finetune)]
-    done = [r for r in kept if r["status"] != "failed" and "test" in r["scores"]]  # a search scores validation alone
-    if not done:
-        raise NothingFinished(
-            f"{folder} holds no finished record of the seeds and fine-tuning asked for; run "
-            f"`byom suite={suite} backbone={backbone}` first"
-        )
-    check_comparable(done)
-    finished = {r["signature"] for r in done}
-    failed = [r for r in kept if r["status"] == "failed" and r["signature"] not in finished]
-    return Runs(suite, backbone, tuple(done), tuple(failed))
-
-
-def _wanted(choices: Mapping[str, Any], seeds: Sequence[int] | None, finetune: str | None) -> bool:
-    return (seeds is None or choices["seed"] in seeds) and (finetune in (None, choices.get("finetune")))
-
-
-def _read(path: Path) -> Record:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ByomError(f"{path} is not JSON ({error}); delete it and run that cell again") from None
-    given = record.get("format") if isinstance(record, dict) else None
-    if given != FORMAT:
-        raise ByomError(f"{path} has format {given!r}, this byom reads {FORMAT}: use the byom that wrote it")
-    needed = ("choices", "signature", "status") if record.get("status") == "failed" else ("status", *NEEDED)
-    missing = [name for name in needed if name not in record]
-    if missing:
-        raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and run that cell again")
-    return record
-
-
-def _report(results: Path, runs: Runs, suffix: str) -> Report:
-    frame, comparison = numbers(runs.done), against_post_pruning(runs.done)
-    stem = f"{runs.suite}--{runs.backbone}{suffix}"
-    files = _write_tables(results / "tables", stem, runs, frame, comparison)
+    stem = f"{tables.runs.suite}--{tables.runs.backbone}{suffix}"
+    texts = {
+        f"{stem}.md": as_markdown(tables),
+        f"{stem}.csv": csv(tables.frame),
+        f"{stem}.tex": render.latex(tables.shown, tables.best, _breaks(tables.rows)),
+    }
+    if len(tables.comparison):
+        texts[f"{stem}--comparison.csv"] = csv(tables.comparison)
+    if len(tables.methods):
+        texts[f"{stem}--methods.md"] = methods_markdown(tables)
+        texts[f"{stem}--methods.csv"] = csv(tables.methods)
+    files = [write(results / "tables" / name, text) for name, text in texts.items()]
     # matplotlib takes most of a second to import, and a table alone does not need it
     from byom.report.figures import suite as figures
 
-    files += figures.save_all(frame, results / "figures", stem)
-    if costed(runs.done):
+    files += figures.save_all(tables.frame, results / "figures", stem)
+    if len(tables.methods):
         from byom.report.figures.methods import accuracy_by_method
         from byom.report.figures.style import save
 
-        files += save(accuracy_by_method(methods(runs.done)), results / "figures" / f"{stem}--accuracy-by-method")
-    return Report(as_text(runs, frame, comparison), files)
-
-
-def _write_tables(folder: Path, stem: str, runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> list[Path]:
-    texts = {
-        f"{stem}.md": as_markdown(runs, frame, comparison),
-        f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
-        f"{stem}.tex": render.latex(display(frame), best(frame), _breaks(frame)),
-    }
-    if len(comparison):
-        texts[f"{stem}--comparison.csv"] = comparison.to_csv(index=False, lineterminator="\n")
-    if costed(runs.done):
-        costs = methods(runs.done)
-        texts[f"{stem}--methods.md"] = methods_markdown(runs, costs)
-        texts[f"{stem}--methods.csv"] = costs.to_csv(index=False, lineterminator="\n")
-    return [write(folder / name, text) for name, text in texts.items()]
+        files += save(accuracy_by_method(tables.methods), results / "figures" / f"{stem}--accuracy-by-method")
+    return files
 
 
 def write(path: Path, text: str) -> Path:
@@ -201,25 +158,26 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def _breaks(frame: pd.DataFrame) -> list[int]:
-    """Return the rows where another kind of model begins."""
-    kinds = [kind(*pair) for pair in zip(frame["merge"], frame["variant"], strict=True)]
-    groups = ["own" if what in ("pretrained", "single_task") else what for what in kinds]
+def _breaks(rows: Sequence[Row]) -> list[int]:
+    """Return the places where another kind of model begins."""
+    groups = ["own" if row.kind in ("pretrained", "single_task") else row.kind for row in rows]
     return [i for i in range(1, len(groups)) if groups[i] != groups[i - 1]]
 
 
-def as_markdown(runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> str:
+def as_markdown(tables: Tables) -> str:
     """Return the report as Markdown: what was run, the table, the comparison, and what the columns mean."""
+    runs = tables.runs
     parts = [f"# {runs.suite}, {runs.backbone}\n\n", *_bullets(header(runs)), "\n"]
-    parts += [render.markdown(display(frame), best(frame)), "\n", *_bullets([*NOTES, *_differing(runs)])]
-    if len(comparison):
-        parts += ["\n## BYOM-FFT against Post-Pruning\n\n", render.markdown(display_comparison(comparison))]
+    parts += [render.markdown(tables.shown, tables.best), "\n", *_bullets([*NOTES, *_differing(runs)])]
+    if len(tables.comparison):
+        parts += ["\n## BYOM-FFT against Post-Pruning\n\n", render.markdown(display_comparison(tables.comparison))]
         parts += ["\n", *_bullets(COMPARISON_NOTES)]
     return "".join(parts)
 
 
-def methods_markdown(runs: Runs, costs: pd.DataFrame) -> str:
+def methods_markdown(tables: Tables) -> str:
     """Return what every method needs, stores and costs as Markdown."""
+    runs, costs = tables.runs, tables.methods
     flagged = ["†: the method has looked at the test split's inputs."] * bool(costs["sees_test"].any())
     batches = "‡: tasks are told apart by whole batches of one data set, which gives them away."
     flagged += [batches] * bool(costs["by_batch"].any())
@@ -229,8 +187,8 @@ def methods_markdown(runs: Runs, costs: pd.DataFrame) -> str:
 
 def _differing(runs: Runs) -> list[str]:
     """Say how much larger m % is of the parameters that fine-tuning changed, where it is at all."""
-    pairs = [(record["storage"].get("density") or {}) for record in runs.done]
-    ratios = [pair["of_differing"] / pair["of_all"] for pair in pairs if pair.get("of_all")]
+    parts = [record.storage.density for record in runs.done]
+    ratios = [part.of_differing / part.of_all for part in parts if part.of_all]
     if not ratios or max(ratios) < 1.005:
         return []
     return [
@@ -243,52 +201,11 @@ def _bullets(lines: Iterable[str]) -> list[str]:
     return [f"- {line}\n" for line in lines]
 
 
-def as_text(runs: Runs, frame: pd.DataFrame, comparison: pd.DataFrame) -> str:
+def as_text(tables: Tables) -> str:
     """Return the report for a terminal of 160 columns."""
+    runs = tables.runs
     parts = [f"{runs.suite}, {runs.backbone}\n", *(f"{line}\n" for line in header(runs)), "\n"]
-    parts += [render.text(display(frame), task_names(frame))]
-    if len(comparison):
-        parts += ["\nBYOM-FFT against Post-Pruning\n\n", render.text(display_comparison(comparison))]
+    parts += [render.text(tables.shown, task_names(tables.frame))]
+    if len(tables.comparison):
+        parts += ["\nBYOM-FFT against Post-Pruning\n\n", render.text(display_comparison(tables.comparison))]
     return "".join(parts)
-
-
-def header(runs: Runs) -> list[str]:
-    """Return what a reader must know before the numbers: seeds, failures, skipped tasks, unrecorded code."""
-    seeds = sorted({record["choices"]["seed"] for record in runs.done})
-    skipped = sorted({_skipped(task) for record in runs.done for task in record.get("skipped_tasks") or ()})
-    dirty = sum(bool((record.get("provenance") or {}).get("dirty")) for record in runs.done)
-    lines = [f"**{note}**" for note in sorted({record["note"] for record in runs.done if record.get("note")})]
-    lines += [f"Seeds: {', '.join(map(str, seeds))}. Runs: {len(runs.done)} done, {len(runs.failed)} failed."]
-    lines += [f"Failed: {_failure(record)}" for record in runs.failed]
-    lines += [f"Skipped tasks ({len(skipped)}): {', '.join(skipped) or 'none'}."]
-    lines += [f"{dirty} runs came from code with uncommitted changes."] * bool(dirty)
-    return [*lines, *_metrics(runs), *_experts(runs)]
-
-
-def _metrics(runs: Runs) -> list[str]:
-    """Say which columns are no accuracies."""
-    rows = {task: row["metric"] for task, row in runs.done[0]["scores"]["test"].items() if "metric" in row}
-    told = [f"{task}: {METRICS[name].title}" for task, name in rows.items()]
-    return [f"Scores that are no accuracy, times 100: {'; '.join(told)}."] * bool(told)
-
-
-def _experts(runs: Runs) -> list[str]:
-    """Say whose checkpoints these are, and whether hyperparameters were selected on what they were trained on."""
-    record = runs.done[0]
-    if (family := record.get("family", "trained")) == "trained":
-        return []
-    tuned = any((record.get("tuning") or {}).get("searched") for record in runs.done)
-    known = (record.get("experts") or {}).get("validation", "unknown")
-    return [f"Experts: {family}. {VALIDATED[known]}" if tuned else f"Experts: {family}."]
-
-
-def _skipped(task: str | Mapping[str, Any]) -> str:
-    return task if isinstance(task, str) else f"{task.get('task')} ({task.get('reason', 'no reason recorded')})"
-
-
-def _failure(record: Record) -> str:
-    choices, reason = record["choices"], record.get("error") or "no reason recorded"
-    first = str(reason.get("message", reason) if isinstance(reason, Mapping) else reason).partition("\n")[0]
-    density = ((record.get("hyperparameters") or {}).get("byom") or {}).get("density")
-    part = f", {percent(density)} %" if density is not None else ""
-    return f"{name_method(choices['merge'], choices['byom'])}{part}, seed {choices['seed']}: {first}"

@@ -1,45 +1,198 @@
-"""Names of rows: what a reader must know to tell one from another, and no more."""
+"""Records to rows: runs that differ in nothing but their seed, in the order of the table, and how tables name them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, pairwise
+from typing import Any
 
-if TYPE_CHECKING:
-    from byom.report.frame import Row
+import numpy as np
+
+from byom.errors import ByomError
+from byom.storage.record import Record
+
+MERGES = ("pretrained", "average", "task_arithmetic", "ties")  # first in the table; all others follow by name
+KINDS = ("pretrained", "single_task", "merged", "post_pruning", "fft")
 
 
-def labels(found: Sequence[Row]) -> list[str]:
-    """Name rows so that no two with the same density read the same, adding the settings they differ in."""
-    names = [row.name for row in found]
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings under dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs that differ in nothing but their seed.
+
+    Args:
+        settings: Choices and hyperparameters, less seeds and tuned values.
+        records: The runs, by seed.
+        apart: The settings that tell it from rows of the same name, as in ``(density 0.1)``.
+    """
+
+    settings: Mapping[str, Any]
+    records: tuple[Record, ...]
+    apart: str = ""
+
+    @property
+    def merge(self) -> str:
+        """The merge method's name."""
+        return self.records[0].choices.merge
+
+    @property
+    def variant(self) -> str:
+        """The BYOM variant's name."""
+        return self.records[0].choices.byom
+
+    @property
+    def kind(self) -> str:
+        """The sort of model: ``pretrained``, ``single_task``, ``merged``, or the variant's own name."""
+        if self.variant != "none":
+            return self.variant
+        return "pretrained" if self.merge == "pretrained" else "merged"
+
+    @property
+    def name(self) -> str:
+        """The row as tables write it, such as ``BYOM-FFT on TIES``, before the settings that tell it from others."""
+        return name_of(self.records[0])
+
+    @property
+    def label(self) -> str:
+        """The row's name in full; two rows of one table that share it differ in their density."""
+        return self.name + self.apart
+
+    @property
+    def base(self) -> str:
+        """The label of the merged model that the variant starts from; the row's own where there is none."""
+        if self.variant == "none" or self.merge == "pretrained":
+            return self.label
+        return _routed(self.records[0], self.records[0].titles.merge) + self.apart
+
+    @property
+    def density(self) -> float:
+        """The fraction put back for each task, or NaN where nothing is chosen by a fraction."""
+        return float(self.settings.get("byom.density", np.nan)) if self.variant != "none" else np.nan
+
+    @property
+    def one_model(self) -> bool:
+        """Whether the row stores nothing for its tasks, so that one merged model serves them all."""
+        stored = [record.storage for record in self.records]
+        return not any(sum(one.task_parameters.values()) + sum(one.task_bytes.values()) for one in stored)
+
+    @property
+    def given(self) -> str:
+        """The dearest thing that the methods were given: another model, test inputs, labelled inputs and so on."""
+        needs = self.records[0].needs
+        if needs.joint or self.kind == "single_task":
+            return "another model"
+        if any(record.needs.sees_test for record in self.records):
+            return "test inputs"
+        return f"{'' if needs.labels else 'un'}labelled inputs" if needs.inputs else "weights"
+
+    @cached_property
+    def order(self) -> tuple[int, int, str, str, float]:
+        """The row's place in the table, as a key to sort by."""
+        place = MERGES.index(self.merge) if self.merge in MERGES else len(MERGES)
+        rank = KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
+        rest = {name: _sortable(value) for name, value in self.settings.items() if name != "byom.density"}
+        name = f"{self.variant} {self.merge}"
+        return rank, place, name, json.dumps(rest, sort_keys=True), float(np.nan_to_num(self.density))
+
+
+def name_of(record: Record) -> str:
+    """Return the name of a run, such as ``BYOM-FFT on TIES``."""
+    choices, titles = record.choices, record.titles
+    if choices.byom == "none":
+        return _routed(record, titles.merge)
+    return _routed(record, titles.byom + ("" if choices.merge == "pretrained" else f" on {titles.merge}"))
+
+
+def _routed(record: Record, name: str) -> str:
+    return f"{name}, {record.titles.router}" if record.titles.router else name
+
+
+def _sortable(value: Any) -> Any:
+    """Return a value whose text sorts as its number does: rank 2 before rank 16."""
+    return f"{value:020.9f}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def settings(record: Record) -> dict[str, Any]:
+    """Return what identifies a row: choices and hyperparameters, less seeds and tuned values."""
+    tuned = {full(name) for name, _ in flatten(record.tuning.chosen)}
+    every = {**record.choices.named, **dict(flatten(record.hyperparameters))}
+    return {k: v for k, v in every.items() if k not in tuned and k.rpartition(".")[2] != "seed"}
+
+
+def full(name: str) -> str:
+    """Return a tuned hyperparameter's name with its group, which is ``merge`` where none is named."""
+    return name if name.startswith(("merge.", "byom.")) else f"merge.{name}"
+
+
+def rows(records: Iterable[Record]) -> list[Row]:
+    """Group runs that differ only in their seed, in table order, and name the groups.
+
+    Args:
+        records: Finished runs of one suite and backbone.
+
+    Returns:
+        Pre-trained, single-task, merges alone, post-pruning by density, then BYOM on each merge by density.
+
+    Raises:
+        ByomError: If two records have the same settings and the same seed.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r.choices.seed, r.signature)):
+        groups.setdefault(json.dumps(settings(record), sort_keys=True), []).append(record)
+    for group in groups.values():
+        _refuse_twins(group)
+    unnamed = sorted((Row(settings(group[0]), tuple(group)) for group in groups.values()), key=lambda row: row.order)
+    return told_apart(unnamed)
+
+
+def _refuse_twins(group: Sequence[Record]) -> None:
+    for one, two in pairwise(group):
+        if one.choices.seed == two.choices.seed:
+            raise ByomError(
+                f"records {one.signature} and {two.signature} hold the same settings and the same seed "
+                f"({one.choices.seed}); move the one that is not meant out of results/runs"
+            )
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Add the settings in which rows differ to their labels, so that no two with the same density read the same."""
     twins: dict[tuple[str, str], list[Row]] = {}
-    for name, row in zip(names, found, strict=True):
-        twins.setdefault((name, repr(row.density)), []).append(row)
-    alike = [twins[name, repr(row.density)] for name, row in zip(names, found, strict=True)]
-    return [name + _difference(row, same) for name, row, same in zip(names, found, alike, strict=True)]
+    for row in rows:
+        twins.setdefault((row.name, repr(row.density)), []).append(row)
+    return [replace(row, apart=_difference(row, twins[row.name, repr(row.density)])) for row in rows]
 
 
 def _difference(row: Row, others: Sequence[Row]) -> str:
-    told = [_told(name, row.settings.get(name)) for name in _telling(others)]
-    said = [text for text in told if text]
-    return f" ({', '.join(said)})" if said else ""
+    words = [_word(name, row.settings.get(name)) for name in _telling(others)]
+    spelled = [text for text in words if text]
+    return f" ({', '.join(spelled)})" if spelled else ""
 
 
-def _telling(found: Sequence[Row]) -> tuple[str, ...]:
+def _telling(rows: Sequence[Row]) -> tuple[str, ...]:
     """Return the fewest settings that tell rows apart, words before numbers."""
-    every = {name for row in found for name in row.settings}
-    apart = [n for n in sorted(every) if len({repr(row.settings.get(n)) for row in found}) > 1]
-    apart.sort(key=lambda n: any(isinstance(row.settings.get(n), int | float) for row in found))
+    every = {name for row in rows for name in row.settings}
+    apart = [n for n in sorted(every) if len({repr(row.settings.get(n)) for row in rows}) > 1]
+    apart.sort(key=lambda n: any(isinstance(row.settings.get(n), int | float) for row in rows))
     sets = (some for size in range(len(apart)) for some in combinations(apart, size))
-    return next((some for some in sets if _distinct(found, some)), tuple(apart))
+    return next((some for some in sets if _distinct(rows, some)), tuple(apart))
 
 
-def _distinct(found: Sequence[Row], names: Sequence[str]) -> bool:
-    return len({repr([row.settings.get(n) for n in names]) for row in found}) == len(found)
+def _distinct(rows: Sequence[Row], names: Sequence[str]) -> bool:
+    return len({repr([row.settings.get(n) for n in names]) for row in rows}) == len(rows)
 
 
-def _told(name: str, value: Any) -> str:
+def _word(name: str, value: Any) -> str:
     word = name.rpartition(".")[2].replace("_", " ")
     if isinstance(value, bool):
         return word if value else ""

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from byom.report import render
-from byom.report.frame import MISSING, numbers, percent
-from byom.report.report import Runs, header, read_runs, write
+from byom.report.frame import MISSING, csv, percent
+from byom.report.report import Tables, write
+from byom.report.runs import Runs, header, read_runs
 
 NOTES = (
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model, in per cent; mean ± "
@@ -39,7 +40,7 @@ def generate(results: Path, backbone: str, suites: Sequence[str], name: str) -> 
     top = f"# {name}, {backbone}: by number of tasks\n\n" + "".join(f"{line}\n\n" for line in lines)
     texts = {
         f"{stem}.md": f"{top}{render.markdown(shown)}\n{notes}",
-        f"{stem}.csv": frame.to_csv(index=False, lineterminator="\n"),
+        f"{stem}.csv": csv(frame),
         f"{stem}.tex": render.latex(shown),
     }
     files = [write(results / "tables" / file, text) for file, text in texts.items()]
@@ -61,7 +62,7 @@ def summarised(every: Sequence[Runs]) -> pd.DataFrame:
         ``_std``, and ``subsets``.
     """
     frame = pd.concat([_of(runs) for runs in every], ignore_index=True)
-    keys = ["method", "merge", "variant", "density", "tasks"]
+    keys = ["method", "merge", "variant", "density", "kind", "tasks"]
     grouped = frame.groupby(keys, sort=False, dropna=False)
     out = grouped.agg(
         normalised=("normalised", "mean"), normalised_std=("normalised", "std"),
@@ -71,9 +72,8 @@ def summarised(every: Sequence[Runs]) -> pd.DataFrame:
 
 
 def _of(runs: Runs) -> pd.DataFrame:
-    frame = numbers(runs.done)
-    kept = pd.DataFrame(frame[["method", "merge", "variant", "density", "normalised", "mean"]])
-    return kept.assign(tasks=len(runs.done[0]["scores"]["test"]))
+    columns = ["method", "merge", "variant", "density", "kind", "normalised", "mean"]
+    return pd.DataFrame(Tables(runs).frame[columns]).assign(tasks=len(runs.tasks))
 
 
 def display(frame: pd.DataFrame) -> pd.DataFrame:
@@ -96,6 +96,6 @@ def _cell(by_size: pd.DataFrame, size: int) -> str:
 def _subsets(every: Sequence[Runs]) -> str:
     counts: dict[int, int] = {}
     for runs in every:
-        size = len(runs.done[0]["scores"]["test"])
+        size = len(runs.tasks)
         counts[size] = counts.get(size, 0) + 1
     return "Subsets: " + ", ".join(f"{count} of {size} tasks" for size, count in sorted(counts.items())) + "."

@@ -1,109 +1,231 @@
-"""Records: one immutable JSON file a run, named by the signature of its choices."""
+"""Records: one immutable JSON file for each run, and every shape that one was ever written in, lifted to one."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from byom.errors import OptionError
-from byom.storage.lock import owner
+from byom.errors import ByomError
+from byom.storage.parts import (
+    Choices,
+    Cost,
+    Density,
+    Needs,
+    Norms,
+    Routed,
+    Stage,
+    Storage,
+    Summary,
+    TaskScore,
+    Titles,
+    Tuning,
+)  # fmt: skip
 
 FORMAT = 1
+NEEDED = ("choices", "hyperparameters", "scores", "summary", "storage", "signature")
+MERGES = {
+    "pretrained": "Pre-trained", "average": "Averaging", "task_arithmetic": "Task Arithmetic", "ties": "TIES",
+}  # fmt: skip
+"""Titles of merge methods, for records of the time before they held titles."""
+VARIANTS = {
+    "single_task": "Single-task", "post_pruning": "Post-Pruning", "fft": "BYOM-FFT", "lora": "BYOM-LoRA",
+}  # fmt: skip
+"""Titles of variants, for the same records."""
+
+Json = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run's record goes, or lies: the signature that ends a file's name identifies it, the rest is for people.
+class Record:
+    """One run, finished or failed; a failed one lacks everything that is measured.
 
     Args:
-        root: The results folder.
-        suite: Suite name.
-        backbone: Backbone option.
-        label: ``<merge>+<variant>--m10-seed0``; older records have ``<merge>+<variant>`` alone.
-        signature: Hash of the choices.
+        signature: Hash of everything that determines the scores.
+        status: ``done`` or ``failed``.
+        choices: Names of the options.
+        titles: How tables write them.
+        hyperparameters: Group (``merge``, ``byom``, ``router``, ``statistics``) to field to value, as used.
+        scores: Split to task to score.
+        single_task: Split to task to the score of the task's own model.
+        summary: Split to means over tasks.
+        tuning: The search of hyperparameters.
+        storage: What serving stores.
+        routed: Evaluation without task identity; None where tasks are known.
+        norms: Task to distances; empty where they were not measured.
+        cost: Time and memory; None in the oldest records.
+        stages: Name to time and memory of this process.
+        needs: What the methods were given.
+        data: Task to split to the fingerprint of its examples.
+        config: The configuration as plain containers.
+        overrides: What it was composed of; empty in older records.
+        tasks: The suite's tasks in their order; empty in older records.
+        family: Whose checkpoints the tasks' own models are.
+        validation_examples: Whether these were trained on validation examples: ``seen``, ``unseen``, ``unknown``.
+        skipped_tasks: Tasks that could not be had, with the reason.
+        note: Shown above every table made of the record.
+        dirty: Whether it comes from code with uncommitted changes.
+        created: Time in UTC.
+        error: Why it failed.
+        path: Its file, if it was read from one.
     """
 
-    root: Path
-    suite: str
-    backbone: str
-    label: str
     signature: str
+    status: str
+    choices: Choices
+    titles: Titles
+    hyperparameters: Mapping[str, Mapping[str, Any]]
+    scores: Mapping[str, Mapping[str, TaskScore]]
+    single_task: Mapping[str, Mapping[str, float]]
+    summary: Mapping[str, Summary]
+    tuning: Tuning
+    storage: Storage
+    routed: Routed | None
+    norms: Mapping[str, Norms]
+    cost: Cost | None
+    stages: Mapping[str, Stage]
+    needs: Needs
+    data: Mapping[str, Mapping[str, str]]
+    config: Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    family: str = "trained"
+    validation_examples: str = "unknown"
+    skipped_tasks: tuple[str, ...] = ()
+    note: str = ""
+    dirty: bool = False
+    created: str = ""
+    error: str = ""
+    path: Path | None = None
 
     @property
-    def done(self) -> Path:
-        """The record of a finished run, under whatever label it was written."""
-        return self._file(".json")
+    def test(self) -> Mapping[str, TaskScore]:
+        """Task to score on the test split."""
+        return self.scores["test"]
 
     @property
-    def failed(self) -> Path:
-        """The record of a run that failed."""
-        return self._file(".failed.json")
-
-    def _file(self, ending: str) -> Path:
-        written = sorted(self._folder.glob(f"*--{self.signature}{ending}"))
-        return written[0] if written else self._folder / f"{self.label}--{self.signature}{ending}"
+    def mean(self) -> float:
+        """Mean score over tasks on the test split."""
+        return self.summary["test"].absolute
 
     @property
-    def _folder(self) -> Path:
-        return self.root / "runs" / self.suite / self.backbone
+    def variant_settings(self) -> Mapping[str, Any]:
+        """The variant's hyperparameters."""
+        return self.hyperparameters.get("byom", {})
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the finished record, or None.
-
-        Raises:
-            OptionError: If the file cannot be parsed.
-        """
-        if not self.done.is_file():
-            return None
-        try:
-            return json.loads(self.done.read_text())
-        except ValueError as error:
-            raise OptionError(f"{self.done} is damaged ({error}); delete it to run this cell again") from error
-
-    def require_writable(self) -> None:
-        """Refuse a results folder that cannot be written, before any work starts.
-
-        Raises:
-            OptionError: Naming the folder.
-        """
-        probe = self._folder / f".writable-{owner()}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise OptionError(
-                f"cannot write results to {self._folder} ({error}); set results= to a writable folder"
-            ) from error
-
-    def write(self, record: Mapping[str, Any]) -> Path:
-        """Write a finished record, or a failed one beside where it would be; atomic.
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record, whenever it was written.
 
         Args:
-            record: The record, with its ``status``.
+            path: Its file.
 
-        Returns:
-            The file.
+        Raises:
+            ByomError: If the file is damaged, or of a format that this byom does not know.
         """
-        path = self.done if record["status"] == "done" else self.failed
-        write_json(path, record)
-        if path == self.done:
-            self.failed.unlink(missing_ok=True)
-        return path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ByomError(f"{path} is not JSON ({error}); delete it and run that cell again") from None
+        known = values.get("format") if isinstance(values, dict) else None
+        if known != FORMAT:
+            raise ByomError(f"{path} has format {known!r}, this byom reads {FORMAT}: use the byom that wrote it")
+        needed = ("choices", "signature", "status") if values.get("status") == "failed" else ("status", *NEEDED)
+        if missing := [name for name in needed if name not in values]:
+            raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and run that cell again")
+        return cls.lift(values, path)
+
+    @classmethod
+    def lift(cls, values: Json, path: Path | None = None) -> Self:
+        """Return the record of a file's values.
+
+        Args:
+            values: What the file holds.
+            path: The file.
+        """
+        choices = Choices.lift(values["choices"])
+        scores = values.get("scores") or {}
+        return cls(
+            signature=values["signature"],
+            status=values["status"],
+            choices=choices,
+            titles=_titles(choices, values.get("titles") or {}),
+            hyperparameters=values.get("hyperparameters") or {},
+            scores={split: {task: TaskScore.lift(row) for task, row in rows.items()} for split, rows in scores.items()},
+            single_task=values.get("single_task") or {},
+            summary={split: Summary.lift(row) for split, row in (values.get("summary") or {}).items()},
+            tuning=Tuning.lift(values.get("tuning") or {}),
+            storage=_storage(values.get("storage") or {}),
+            routed=Routed.lift(values["routed"]) if values.get("routed") else None,
+            norms={task: Norms.lift(row) for task, row in (values.get("norms") or {}).items()},
+            cost=_cost(values["cost"]) if values.get("cost") else None,
+            stages={name: Stage.lift(row) for name, row in (values.get("stages") or {}).items()},
+            needs=_needs(values),
+            data=(values.get("fingerprints") or {}).get("data") or {},
+            config=values.get("config") or {},
+            overrides=tuple(values.get("overrides") or ()),
+            tasks=tuple(values.get("tasks") or ()),
+            family=values.get("family", "trained"),
+            validation_examples=(values.get("experts") or {}).get("validation", "unknown"),
+            skipped_tasks=tuple(_skipped(task) for task in values.get("skipped_tasks") or ()),
+            note=values.get("note") or "",
+            dirty=bool((values.get("provenance") or {}).get("dirty")),
+            created=values.get("created", ""),
+            error=_reason(values.get("error")),
+            path=path,
+        )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{owner()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+def _titles(choices: Choices, titles: Json) -> Titles:
+    merge = titles.get("merge") or MERGES.get(choices.merge, _worded(choices.merge))
+    return Titles(
+        merge, titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom)), titles.get("router", "")
+    )
 
 
-def now() -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _worded(name: str) -> str:
+    return name.replace("_", " ").title()
+
+
+def _storage(values: Json) -> Storage:
+    density = Density.lift(values.get("density") or {})
+    frozen = (values.get("with_frozen") or {}).get("parameters")
+    return Storage.lift({"parameters": 0, "bytes": 0, **values, "density": density, "with_frozen": frozen})
+
+
+def _cost(values: Json) -> Cost:
+    return Cost(*(Stage.lift(values.get(name) or {}) for name in ("merge", "variant", "statistics")))
+
+
+def _needs(values: Json) -> Needs:
+    """Return what the methods were given.
+
+    The oldest records say nothing of it, and all methods merged weights alone then; later ones have it in words,
+    among them the statistics that are named by their hyperparameters.
+    """
+    needs = values.get("needs") or {}
+    if "inputs" in needs:
+        lists = {name: tuple(needs[name]) for name in ("inputs", "statistics")}
+        return Needs.lift({**needs, **lists})
+    words = needs.get("words", "weights")
+    members = re.match(r"(\d+) models", words)
+    return Needs(
+        words,
+        inputs=tuple(re.findall(r"(\w+) inputs", words)),
+        labels=bool(re.search(r"\blabelled", words)),
+        statistics=tuple(sorted((values.get("hyperparameters") or {}).get("statistics") or ())),
+        members=int(members[1]) if members else 1,
+        joint=values["choices"]["merge"] == "mtl",
+        sees_test=needs.get("sees_test", False),
+    )
+
+
+def _skipped(task: str | Json) -> str:
+    return task if isinstance(task, str) else f"{task.get('task')} ({task.get('reason', 'no reason recorded')})"
+
+
+def _reason(error: str | Json | None) -> str:
+    return str(error.get("message", error)) if isinstance(error, Mapping) else error or ""

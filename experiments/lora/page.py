@@ -17,8 +17,9 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.figures.style import save
-from byom.report.frame import Record
-from byom.report.report import header, read_runs, write
+from byom.report.report import write
+from byom.report.runs import header, read_runs
+from byom.storage.record import Record
 from experiments import peft_combinations, spectra
 from experiments.lora import display as rank_display
 from experiments.lora import figures as rank_figures

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from byom.functional.metrics import value_of
 from byom.report.bootstrap import gain_interval
 from byom.report.comparable import check_comparable
-from byom.report.frame import Record, Row, rows
-from byom.report.rows import labels
+from byom.report.frame import spread
+from byom.report.rows import Row, rows, told_apart
+from byom.storage.parts import Norms
+from byom.storage.record import Record
 
 FAMILIES = (
     "pretrained", "merged", "lora", "lora_global", "lora_merged", "post_pruning", "fft", "single_task",
@@ -46,18 +48,18 @@ def named(records: Iterable[Record]) -> list[tuple[str, Row]]:
     alike: dict[tuple, list[Row]] = {}
     for row in found:
         alike.setdefault((_rank(row), row.settings.get("byom.rank_allocation")), []).append(row)
-    said = {id(row): name for group in alike.values() for row, name in zip(group, labels(group), strict=True)}
-    pairs = [(said[id(row)] + ", global ranks" * _is_global(row), row) for row in found]
+    renamed = {
+        id(row): again.label for group in alike.values() for row, again in zip(group, told_apart(group), strict=True)
+    }
+    pairs = [(renamed[id(row)] + ", global ranks" * _is_global(row), row) for row in found]
     places = {name: place for place, (name, _) in reversed([*enumerate(pairs)])}
     return sorted(pairs, key=lambda pair: (*_order(pair[1]), places[pair[0]], _rank(pair[1]), _density(pair[1])))
 
 
 def family(row: Row) -> str:
     """Return which part of the table a row belongs to."""
-    if row.variant == "none":
-        return "pretrained" if row.merge == "pretrained" else "merged"
-    if row.variant != "lora":
-        return row.variant
+    if row.kind != "lora":
+        return row.kind
     if row.settings.get("byom.reference") == "merged":
         return "lora_merged"
     return "lora_global" if _is_global(row) else "lora"
@@ -81,44 +83,35 @@ def _is_global(row: Row) -> bool:
 
 
 def _numbers(name: str, row: Row) -> dict[str, Any]:
-    tests = [record["scores"]["test"] for record in row.records]
+    tests = [record.test for record in row.records]
     errors = [_errors(record) for record in row.records]
     out: dict[str, Any] = {"method": name, "family": family(row), "merge": row.merge}
     out |= {"rank": _rank(row) or np.nan, "density": row.density}
     for task in tests[0]:
-        out |= _spread(f"accuracy_{task}", [value_of(test[task]) for test in tests])
-    out |= _spread("mean", [_mean(record) for record in row.records])
-    out |= _spread("normalised", [record["summary"]["test"]["normalised"] for record in row.records])
+        out |= spread(f"accuracy_{task}", [test[task].value for test in tests])
+    out |= spread("mean", [record.mean for record in row.records])
+    out |= spread("normalised", [record.summary["test"].normalised for record in row.records])
     out |= {f"error_{task}": float(np.mean([error[task] for error in errors])) for task in tests[0]}
     out["error"] = float(np.mean([list(error.values()) for error in errors]))
-    out |= {what: _stored(row, what) for what in ("task_parameters", "task_bytes")}
-    out["parameters"] = float(np.mean([record["storage"]["parameters"] for record in row.records]))
+    out["task_parameters"] = float(np.mean([list(r.storage.task_parameters.values()) for r in row.records]))
+    out["task_bytes"] = _task_bytes(row)
+    out["parameters"] = float(np.mean([record.storage.parameters for record in row.records]))
     return out | {"seeds": len(row.records)}
 
 
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-    return {name: float(np.mean(values)), f"{name}_std": std}
-
-
-def _mean(record: Record) -> float:
-    return record["summary"]["test"]["absolute"]
-
-
-def _stored(row: Row, what: str) -> float:
-    return float(np.mean([list(record["storage"][what].values()) for record in row.records]))
+def _task_bytes(row: Row) -> float:
+    return float(np.mean([list(record.storage.task_bytes.values()) for record in row.records]))
 
 
 def _errors(record: Record) -> dict[str, float]:
     """Return for each task how much of its difference is lost, relative to all of it; NaN where it was not measured."""
-    norms = record.get("norms") or {}
-    return {task: _error(norms[task]) if task in norms else np.nan for task in record["scores"]["test"]}
+    return {task: _error(record.norms[task]) if task in record.norms else np.nan for task in record.test}
 
 
-def _error(norms: Mapping[str, float]) -> float:
-    if not norms["dropped"]:
+def _error(norms: Norms) -> float:
+    if not norms.dropped:
         return 0.0
-    return norms["dropped"] / norms["to_pretrained"] if norms["to_pretrained"] else np.inf
+    return norms.dropped / norms.to_pretrained if norms.to_pretrained else np.inf
 
 
 def at_equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
@@ -141,9 +134,9 @@ def at_equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _beside(name: str, row: Row, sparse: str, others: Sequence[Row]) -> dict[str, Any]:
-    size = _stored(row, "task_bytes")
-    other = min(others, key=lambda each: abs(_stored(each, "task_bytes") - size))
-    theirs = _stored(other, "task_bytes")
+    size = _task_bytes(row)
+    other = min(others, key=lambda each: abs(_task_bytes(each) - size))
+    theirs = _task_bytes(other)
     same = abs(theirs - size) <= TOLERANCE * size
     mine = {"method": name, "rank": _rank(row), "task_bytes": size, "mean": _average(row)}
     found = {"sparse": sparse, "density": other.density, "sparse_bytes": theirs, "sparse_mean": _average(other)}
@@ -151,7 +144,7 @@ def _beside(name: str, row: Row, sparse: str, others: Sequence[Row]) -> dict[str
 
 
 def _average(row: Row) -> float:
-    return float(np.mean([_mean(record) for record in row.records]))
+    return float(np.mean([record.mean for record in row.records]))
 
 
 def difference(row: Row, other: Row) -> dict[str, float]:
@@ -165,14 +158,14 @@ def difference(row: Row, other: Row) -> dict[str, float]:
         ``difference``, `row` less `other`, with ``difference_std`` over seeds; ``lower`` and ``upper`` of its 95 %
         interval over examples, as fractions; ``pairs``, the number of seeds. NaN without a seed in common.
     """
-    theirs = {record["choices"]["seed"]: record for record in other.records}
-    seeds = [(record, record["choices"]["seed"]) for record in row.records]
+    theirs = {record.choices.seed: record for record in other.records}
+    seeds = [(record, record.choices.seed) for record in row.records]
     pairs = [(record, theirs[seed]) for record, seed in seeds if seed in theirs]
     if not pairs:
         return NO_DIFFERENCE
-    lower, upper = gain_interval([(one["scores"]["test"], two["scores"]["test"]) for one, two in pairs])
-    spread = _spread("difference", [_mean(one) - _mean(two) for one, two in pairs])
-    return spread | {"lower": lower, "upper": upper, "pairs": len(pairs)}
+    lower, upper = gain_interval([(one.test, two.test) for one, two in pairs])
+    apart = spread("difference", [one.mean - two.mean for one, two in pairs])
+    return apart | {"lower": lower, "upper": upper, "pairs": len(pairs)}
 
 
 def recipes(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
@@ -203,7 +196,7 @@ def _single(records: Sequence[Record]) -> Row | None:
 
 def _any_recipe(record: Record) -> Record:
     """Leave out how a model was fine-tuned: that is what the table compares."""
-    return {**record, "config": {}, "choices": {**record["choices"], "finetune": None}}
+    return replace(record, config={}, choices=replace(record.choices, finetune=None))
 
 
 def _recipe(recipe: str, row: Row, lora: Row | None) -> dict[str, Any]:
@@ -215,10 +208,10 @@ def _recipe(recipe: str, row: Row, lora: Row | None) -> dict[str, Any]:
 
 def name_recipe(record: Record) -> str:
     """Return how tables write a recipe of fine-tuning: its name and its size."""
-    recipe = record["config"]["finetune"]
-    kind = record["choices"]["finetune"]
+    recipe = record.config["finetune"]
+    kind = record.choices.finetune
     if kind == "lora":
         return f"LoRA, rank {recipe['rank']} ({', '.join(recipe['targets'])})"
     if kind == "bottleneck":
         return f"Bottleneck, width {recipe['width']}"
-    return {"full": "Full fine-tuning", "ia3": "IA3"}.get(kind) or str(kind)
+    return {"full": "Full fine-tuning", "ia3": "IA3"}.get(str(kind)) or str(kind)

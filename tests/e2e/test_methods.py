@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -11,9 +10,12 @@ from byom.cli import config
 from byom.data.source.base import DataError
 from byom.pipeline.cell import laboratory
 from byom.pipeline.run import run
-from byom.report.bootstrap import unpack_hits
+from byom.report.bootstrap import points
 from byom.report.methods import display_methods, methods
 from byom.report.report import generate
+from byom.report.rows import rows
+from byom.storage.parts import TaskScore
+from byom.storage.record import Record
 from tests.e2e.tiny import KEPT, overrides
 
 pytestmark = pytest.mark.data
@@ -54,7 +56,7 @@ def cell(settings):
 
 
 def hits(record, split="test"):
-    return {task: unpack_hits(row, task) for task, row in record["scores"][split].items()}
+    return {task: points(TaskScore.lift(row), task) for task, row in record["scores"][split].items()}
 
 
 def sound(record):
@@ -154,8 +156,8 @@ def test_a_joint_model_is_trained_once_and_weights_matter(cell, settings):
 
 def test_the_table_over_all_methods_has_a_row_for_each(cell, settings, folder):
     root = settings("byom=none").place().root
-    records = [json.loads(f.read_text()) for f in (root / "runs").glob("*/*/*.json") if "failed" not in f.name]
-    frame = methods(records)
+    records = [Record.read(f) for f in (root / "runs").glob("*/*/*.json") if "failed" not in f.name]
+    frame = methods(rows(records))
     assert set(frame["merge"]) >= set(config.options("merge"))
     assert set(frame["variant"]) == set(config.options("byom"))
     routed = frame["right"].notna()

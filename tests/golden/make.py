@@ -7,7 +7,7 @@ from pathlib import Path
 
 from byom.cli import config
 from byom.pipeline.run import run
-from byom.storage.record import write_json
+from byom.storage.place import write_json
 from tests.e2e.tiny import overrides
 
 ROWS = {

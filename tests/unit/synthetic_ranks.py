@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from byom.storage.record import Record
 from tests.unit import synthetic_runs as runs
 
 TASKS = runs.TASKS
@@ -104,6 +105,11 @@ def every(seeds: tuple[int, ...] = (0,)) -> dict[str, list[dict]]:
     """Return the records of every recipe by the name of its folder."""
     rest = {name: [other(name, seed) for seed in seeds] for name in OTHERS}
     return {"adapters": recipe("lora", seeds), "full": recipe("full", seeds), **rest}
+
+
+def lifted(seeds: tuple[int, ...] = (0,)) -> dict[str, list[Record]]:
+    """Return the records of every recipe as a reader sees them."""
+    return {name: runs.lift(made) for name, made in every(seeds).items()}
 
 
 def write(results: Path, made: dict[str, list[dict]]) -> None:

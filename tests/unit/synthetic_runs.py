@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from byom.report.report import Tables
+from byom.report.runs import Runs
+from byom.storage.record import Record
+
 TASKS = ("mnist", "svhn", "fashion_mnist", "cifar10", "eurosat", "gtsrb", "dtd", "flowers102")
 OWN = dict(zip(TASKS, (0.985, 0.93, 0.905, 0.96, 0.97, 0.95, 0.68, 0.89), strict=True))
 PRETRAINED = dict(zip(TASKS, (0.72, 0.38, 0.71, 0.88, 0.78, 0.46, 0.52, 0.71), strict=True))
@@ -108,6 +112,16 @@ def records(seeds: tuple[int, ...] = (0, 1, 2), densities: tuple[float, ...] = D
     cells += [("pretrained", "post_pruning", m) for m in densities]
     cells += [(merge, "fft", m) for merge in REACHED for m in densities]
     return [record(cell[0], cell[1], seed, *cell[2:]) for cell in cells for seed in seeds]
+
+
+def lift(made: list[dict]) -> list[Record]:
+    """Return records as a reader sees them."""
+    return [Record.lift(one) for one in made]
+
+
+def tables(made: list[dict], failed: list[dict] | None = None) -> Tables:
+    """Return the tables of some records."""
+    return Tables(Runs("vision8_offline", "vit_small_dinov2", tuple(lift(made)), tuple(lift(failed or []))))
 
 
 def write(results: Path, made: list[dict]) -> list[Path]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from byom.errors import ByomError
-from byom.report.bootstrap import interval, unpack_hits
-from byom.report.comparison import against_post_pruning, display_comparison
+from byom.report.bootstrap import interval, points
+from byom.report.comparison import display_comparison
+from byom.storage.parts import TaskScore
 from tests.unit import synthetic_runs as synthetic
 
 
@@ -16,15 +17,18 @@ def records() -> list[dict]:
 
 def test_hits_unpack_most_significant_bit_first():
     bits = np.array([1, 0, 1, 1, 0, 0, 0, 1, 1, 0])
-    score = {"hits": np.packbits(bits).tobytes().hex(), "examples": 10}
-    assert unpack_hits(score, "mnist").tolist() == bits.tolist()
-    with pytest.raises(ByomError, match="hits of mnist hold 2 bytes"):
-        unpack_hits(score | {"examples": 17}, "mnist")
+    packed = np.packbits(bits).tobytes().hex()
+    assert points(TaskScore("accuracy", 0.5, 10, packed), "mnist").tolist() == bits.tolist()
+    for examples in (17, 8):
+        with pytest.raises(ByomError, match="hits of mnist hold 2 bytes"):
+            points(TaskScore("accuracy", 0.5, examples, packed), "mnist")
+    with pytest.raises(ByomError, match="hits of mnist hold 2 values"):
+        points(TaskScore("f1", 0.5, 3, points=(0.5, 0.5)), "mnist")
 
 
 def test_hits_agree_with_accuracy(records):
     score = records[0]["scores"]["test"]["svhn"]
-    assert unpack_hits(score, "svhn").mean() == pytest.approx(score["accuracy"])
+    assert points(TaskScore.lift(score), "svhn").mean() == pytest.approx(score["accuracy"])
 
 
 def test_interval_agrees_with_drawing_examples_one_by_one():
@@ -41,7 +45,7 @@ def test_interval_of_equal_models_is_a_point():
 
 
 def test_comparison_is_paired(records):
-    found = against_post_pruning(records).set_index(["method", "density"])
+    found = synthetic.tables(records).comparison.set_index(["method", "density"])
     row = found.loc[("BYOM-FFT on TIES", 0.05)]
 
     def means(merge, variant):
@@ -59,20 +63,20 @@ def test_comparison_is_paired(records):
 
 def test_comparison_uses_the_seeds_both_have(records):
     fewer = [r for r in records if r["choices"]["byom"] != "post_pruning" or r["choices"]["seed"] == 1]
-    found = against_post_pruning(fewer)
+    found = synthetic.tables(fewer).comparison
     assert set(found["seeds"]) == {1}
     assert found["difference_std"].isna().all()
 
 
 def test_comparison_without_a_partner_is_blank(records):
-    alone = against_post_pruning([r for r in records if r["choices"]["byom"] == "fft"])
+    alone = synthetic.tables([r for r in records if r["choices"]["byom"] == "fft"]).comparison
     assert alone["difference"].isna().all()
     assert set(display_comparison(alone)["95 % interval"]) == {"—"}
-    assert len(against_post_pruning([records[0]])) == 0
+    assert len(synthetic.tables([records[0]]).comparison) == 0
 
 
 def test_no_norms_no_ratio(records):
     bare = [{name: value for name, value in r.items() if name != "norms"} for r in records]
-    found = against_post_pruning(bare)
+    found = synthetic.tables(bare).comparison
     assert found[["distance", "residual"]].isna().all(axis=None)
     assert found["difference"].notna().all()

@@ -18,7 +18,7 @@ from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline.evaluate import score
 from byom.pipeline.provenance import Stages, results_root
 from byom.pipeline.tune import AsGiven, Validation
-from byom.storage.record import Place
+from byom.storage.place import Place
 from byom.storage.signature import describe, signature
 
 
@@ -28,11 +28,11 @@ def test_hits_come_back_in_the_splits_order_whatever_the_batches():
     order = torch.tensor([4, 2, 0, 3, 1])
     batches = [({"x": logits[i]}, labels[i], i) for i in order.split(2)]
     found = score(lambda inputs: inputs["x"].argmax(-1), batches, 5)
-    assert found.hits.tolist() == [True, True, False, False, True]
+    assert found.points.tolist() == [True, True, False, False, True]
     assert found.value == pytest.approx(0.6)
     stored = found.to_json()
     unpacked = np.unpackbits(np.frombuffer(bytes.fromhex(stored["hits"]), np.uint8), count=5)
-    assert unpacked.astype(bool).tolist() == found.hits.tolist()
+    assert unpacked.astype(bool).tolist() == found.points.tolist()
 
 
 def test_validation_takes_the_first_of_the_best_and_keeps_the_trail():

@@ -10,8 +10,12 @@ from matplotlib.text import Text
 
 from byom.report.figures import suite as figures
 from byom.report.figures.style import LOOKS, SPARE, looks, spread_out
-from byom.report.frame import numbers
 from tests.unit import synthetic_runs as synthetic
+
+
+def numbers(made: list[dict]) -> pd.DataFrame:
+    return synthetic.tables(made).frame
+
 
 DRAWN = list(figures.FIGURES.values())
 

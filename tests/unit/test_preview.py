@@ -24,7 +24,7 @@ from byom.merge.mtl import JointFineTuning
 from byom.merge.ties import Ties
 from byom.pipeline.preview import Preview, require_known, require_weighable, summary
 from byom.report.preview import agreement_table, best_table, text
-from byom.storage.record import Place
+from byom.storage.place import Place
 from tests.unit.synthetic_previews import TASKS, record
 
 # integers, so that ties are frequent and sums exact

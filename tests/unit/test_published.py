@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from byom.report.figures.published import ours_against_published
 from byom.report.figures.style import save
 from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, pairs
 from byom.report.published_table import as_latex, as_markdown, generate
-from byom.report.report import read_runs
+from byom.report.report import Tables
+from byom.report.runs import Runs, read_runs
 from tests.unit.synthetic_runs import TASKS, records
 
 NAMES = config.options("published")
@@ -86,8 +88,8 @@ def runs(tmp_path):
 
 
 def test_ours_published_and_their_difference_stand_together(runs):
-    text = as_markdown(runs, [(table(), found := pairs(runs, table()))])
-    ours = [100 * r["scores"]["test"]["mnist"]["accuracy"] for r in runs.done if _is(r, "ties", "none")]
+    text = as_markdown(runs, [(table(), found := pairs(Tables(runs), table()))])
+    ours = [100 * r.test["mnist"].value for r in runs.done if _is(r, "ties", "none")]
     assert found[0].values["mnist"] == pytest.approx(np.mean(ours))
     cells = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
     assert [row[1].strip() for row in cells] == ["ours", "published", "difference"]
@@ -97,13 +99,13 @@ def test_ours_published_and_their_difference_stand_together(runs):
 
 
 def _is(record, merge, variant):
-    return record["choices"]["merge"] == merge and record["choices"]["byom"] == variant
+    return (record.choices.merge, record.choices.byom) == (merge, variant)
 
 
 def test_densities_match_within_their_digits(runs):
     line = Line("BYOM-FFT (10%)", {"merge": "ties", "byom": "fft", "byom.density": 0.10004}, (), 85.0)
     far = Line("BYOM-FFT (11%)", {"merge": "ties", "byom": "fft", "byom.density": 0.11}, (), 85.0)
-    near, other = pairs(runs, table(rows=(line, far)))
+    near, other = pairs(Tables(runs), table(rows=(line, far)))
     assert near.row and near.row.density == 0.1 and other.row is None
 
 
@@ -113,12 +115,12 @@ def kinds(text):
 
 def test_nothing_is_subtracted_from_other_checkpoints_and_daggers_explain_themselves(runs):
     other = table(family="hf-clip", confidence="unverified", dagger=True)
-    text = as_markdown(runs, [(other, found := pairs(runs, other))])
+    text = as_markdown(runs, [(other, found := pairs(Tables(runs), other))])
     assert kinds(text) == ["ours", "published"] and np.isnan(found[0].gap)
     assert "family 'trained', the published numbers of 'hf-clip': other checkpoints" in text
     assert "TIES†" in text and f"† {UNCHECKED}" in text
     assert f"† {UNCHECKED}" in as_latex(runs, [(other, found)]).replace("\\", "")
-    assert "other checkpoints" not in as_markdown(runs, [(table(), pairs(runs, table()))])
+    assert "other checkpoints" not in as_markdown(runs, [(table(), pairs(Tables(runs), table()))])
 
 
 def test_of_other_tasks_only_rows_that_merge_nothing_are_subtracted(runs):
@@ -127,23 +129,23 @@ def test_of_other_tasks_only_rows_that_merge_nothing_are_subtracted(runs):
         for merge, byom in (("ties", "none"), ("pretrained", "none"), ("pretrained", "single_task"))
     )
     fewer = table(tasks=TASKS[:2], rows=lines)
-    text = as_markdown(runs, [(fewer, pairs(runs, fewer))])
+    text = as_markdown(runs, [(fewer, pairs(Tables(runs), fewer))])
     assert kinds(text) == ["ours", "published", *["ours", "published", "difference"] * 2]
     assert "We merge 8 tasks, the source 2" in text
 
 
 def test_averages_are_compared_with_what_the_source_averaged(runs):
     line = Line("TIES", {"merge": "ties", "byom": "none"}, (), 85.0)
-    ours = [r["summary"]["test"] for r in runs.done if _is(r, "ties", "none")]
+    ours = [r.summary["test"] for r in runs.done if _is(r, "ties", "none")]
     for measure in ("absolute", "normalised"):
-        (pair,) = pairs(runs, table(rows=(line,), measure=measure))
-        assert pair.mean == pytest.approx(100 * np.mean([one[measure] for one in ours]))
+        (pair,) = pairs(Tables(runs), table(rows=(line,), measure=measure))
+        assert pair.mean == pytest.approx(100 * np.mean([getattr(one, measure) for one in ours]))
 
 
 def test_a_note_of_the_runs_stands_on_top(runs):
-    for record in runs.done:
-        record["note"] = "NOT A RESULT: tiny data"
-    assert as_markdown(runs, [(table(), [])]).splitlines()[2] == "**NOT A RESULT: tiny data**"
+    marked = tuple(replace(record, note="NOT A RESULT: tiny data") for record in runs.done)
+    text = as_markdown(Runs(runs.suite, runs.backbone, marked, ()), [(table(), [])])
+    assert text.splitlines()[2] == "**NOT A RESULT: tiny data**"
 
 
 def test_files_hold_every_published_row(runs, tmp_path):
@@ -154,7 +156,7 @@ def test_files_hold_every_published_row(runs, tmp_path):
 
 
 def test_the_figure_draws_what_both_have(runs, tmp_path):
-    found = pairs(runs, table())
+    found = pairs(Tables(runs), table())
     figure = ours_against_published([(table(), found)])
     drawn = {line.get_label(): line.get_xdata()[0] for line in figure.axes[0].get_lines()}
     assert drawn == {"published": 90.0, "ours": pytest.approx(found[0].mean)}
@@ -164,7 +166,7 @@ def test_the_figure_draws_what_both_have(runs, tmp_path):
 def test_rows_of_ours_beside_one_published_row_share_its_place(runs):
     line = Line("BYOM-FFT", {"byom": "fft", "byom.density": 0.1}, None, 90.0)
     given = table(rows=(line, *table().rows), dagger=True, confidence="unverified")
-    found = pairs(runs, given)
+    found = pairs(Tables(runs), given)
     several = [pair.mean for pair in found if pair.line is line]
     axes = ours_against_published([(given, found)]).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["BYOM-FFT†", "TIES†"]

@@ -12,7 +12,7 @@ from experiments.lora import figures
 from experiments.lora.tables import ranked, recipes
 from tests.unit import synthetic_ranks as synthetic
 
-EVERY, SEEDS = synthetic.every(), synthetic.every((0, 1))
+EVERY, SEEDS = synthetic.lifted(), synthetic.lifted((0, 1))
 BOTH = {"LoRA experts": ranked(EVERY["adapters"]), "Full fine-tunes": ranked(EVERY["full"])}
 SPREAD = {"LoRA experts": ranked(SEEDS["adapters"]), "Full fine-tunes": ranked(SEEDS["full"])}
 SPECTRA = {"LoRA experts": {"all": synthetic.spectrum(False)}, "Full fine-tunes": {"all": synthetic.spectrum(True)}}

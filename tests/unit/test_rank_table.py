@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from byom.errors import ByomError
-from byom.report.bootstrap import unpack_hits
-from byom.report.frame import rows
+from byom.report.bootstrap import points
+from byom.report.rows import rows
 from experiments.lora import display
 from experiments.lora import tables as table
 from tests.unit import synthetic_ranks as synthetic
+from tests.unit.synthetic_runs import lift
 
 
 @pytest.fixture(scope="module")
 def records():
-    return synthetic.every()
+    return synthetic.lifted()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def test_what_is_stored_is_counted_as_in_the_paper(frame):
 
 def test_relative_error_is_what_is_dropped_of_the_whole_difference(records, frame):
     found = only(frame, "lora", rank=4)
-    (one,) = [r for r in records["adapters"] if r["hyperparameters"]["byom"] == _plain(4)]
-    expected = {task: norms["dropped"] / norms["to_pretrained"] for task, norms in one["norms"].items()}
+    (one,) = [r for r in records["adapters"] if r.variant_settings == _plain(4)]
+    expected = {task: norms.dropped / norms.to_pretrained for task, norms in one.norms.items()}
     assert {task: found[f"error_{task}"] for task in synthetic.TASKS} == pytest.approx(expected)
     assert found["error"] == pytest.approx(np.mean(list(expected.values())))
     assert only(frame, "pretrained")["error"] == 1
@@ -77,13 +78,13 @@ def test_a_task_that_did_not_move_has_no_error_and_one_not_measured_no_number():
     still, unmeasured = (synthetic.record("pretrained", "lora", **_plain(2)) for _ in range(2))
     still["norms"] = {task: dict.fromkeys(norms, 0.0) for task, norms in still["norms"].items()}
     unmeasured["norms"] = {}
-    assert table.ranked([still])["error"].item() == 0
-    assert np.isnan(table.ranked([unmeasured])["error"].item())
-    assert display.display_ranks(table.ranked([unmeasured]))["Relative error"].item() == "—"
+    assert table.ranked(lift([still]))["error"].item() == 0
+    assert np.isnan(table.ranked(lift([unmeasured]))["error"].item())
+    assert display.display_ranks(table.ranked(lift([unmeasured])))["Relative error"].item() == "—"
 
 
 def test_seeds_become_a_mean_and_a_spread():
-    (row,) = table.ranked([synthetic.record("pretrained", "lora", seed, **_plain(2)) for seed in (0, 1)]).to_dict(
+    (row,) = table.ranked(lift([synthetic.record("pretrained", "lora", seed, **_plain(2)) for seed in (0, 1)])).to_dict(
         "records"
     )
     means = [synthetic.record("pretrained", "lora", s, **_plain(2))["summary"]["test"]["absolute"] for s in (0, 1)]
@@ -124,21 +125,18 @@ def test_the_difference_is_paired_over_examples(records):
 
 def test_a_difference_takes_the_seeds_that_both_have():
     one, two = (
-        rows([synthetic.record("pretrained", "lora", s, **_plain(q)) for s in seeds])[0]
+        rows(lift([synthetic.record("pretrained", "lora", s, **_plain(q)) for s in seeds]))[0]
         for q, seeds in ((4, (0, 1)), (1, (1, 2)))
     )
     found, (first, second) = table.difference(one, two), (one.records[1], two.records[0])
-    hits = [
-        np.mean(unpack_hits(first["scores"]["test"][t], t) - unpack_hits(second["scores"]["test"][t], t))
-        for t in synthetic.TASKS
-    ]
+    hits = [np.mean(points(first.test[t], t) - points(second.test[t], t)) for t in synthetic.TASKS]
     assert found["pairs"] == 1
     assert found["difference"] == pytest.approx(np.mean(hits))
-    assert np.isnan(table.difference(one, rows([synthetic.record("pretrained", "none", 5)])[0])["difference"])
+    assert np.isnan(table.difference(one, rows(lift([synthetic.record("pretrained", "none", 5)]))[0])["difference"])
 
 
 def test_without_sparse_rows_nothing_is_compared(records):
-    low = [r for r in records["adapters"] if r["choices"]["byom"] == "lora"]
+    low = [r for r in records["adapters"] if r.choices.byom == "lora"]
     assert not len(table.at_equal_bytes(low))
 
 
@@ -163,7 +161,7 @@ def test_recipes_that_are_not_there_are_left_out(records):
     some = {name: records[name] for name in ("ia3", "full")}
     assert list(table.recipes(some)["recipe"]) == ["ia3", "full"]
     assert table.recipes(some)["difference"].isna().all()
-    assert not len(table.recipes({"adapters": [synthetic.record("ties", "none")]}))
+    assert not len(table.recipes({"adapters": lift([synthetic.record("ties", "none")])}))
     assert not len(table.recipes({}))
 
 
@@ -171,7 +169,7 @@ def test_recipes_on_other_test_data_are_refused(records):
     odd = synthetic.other("ia3")
     odd["fingerprints"] = {"data": {task: {"test": "another"} for task in synthetic.TASKS}}
     with pytest.raises(ByomError, match="test data"):
-        table.recipes({**records, "ia3": [odd]})
+        table.recipes({**records, "ia3": lift([odd])})
 
 
 def test_the_printed_rank_table_has_no_sparse_rows(frame):

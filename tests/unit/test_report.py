@@ -13,13 +13,20 @@ import pytest
 from byom.errors import ByomError, OptionError
 from byom.report import render
 from byom.report.comparable import check_comparable
-from byom.report.comparison import against_post_pruning
-from byom.report.frame import best, display, numbers, rows, task_names
-from byom.report.report import Runs, as_markdown, as_text, generate, read_runs, table
-from byom.report.rows import labels
+from byom.report.frame import best, display, task_names
+from byom.report.report import as_markdown, as_text, generate
+from byom.report.runs import read_runs
 from tests.unit import synthetic_runs as synthetic
 
 SUITE, BACKBONE = "vision8_offline", "vit_small_dinov2"
+
+
+def numbers(made: list[dict]) -> pd.DataFrame:
+    return synthetic.tables(made).frame
+
+
+def table(made: list[dict]) -> pd.DataFrame:
+    return synthetic.tables(made).shown
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,7 @@ def test_a_fixed_scale_says_so():
 def test_rows_that_read_alike_are_told_apart_by_what_differs():
     one, two = synthetic.record("ties", "none", 0), synthetic.record("ties", "none", 0)
     two["hyperparameters"]["merge"]["density"] = 0.1
-    assert labels(rows([one, two])) == ["TIES (density 0.1)", "TIES (density 0.2)"]
+    assert [row.label for row in synthetic.tables([one, two]).rows] == ["TIES (density 0.1)", "TIES (density 0.2)"]
 
 
 def test_unknown_names_are_written_in_title_case():
@@ -155,14 +162,14 @@ def test_records_that_cannot_be_compared_are_refused(records, change, named):
     odd = copy.deepcopy(records[4])
     change(odd)
     with pytest.raises(ByomError, match=rf"differ in their {named} and cannot share.*{odd['signature']}"):
-        check_comparable([*records[:4], odd])
+        check_comparable(synthetic.lift([*records[:4], odd]))
 
 
 def test_the_seed_inside_a_recipe_is_no_difference(records):
     seeded = copy.deepcopy(records[:3])
     for seed, one in enumerate(seeded):
         one["config"]["finetune"]["seed"] = seed
-    check_comparable(seeded)
+    check_comparable(synthetic.lift(seeded))
 
 
 @pytest.mark.parametrize(
@@ -195,8 +202,7 @@ def test_failures_are_counted_and_listed_unless_finished_later(tmp_path, records
 def test_header_names_skipped_tasks_and_uncommitted_code(records):
     one = copy.deepcopy(records[0])
     one["skipped_tasks"], one["provenance"]["dirty"] = ["kmnist", {"task": "cars", "reason": "no data"}], True
-    runs = Runs(SUITE, BACKBONE, (one,), ())
-    text = as_markdown(runs, numbers([one]), against_post_pruning([one]))
+    text = as_markdown(synthetic.tables([one]))
     assert "Skipped tasks (2): cars (no data), kmnist." in text
     assert "1 runs came from code with uncommitted changes." in text
     assert "## BYOM-FFT" not in text
@@ -205,7 +211,7 @@ def test_header_names_skipped_tasks_and_uncommitted_code(records):
 def test_parameters_that_never_change_are_footnoted(records):
     one = copy.deepcopy(records[-1])
     one["storage"]["density"] = {"of_all": 0.2, "of_differing": 0.258}
-    text = as_markdown(Runs(SUITE, BACKBONE, (one,), ()), numbers([one]), against_post_pruning([one]))
+    text = as_markdown(synthetic.tables([one]))
     assert "is up to 1.29 times" in text
 
 
@@ -226,7 +232,7 @@ def test_csv_keeps_full_precision(tmp_path, records, frame):
     path = next(p for p in generate(tmp_path, SUITE).files if p.suffix == ".csv")
     read = pd.read_csv(path)
     read["chosen"] = read["chosen"].fillna("")
-    pd.testing.assert_frame_equal(read, frame, rtol=1e-15)
+    pd.testing.assert_frame_equal(read, frame.drop(columns=["kind", "base", "one_model"]), rtol=1e-15)
 
 
 def test_finetune_chooses_and_names_the_files(tmp_path):
@@ -271,8 +277,8 @@ def test_latex_of_the_whole_table_is_plain_ascii(frame):
     assert {line.count(" & ") for line in text.splitlines() if line.endswith(r"\\")} == {15}
 
 
-def test_text_fits_the_terminal(records, frame):
-    text = as_text(Runs(SUITE, BACKBONE, tuple(records), ()), frame, against_post_pruning(records))
+def test_text_fits_the_terminal(records):
+    text = as_text(synthetic.tables(records))
     assert max(map(len, text.splitlines())) <= 160
     assert all(task[:7] in text for task in synthetic.TASKS)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from byom.report.figures.scaling import accuracy_by_tasks
-from byom.report.report import read_runs
+from byom.report.runs import read_runs
 from byom.report.scaling import display, generate, summarised
 from tests.unit.synthetic_runs import TASKS, records
 
@@ -34,10 +34,9 @@ def test_means_and_spreads_are_over_subsets_of_a_size(every):
     frame = summarised(every[1])
     row = frame[(frame["method"] == "TIES") & (frame["tasks"] == 2)].iloc[0]
     both = [
-        next(r for r in runs.done if r["choices"]["merge"] == "ties" and r["choices"]["byom"] == "none")
-        for runs in every[1][:2]
+        next(r for r in runs.done if (r.choices.merge, r.choices.byom) == ("ties", "none")) for runs in every[1][:2]
     ]
-    values = [r["summary"]["test"]["normalised"] for r in both]
+    values = [r.summary["test"].normalised for r in both]
     assert row["normalised"] == pytest.approx(np.mean(values))
     assert row["normalised_std"] == pytest.approx(np.std(values, ddof=1))
     assert row["subsets"] == 2

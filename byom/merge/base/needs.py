@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 
@@ -43,7 +44,17 @@ class Needs:
     @property
     def words(self) -> str:
         """The entry of a table's column: weights, unlabelled or labelled inputs, test inputs."""
+        return ", ".join(self.entries)
+
+    @property
+    def entries(self) -> list[str]:
+        """The words one by one, the models first."""
         kind = "labelled" if self.labels else "unlabelled"
         said = [f"{'test inputs' if split == 'test' else f'{kind} {split} inputs'}" for split in sorted(self.inputs)]
         models = f"{self.members} models a task" if self.members > 1 else "weights"
-        return ", ".join([models, *said])
+        return [models, *said]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields and what follows from them, as a record holds them."""
+        sets = {name: sorted(getattr(self, name)) for name in ("statistics", "inputs")}
+        return {**asdict(self), **sets, "words": self.words, "sees_test": self.sees_test}

@@ -1,9 +1,6 @@
-"""Every method at a glance: accuracy, what it needs, what serving it stores."""
+"""Every method at a glance: accuracy, needs, and what serving it stores."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,23 +24,10 @@ ROW = 0.145  # inches a method
 
 def groups(frame: pd.DataFrame) -> pd.Series:
     """Return the part of the figure that each row of `byom.report.methods.methods` belongs to, a number."""
-    reference = frame["merge"].isin(["mtl"]) | ((frame["merge"] == "pretrained") & (frame["variant"] == "none"))
-    reference |= frame["variant"] == "single_task"
-    alone = frame["variant"].isin(["none", "prune_then_merge"])
+    reference = frame["kind"].eq("pretrained") | frame["given"].eq("another model")
+    alone = frame["variant"].eq("none") | frame["one_model"]
     routed = frame["right"].notna()
     return pd.Series(np.select([reference, routed, alone], [0, 3, 1], default=2), index=frame.index)
-
-
-def need(row: Mapping[Any, Any]) -> str:
-    """Return the entry of the legend that says what a row was given."""
-    if row["merge"] == "mtl" or row["variant"] == "single_task":
-        return "another model"
-    if row["sees_test"]:
-        return "test inputs"
-    words = str(row["needs"])
-    if "labelled" in words.replace("unlabelled", ""):
-        return "labelled inputs"
-    return "unlabelled inputs" if "unlabelled" in words else "weights"
 
 
 @styled
@@ -70,9 +54,8 @@ def accuracy_by_method(frame: pd.DataFrame) -> Figure:
 
 
 def _dots(axes: Axes, ordered: pd.DataFrame, places: np.ndarray) -> None:
-    kinds = [need(row) for row in ordered.to_dict("records")]
     for name, look in NEEDS.items():
-        chosen = np.array([kind == name for kind in kinds])
+        chosen = ordered["given"].eq(name).to_numpy()
         if chosen.any():
             style = {**look.line, "linestyle": "none"}
             spread = 100 * ordered["mean_std"].fillna(0)[chosen]

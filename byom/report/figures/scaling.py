@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from byom.report.figures.style import blank, legend, looks, styled
-from byom.report.frame import kind, percent
+from byom.report.frame import percent
 
 
 @styled
@@ -43,5 +43,5 @@ def _name(row: pd.Series) -> str:
 
 
 def _family(row: pd.Series) -> str:
-    what = kind(str(row["merge"]), str(row["variant"]))
-    return what if what in ("pretrained", "single_task", "post_pruning") else str(row["merge"])
+    kind = str(row.at["kind"])
+    return kind if kind in ("pretrained", "single_task", "post_pruning") else str(row["merge"])

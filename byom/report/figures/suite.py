@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from byom.report.figures.style import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
-from byom.report.frame import KINDS, kind, percent, task_names
+from byom.report.frame import percent, task_names
+from byom.report.rows import KINDS
 
 TYPICAL_DENSITY = 0.1
 SAME_SIZE = 0.02
@@ -21,43 +22,45 @@ SAME_SIZE = 0.02
 LABEL_GAP = 0.06
 
 
-def _kinds(frame: pd.DataFrame) -> pd.Series:
-    return pd.Series([kind(*pair) for pair in zip(frame["merge"], frame["variant"], strict=True)], index=frame.index)
-
-
 def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
     return pd.DataFrame(frame.loc[mask])
 
 
 def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Split the rows that put a density back into curves.
+    """Split the rows that put a density back for each task into curves.
 
     Args:
         frame: A frame made by `byom.report.frame.numbers`.
 
     Returns:
-        For each name such as ``BYOM-FFT on TIES`` its rows by density.
+        For each name such as ``BYOM-FFT on TIES`` its rows by density; any variant that has a density and stores
+        something for each task is among them.
     """
-    put_back = _where(frame, frame["variant"].isin(["post_pruning", "fft"]) & (frame["density"] > 0))
+    put_back = _where(frame, (frame["density"] > 0) & ~frame["one_model"])
     parts = put_back.groupby("method", sort=False)
     return {str(name): part.sort_values(by="density") for name, part in parts}
 
 
-def _base(method: str) -> str:
-    """Return what a row starts from as the table names it: ``TIES`` for ``BYOM-FFT on TIES``."""
-    return method.partition(" on ")[2] or method
-
-
 def _looks(frame: pd.DataFrame) -> dict[str, Look]:
-    """Give every merge method and post-pruning its look, under the names `_base` returns."""
-    wanted = zip(frame["method"], frame["merge"], frame["variant"], strict=True)
-    return looks({_base(m): variant if variant == "post_pruning" else merge for m, merge, variant in wanted})
+    """Give every row its look, by method.
+
+    A merged model and the first variant on it share that of the merge method; further variants have their own.
+    """
+    firsts: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for method, base, merge, variant in frame[["method", "base", "merge", "variant"]].itertuples(index=False):
+        first = variant == "none" or firsts.setdefault(base, variant) == variant
+        shared[method] = base if first else method
+        keys[shared[method]] = (variant if variant == "post_pruning" else merge) if first else variant
+    drawn = looks(keys)
+    return {method: drawn[name] for method, name in shared.items()}
 
 
 def _start(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the row of a curve at density 0: the merged model, or the pre-trained one."""
     alone = _where(frame, (frame["variant"] == "none") & (frame["merge"] == rows["merge"].iloc[0]))
-    named = _where(alone, alone["method"] == _base(rows["method"].iloc[0]))
+    named = _where(alone, alone["method"] == rows["base"].iloc[0])
     return named if len(named) else alone.head(1)
 
 
@@ -77,7 +80,7 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     densities = sorted({m for rows in found.values() for m in rows["density"]})
     zero = _zero_place(densities)
     for name, rows in found.items():
-        style = look[_base(name)]
+        style = look[name]
         _errorbar(axes, 100 * rows["density"], rows, style, name)
         _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
     _density_axis(axes, densities, zero)
@@ -122,7 +125,7 @@ def _mark_break(axes: Axes, place: float) -> None:
 
 def _reference(axes: Axes, frame: pd.DataFrame, what: str, label: str, right: float) -> None:
     """Draw a labelled line across, and its label just above, at the left or right end."""
-    for value in 100 * _where(frame, _kinds(frame) == what)["mean"].head(1):
+    for value in 100 * _where(frame, frame["kind"] == what)["mean"].head(1):
         axes.axhline(value, color=LOOKS[what].color, linewidth=0.8, zorder=0)
         side = "right" if right else "left"
         spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
@@ -143,8 +146,8 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     figure, axes = blank(2.75, [*found, "Pareto front"])
     look = _looks(frame)
     for name, rows in found.items():
-        _errorbar(axes, rows["bytes"] / 1e6, rows, look[_base(name)], name)
-    shared = _where(frame, _kinds(frame).isin(["pretrained", "merged"]))
+        _errorbar(axes, rows["bytes"] / 1e6, rows, look[name], name)
+    shared = _where(frame, frame["kind"].isin(["pretrained", "merged"]))
     _draw_front(axes, pd.concat([*found.values(), shared, _where(frame, frame["variant"] == "single_task")]))
     _label_single(axes, frame)
     _label_shared(axes, shared, look)
@@ -233,11 +236,10 @@ def accuracy_by_task(frame: pd.DataFrame) -> Figure:
 
 def _task_marker(row: dict, look: dict[str, Look]) -> dict:
     """Return the marker of a row: as in the other figures, but a tick that stays visible for single-task."""
-    what = kind(row["merge"], row["variant"])
-    if what == "single_task":
+    if row["kind"] == "single_task":
         return {"color": "black", "marker": "|", "markersize": 9, "markeredgewidth": 1.3, "linestyle": "none"}
-    style = look[_base(row["method"])]
-    return {**(style.hollow if what == "merged" else style).line, "linestyle": "none"}
+    style = look[row["method"]]
+    return {**(style.hollow if row["kind"] == "merged" else style).line, "linestyle": "none"}
 
 
 def selected(frame: pd.DataFrame) -> dict[str, dict]:
@@ -250,10 +252,9 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
         Up to five rows by name: pre-trained, best merged model, post-pruning and BYOM-FFT on that merge at
         the density nearest 10 %, single-task.
     """
-    kinds = _kinds(frame)
-    parts = {what: _where(frame, kinds == what) for what in KINDS}
+    parts = {kind: _where(frame, frame["kind"] == kind) for kind in KINDS}
     merged = _best(parts["merged"])
-    same = _where(parts["fft"], parts["fft"]["method"].map(_base).isin(merged["method"]))
+    same = _where(parts["fft"], parts["fft"]["base"].isin(merged["method"]))
     fft = same if len(same) else parts["fft"]
     pruned = _typical(parts["post_pruning"])
     picks = [parts["pretrained"], merged, pruned, _typical(fft), parts["single_task"]]

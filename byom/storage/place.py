@@ -1,0 +1,107 @@
+"""Places of records: one immutable JSON file a run, named by the signature of its choices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from byom.errors import OptionError
+from byom.storage.lock import owner
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's record goes, or lies: the signature that ends a file's name identifies it, the rest is for people.
+
+    Args:
+        root: The results folder.
+        suite: Suite name.
+        backbone: Backbone option.
+        label: ``<merge>+<variant>--m10-seed0``; older records have ``<merge>+<variant>`` alone.
+        signature: Hash of the choices.
+    """
+
+    root: Path
+    suite: str
+    backbone: str
+    label: str
+    signature: str
+
+    @property
+    def done(self) -> Path:
+        """The record of a finished run, under whatever label it was written."""
+        return self._file(".json")
+
+    @property
+    def failed(self) -> Path:
+        """The record of a run that failed."""
+        return self._file(".failed.json")
+
+    def _file(self, ending: str) -> Path:
+        written = sorted(self._folder.glob(f"*--{self.signature}{ending}"))
+        return written[0] if written else self._folder / f"{self.label}--{self.signature}{ending}"
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / "runs" / self.suite / self.backbone
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the finished record, or None.
+
+        Raises:
+            OptionError: If the file cannot be parsed.
+        """
+        if not self.done.is_file():
+            return None
+        try:
+            return json.loads(self.done.read_text())
+        except ValueError as error:
+            raise OptionError(f"{self.done} is damaged ({error}); delete it to run this cell again") from error
+
+    def require_writable(self) -> None:
+        """Refuse a results folder that cannot be written, before any work starts.
+
+        Raises:
+            OptionError: Naming the folder.
+        """
+        probe = self._folder / f".writable-{owner()}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise OptionError(
+                f"cannot write results to {self._folder} ({error}); set results= to a writable folder"
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> Path:
+        """Write a finished record, or a failed one beside where it would be; atomic.
+
+        Args:
+            record: The record, with its ``status``.
+
+        Returns:
+            The file.
+        """
+        path = self.done if record["status"] == "done" else self.failed
+        write_json(path, record)
+        if path == self.done:
+            self.failed.unlink(missing_ok=True)
+        return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{owner()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
