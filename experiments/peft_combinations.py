@@ -185,7 +185,7 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
         overrides: Further choices of the experts, for example ``finetune.rank=8`` or ``seed=1``.
     """
     from byom.cli import config
-    from byom.pipeline.cell import laboratory
+    from byom.pipeline.labs import laboratory
     from byom.pipeline.provenance import provenance, results_root
     from byom.storage.place import now, write_json
 

@@ -154,7 +154,7 @@ def run(suite: str, recipe: str, overrides: Sequence[str] = ()) -> Spectrum:
         overrides: Further choices, for example ``seed=1``.
     """
     from byom.cli import config
-    from byom.pipeline.cell import laboratory
+    from byom.pipeline.labs import laboratory
     from byom.pipeline.provenance import provenance, results_root
     from byom.storage.place import now, write_json
 

@@ -124,7 +124,7 @@ def statistics(arguments: Sequence[str]) -> int:
 
 
 def _fit_statistics(settings: Any, wanted: dict[str, Any]) -> int:
-    from byom.pipeline.cell import laboratory
+    from byom.pipeline.labs import laboratory
 
     lab = laboratory(settings)
     for task in lab.tasks:
@@ -140,10 +140,11 @@ def export(arguments: Sequence[str]) -> int:
     import json
 
     from byom.checkpoint.adapters import export as exporting
-    from byom.pipeline import cell as pipeline
+    from byom.pipeline.cell import Cell
 
     folder, settings = _folder("export", arguments)
-    lab, served = pipeline.serve(settings)
+    cell = Cell(settings)
+    lab, served = cell.lab, cell.served
     exporting.adapters(
         served,
         folder,
@@ -164,11 +165,11 @@ def export(arguments: Sequence[str]) -> int:
 def pack(arguments: Sequence[str]) -> int:
     """Save what serves the tasks as a bundle, then print a line a task."""
     from byom.checkpoint.bundle import Bundle
-    from byom.pipeline import cell as pipeline
+    from byom.pipeline.cell import Cell
     from byom.variants.base.delta import Delta
 
     folder, settings = _folder("pack", arguments)
-    _, served = pipeline.serve(settings, streamed=True)
+    served = Cell(settings).streamed
     Bundle(served.reference, served.deltas, served.base).save(folder)
     for task in served.deltas:
         delta = Delta.open(folder / f"{task}.safetensors")

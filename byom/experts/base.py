@@ -10,8 +10,12 @@ from byom.errors import CheckpointError, OptionError, suggest
 from byom.storage.repository import Download
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from byom.backbone.base import Backbone
+    from byom.checkpoint import Checkpoint
     from byom.data.suite import Task
+    from byom.experts.finetune.base import Recipe
     from byom.functional.heads import Readout
     from byom.weights import Weights
 
@@ -42,6 +46,10 @@ class Host(Protocol):
         """Return theta_t as it is fine-tuned here."""
         ...
 
+    def checkpoint(self, path: Path) -> Checkpoint:
+        """Return a checkpoint that was fine-tuned elsewhere, in the names of theta_0; read once."""
+        ...
+
 
 class Experts(ABC):
     """Where the fine-tuned weights of a suite's tasks come from."""
@@ -51,12 +59,21 @@ class Experts(ABC):
     validation: Validation
     """Whether the experts were trained on the validation examples."""
 
-    trained: ClassVar[bool] = False
-    """Whether they are fine-tuned here."""
+    default: ClassVar[bool] = False
+    """Whether names and signatures of runs leave it out: the option that runs had when there was no other."""
 
     @abstractmethod
-    def identify(self, task: Task) -> Any:
-        """Return what determines a task's expert, as JSON."""
+    def key(self, task: Task, recipe: Recipe) -> Any:
+        """Return what determines a task's expert, as JSON or as an option.
+
+        Args:
+            task: The task.
+            recipe: How models are fine-tuned here.
+        """
+
+    def trains(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Yield those of some tasks whose experts are fine-tuned here."""
+        yield from ()
 
     @abstractmethod
     def open(self, host: Host, task: str, member: int) -> Weights:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from byom.checkpoint import Checkpoint, read
 from byom.checkpoint.recognise import same_left_overs
 from byom.errors import CheckpointError, OptionError
 from byom.experts.base import Experts, Host, require_related
@@ -32,7 +30,7 @@ class Checkpoints(Experts):
             raise OptionError(
                 f"a method asks for several experts a task, and {self.family} has one; use experts=trained for it"
             )
-        return require_related(self._read(host, task).weights, host.pretrained, task)
+        return require_related(host.checkpoint(self.path(task)).weights, host.pretrained, task)
 
     def head(self, host: Host, task: str) -> Readout | None:
         """Return the head in the checkpoint, if heads are taken from there.
@@ -42,7 +40,7 @@ class Checkpoints(Experts):
         """
         if self.heads == "backbone":
             return None
-        checkpoint = self._read(host, task)
+        checkpoint = host.checkpoint(self.path(task))
         head = host.backbone.own_head(host.tasks[task], checkpoint.extra)
         if head is None:
             raise CheckpointError(
@@ -53,17 +51,9 @@ class Checkpoints(Experts):
 
     def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and how many frozen left-overs all of the files share; it is an error if they differ."""
-        found = {task: self._read(host, task) for task in host.tasks}
+        found = {task: host.checkpoint(self.path(task)) for task in host.tasks}
         frozen = same_left_overs(found.items())
         return {
             "formats": sorted({checkpoint.format for checkpoint in found.values()}),
             "frozen_parameters": frozen.numel if frozen else 0,
         }
-
-    def _read(self, host: Host, task: str) -> Checkpoint:
-        return _cached(self.path(task), host.pretrained)
-
-
-@lru_cache(maxsize=64)
-def _cached(path: Path, base: Weights) -> Checkpoint:
-    return read(path, base)

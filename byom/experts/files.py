@@ -15,6 +15,7 @@ from byom.storage.tensor_files import digest
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
+    from byom.experts.finetune.base import Recipe
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Files(Checkpoints):
             raise CheckpointError(f"the expert of task {task} is not at {found}; set experts.path_of{hint}")
         return found
 
-    def identify(self, task: Task) -> Any:
+    def key(self, task: Task, recipe: Recipe) -> Any:
         """Return the family, and sizes and times of the files: another file at the same place is another expert."""
         path = self.path(task.name)
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

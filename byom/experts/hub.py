@@ -15,6 +15,7 @@ from byom.storage.repository import Download
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
+    from byom.experts.finetune.base import Recipe
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Hub(Checkpoints):
             raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
         return found
 
-    def identify(self, task: Task) -> Any:
+    def key(self, task: Task, recipe: Recipe) -> Any:
         """Return the repository at the commit that is used, and the file in it."""
         return {
             "family": self.family,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from byom.experts.base import Experts, Host
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
+    from byom.experts.finetune.base import Recipe
     from byom.weights import Weights
 
 
@@ -18,11 +20,15 @@ class Trained(Experts):
 
     family = "trained"
     validation = "unseen"
-    trained = True
+    default = True
 
-    def identify(self, task: Task) -> Any:
-        """Return nothing: the recipe and the task say it all."""
-        return None
+    def key(self, task: Task, recipe: Recipe) -> Recipe:
+        """Return the recipe; see `Experts.key`."""
+        return recipe
+
+    def trains(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Yield all of them."""
+        yield from tasks
 
     def open(self, host: Host, task: str, member: int) -> Weights:
         """Return the cached expert, fine-tuned first if there is none; see `Experts.open`."""

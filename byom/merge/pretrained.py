@@ -17,6 +17,7 @@ class Pretrained(TensorwiseMethod):
     """
 
     title = "Pre-trained"
+    merges = False
 
     def merge(self, group: Group) -> Tensor:
         """Return theta_0."""

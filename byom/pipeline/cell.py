@@ -1,13 +1,13 @@
-"""The pipeline: experts -> statistics -> tune -> merge -> variant -> route -> evaluate, and what is measured of it."""
+"""One cell: experts -> statistics -> tune -> merge -> variant -> route -> evaluate, and what is measured of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -15,268 +15,272 @@ from byom.checkpoint.bundle import Bundle
 from byom.errors import OptionError
 from byom.functional.metrics import metric
 from byom.merge.base import Member, MergeMethod, Problem
-from byom.merge.pretrained import Pretrained
 from byom.pipeline import measure
+from byom.pipeline.cached import Keys, note, once
 from byom.pipeline.evaluate import Score
 from byom.pipeline.lab import Lab
 from byom.pipeline.lab_probe import LabProbe
+from byom.pipeline.labs import laboratory
 from byom.pipeline.provenance import Stages
-from byom.pipeline.route import evaluate_routed
-from byom.pipeline.router.base import LearnedRouter
+from byom.pipeline.route import Routed
+from byom.pipeline.router.base import Routing
 from byom.pipeline.settings import Settings
-from byom.storage.lock import alone
 from byom.storage.place import write_json
-from byom.storage.signature import describe, signature
+from byom.storage.signature import describe
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
 
-def execute(settings: Settings) -> dict[str, Any]:
-    """Do the work of one run and return the measured part of its record."""
-    stages, lab = Stages(), laboratory(settings)
-    made: dict[str, Path] = {}  # stage -> the cached folder it made or found
-    with stages.stage("data"):
-        lab.read_all(settings.evaluate.splits)
-    with stages.stage("experts"):
-        experts = {task: lab.expert(task) for task in lab.tasks}
-        single = {s: {task: lab.single_task(task, s) for task in lab.tasks} for s in settings.evaluate.splits}
-    with stages.stage("statistics"):
-        problem = assemble(settings, lab, experts)
-    prepared = settings.byom.before(problem) if settings.byom.before else problem
-    with stages.stage("tune"):
-        method, tuning = _tuned(settings, lab, prepared)
-    with stages.stage("merge"):
-        reference = _merged(settings, lab, method, prepared, made)
-    with stages.stage("variant"):
-        served = _served(settings, lab, method, problem, reference, made)
-    _require_routable(settings, lab)
-    with stages.stage("route"):
-        routing = settings.router.fit(problem, served)
-    with stages.stage("evaluate"):
-        name = signature(_lab_signature(lab), method, *_extras(settings), settings.byom)
-        scores, norms, routed = _evaluated(settings, lab, problem, served, routing, lab.cache / "hits" / name)
+class Scores(NamedTuple):
+    """What was evaluated."""
+
+    scores: dict[str, dict[str, Any]]
+    """Split to task to a score as JSON."""
+    norms: dict[str, dict[str, float]]
+    """Task to distances; empty where examples are routed, since no model belongs to a task then."""
+    routed: dict[str, Any]
+    """Split to task to the fraction of examples sent to their own task, and how; empty where tasks are known."""
+
+
+class Cell:
+    """One run, its parts made on first use and kept: the models and scores that its settings describe.
+
+    Args:
+        settings: The run.
+        lab: The lab that it shares with other runs; None makes one.
+    """
+
+    def __init__(self, settings: Settings, lab: Lab | None = None) -> None:
+        self.settings = settings
+        self.lab = laboratory(settings) if lab is None else lab
+
+    @cached_property
+    def experts(self) -> dict[str, Weights]:
+        """Task to theta_t."""
+        return {task: self.lab.expert(task) for task in self.lab.tasks}
+
+    @cached_property
+    def single(self) -> dict[str, dict[str, float]]:
+        """Split to task to the score of the task's own expert."""
+        splits = self.settings.evaluate.splits
+        return {split: {task: self.lab.single_task(task, split) for task in self.lab.tasks} for split in splits}
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The models with all that the methods need: statistics, further members, a probe."""
+        lab, wanted, count = self.lab, self.settings.wanted(), self.settings.needs.members
+        members = {
+            task: [Member(lab.expert(task, m), lab.statistics(task, wanted, m)) for m in range(count)]
+            for task in (lab.tasks if count > 1 else ())
+        }
+        by_task = {task: lab.statistics(task, wanted) for task in lab.tasks} if wanted else {}
+        statistics = {name: {task: by_task[task][name] for task in by_task} for name in wanted}
+        return Problem(lab.pretrained, self.experts, statistics, members, LabProbe(lab))
+
+    @cached_property
+    def prepared(self) -> Problem:
+        """The problem that is merged: the variant may change experts first, lazily."""
+        before = self.settings.byom.before
+        return before(self.problem) if before else self.problem
+
+    @cached_property
+    def keys(self) -> Keys:
+        """Names in the cache."""
+        return Keys.of(self.settings, self.lab)
+
+    @cached_property
+    def tuning(self) -> dict[str, Any]:
+        """The settings that were searched, and the one chosen; kept on disk."""
+        method, tuner = self.settings.effective()
+        candidates = tuner.candidates(method)
+        if not candidates:
+            return {"searched": 0, "chosen": {}, "trail": []}
+        file = self.lab.cache / "tuning" / f"{self.keys.tuning(method, tuner)}.json"
+        if not file.is_file():
+            write_json(file, tuner.select(method, self._objective(len(candidates)))[1])
+        return json.loads(file.read_text())
+
+    def _objective(self, candidates: int) -> Callable[[MergeMethod], float]:
+        """Return the normalised accuracy of a method's merged model on validation data, with a bar over all calls."""
+        lab, label = self.lab, f"tune {self.settings.names['merge']}"
+        bar = tqdm(total=candidates * len(lab.tasks), desc=label, unit="task", leave=False, mininterval=1)
+
+        def normalised(method: MergeMethod) -> float:
+            merged = method(self.prepared).materialise()
+            ratios = []
+            for task in lab.tasks:
+                score = lab.score(task, merged, "validation").value
+                ratios.append(measure.ratio(score, lab.single_task(task, "validation")))
+                bar.update()
+            return sum(ratios) / len(ratios)
+
+        return normalised
+
+    @cached_property
+    def method(self) -> MergeMethod:
+        """The merge method with the hyperparameters that were chosen."""
+        return replace(self.settings.effective()[0], **self.tuning["chosen"])
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """Stage to the folder in the cache that keeps what it makes; stages that make nothing costly have none."""
+        lab, variant = self.lab, self.settings.byom
+        merged = {"merge": lab.cache / "merged" / self.keys.merged(self.method)} if self.method.merges else {}
+        trained = {"variant": lab.cache / "served" / self.keys.served(self.method, variant)}
+        return merged | (trained if variant.needs.inputs else {})
+
+    @cached_property
+    def reference(self) -> Weights:
+        """The merged model, on disk; theta_0 where nothing is merged."""
+        if (folder := self.folders.get("merge")) is None:
+            return self.problem.pretrained
+        once(folder, lambda: self.method(self.prepared).save(folder))
+        return self.lab.opened(folder)
+
+    @cached_property
+    def served(self) -> Served:
+        """Shared models and a packed difference per task.
+
+        What took training is kept on disk, because the cells of a sweep may differ in their routers alone.
+        """
+        variant = self.settings.byom
+        if (folder := self.folders.get("variant")) is None:
+            packed = variant.serve(self.problem, self.reference)
+            base = packed.base and packed.base.materialise()  # every task's model reads all of it
+            return replace(packed, base=base)
+
+        def make() -> None:
+            trained = variant.serve(self.problem, self.reference)
+            Bundle(trained.reference, trained.deltas, trained.base).save(folder)
+
+        once(folder, make)
+        return Bundle.open(folder)
+
+    @property
+    def streamed(self) -> Served:
+        """What `served` is, each task packed whenever its difference is asked for, as saving does once."""
+        if "variant" in self.folders:
+            return self.served
+        return self.settings.byom.streamed(self.problem, self.reference)
+
+    @cached_property
+    def routing(self) -> Routing | None:
+        """The fitted router; None where tasks are known."""
+        return self.settings.router.fit(self.problem, self.served)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Scores, distances and routing of all tasks on the evaluated splits."""
+        splits = self.settings.evaluate.splits
+        known = _Known(self)
+        if self.routing is not None:
+            scores, routed = Routed(self.lab, self.served, self.routing).evaluate(splits, known.score)
+            return Scores(scores, {}, routed)
+        scores, norms = {split: {} for split in splits}, {}
+        for task in tqdm(list(self.lab.tasks), desc="evaluate", unit="task", leave=False, mininterval=1):
+            norms[task] = measure.norms(self.lab, self.experts[task], self.served.reference, known.model(task))
+            for split in splits:
+                scores[split][task] = known.score(task, split).to_json()
+        return Scores(scores, norms, {})
+
+    def require_routable(self) -> None:
+        """Refuse routers where they would see the task, or where a misrouted example cannot count as wrong.
+
+        Raises:
+            OptionError: Naming the backbone or the task, and what to choose instead.
+        """
+        if not self.settings.routed:
+            return
+        backbone, suite = self.settings.backbone, self.settings.suite
+        if backbone.answers:
+            raise OptionError(
+                f"{type(backbone).__name__} scores the answers of each task, which give it away; use router=oracle"
+            )
+        if odd := [task for task in suite.tasks if not metric(task.metric).decomposes]:
+            raise OptionError(
+                f"a router sends some examples to another task's head, where they count as wrong, and task "
+                f"{odd[0].name} has a score that is not a mean over examples ({odd[0].metric}); use router=oracle, or "
+                "metric=accuracy"
+            )
+
+    def cost(self, stages: Stages) -> dict[str, Any]:
+        """Return seconds and peak memory of what was made, also where this run read it from the cache.
+
+        Args:
+            stages: The stages of this run.
+        """
+        notes = {stage: note(folder) for stage, folder in self.folders.items()}
+        earlier = {stage: json.loads(file.read_text()) for stage, file in notes.items() if file.is_file()}
+        cost: dict[str, Any] = {stage: earlier.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
+        if wanted := self.settings.wanted():
+            cost["statistics"] = {"seconds": self.lab.statistics_cost(wanted, self.settings.needs.members)}
+        return cost
+
+
+STAGES: Mapping[str, Callable[[Cell], object]] = {
+    "data": lambda cell: cell.lab.read_all(cell.settings.evaluate.splits),
+    "experts": lambda cell: (cell.experts, cell.single),
+    "statistics": lambda cell: cell.problem,
+    "tune": lambda cell: cell.tuning,
+    "merge": lambda cell: cell.reference,
+    "variant": lambda cell: cell.served,
+    "route": lambda cell: cell.routing,
+    "evaluate": lambda cell: cell.scores,
+}
+"""Stage to the part of a cell that it makes, in order; the record holds the time and memory of each."""
+
+
+def execute(cell: Cell) -> dict[str, Any]:
+    """Do the work of one run, stage by stage, and return the measured part of its record."""
+    cell.require_routable()
+    stages = Stages()
+    for stage, make in STAGES.items():
+        with stages.stage(stage):
+            make(cell)
+    settings, lab = cell.settings, cell.lab
+    scores, norms, routed = cell.scores
     return {
-        "hyperparameters": {"merge": _described(method), "byom": _described(settings.byom)}
+        "hyperparameters": {"merge": _described(cell.method), "byom": _described(settings.byom)}
         | ({"router": _described(settings.router)} if settings.routed else {})
         | ({"statistics": {n: _described(s) for n, s in settings.wanted().items()}} if settings.wanted() else {}),
         "scores": scores,
-        "single_task": single,
-        "summary": {s: measure.summary(scores[s], single[s]) for s in scores},
-        "tuning": tuning,
-        "storage": measure.stored(served, problem, lab.backbone.frozen_parameters) | measure.routing(routing),
+        "single_task": cell.single,
+        "summary": {split: measure.summary(scores[split], cell.single[split]) for split in scores},
+        "tuning": cell.tuning,
+        "storage": measure.stored(cell.served, cell.problem, lab.backbone.frozen_parameters, lab.differing)
+        | measure.routing(cell.routing),
         "routed": routed,
         "norms": norms,
-        "fallbacks": method.fallbacks(prepared),
-        "cost": _cost(settings, lab, stages, made),
+        "fallbacks": cell.method.fallbacks(cell.prepared),
+        "cost": cell.cost(stages),
         "stages": stages.taken,
-        "fingerprints": measure.fingerprints(lab, experts),
+        "fingerprints": measure.fingerprints(lab, cell.experts),
         "experts": {"validation": lab.experts.validation} | lab.experts.notes(lab),
     }
 
 
-def serve(settings: Settings, streamed: bool = False) -> tuple[Lab, Served]:
-    """Make what serves the tasks, from cached experts and merged models as far as there are any.
+class _Known:
+    """Scores of tasks whose identity is known; kept on disk, because every routed cell of a sweep starts from them."""
 
-    Args:
-        settings: A run; nothing is evaluated unless a scale has to be searched.
-        streamed: Leave models on disk and pack a task each time its difference is asked for, as saving does once.
+    def __init__(self, cell: Cell) -> None:
+        self.lab, self.served = cell.lab, cell.served
+        self.folder = cell.lab.cache / "hits" / cell.keys.served(cell.method, cell.settings.byom)
+        self._models: dict[str, Weights] = {}
 
-    Returns:
-        The lab, and shared models with one packed difference a task.
-    """
-    lab = laboratory(settings)
-    problem = assemble(settings, lab, {task: lab.expert(task) for task in lab.tasks})
-    prepared = settings.byom.before(problem) if settings.byom.before else problem
-    method, _ = _tuned(settings, lab, prepared)
-    reference = _merged(settings, lab, method, prepared, {})
-    if streamed and not settings.byom.needs.inputs:
-        return lab, settings.byom.streamed(problem, reference)
-    return lab, _served(settings, lab, method, problem, reference, {})
+    def model(self, task: str) -> Weights:
+        """Return a task's model; one at a time is in memory."""
+        if task not in self._models:
+            self._models.clear()
+            self._models[task] = self.served.weights(task).materialise()
+        return self._models[task]
 
-
-def laboratory(settings: Settings) -> Lab:
-    """Return the lab of a run; runs of one process that agree in what makes it share it."""
-    s = settings
-    key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device)
-    places: tuple[Any, ...] = (s.seed, s.cache, s.device, s.evaluate.batch_size)
-    return _labs(key, lambda: Lab(s.suite, s.backbone, s.finetune, s.experts, *places))
-
-
-_KEPT: dict[str, Lab] = {}
-
-
-def _labs(key: str, make: Callable[[], Lab]) -> Lab:
-    """Return the lab of the previous run if it is the same one: jobs of a sweep in one process share it."""
-    if key not in _KEPT:
-        _KEPT.clear()
-        _KEPT[key] = make()
-    return _KEPT[key]
-
-
-def assemble(settings: Settings, lab: Lab, experts: Mapping[str, Weights]) -> Problem:
-    """Return the problem with all that its methods need: statistics, further members, a probe.
-
-    Args:
-        settings: The run, whose needs say what is fitted.
-        lab: Its lab.
-        experts: Task name to theta_t.
-    """
-    wanted, count = settings.wanted(), settings.needs.members
-    members = {t: [_member(lab, t, m, wanted) for m in range(count)] for t in lab.tasks} if count > 1 else {}
-    by_task = {task: lab.statistics(task, wanted) for task in lab.tasks} if wanted else {}
-    statistics = {name: {task: by_task[task][name] for task in by_task} for name in wanted}
-    return Problem(lab.pretrained, experts, statistics, members, LabProbe(lab))
-
-
-def _member(lab: Lab, task: str, member: int, wanted: Mapping[str, Any]) -> Member:
-    return Member(lab.expert(task, member), lab.statistics(task, wanted, member))
-
-
-def _lab_signature(lab: Lab) -> str:
-    return signature([lab.signature_of(task) for task in lab.tasks])
-
-
-def _tuned(settings: Settings, lab: Lab, problem: Problem) -> tuple[MergeMethod, dict[str, Any]]:
-    method, tuner = settings.effective()
-    candidates = tuner.candidates(method)
-    if not candidates:
-        return method, {"searched": 0, "chosen": {}, "trail": []}
-    name = signature(_lab_signature(lab), method, tuner, *_extras(settings))
-    file = lab.cache / "tuning" / f"{name}.json"
-    if not file.is_file():
-        objective = _objective(lab, problem, settings.names["merge"], len(candidates))
-        write_json(file, tuner.select(method, objective)[1])
-    trail = json.loads(file.read_text())
-    return replace(method, **trail["chosen"]), trail
-
-
-def _extras(settings: Settings) -> list[Any]:
-    """Return what else determines a merged model; nothing for methods that merge the experts' weights alone."""
-    wanted = {n: s for n, s in settings.wanted().items() if n in settings.effective()[0].needs.statistics}
-    return [*([wanted] if wanted else []), *([settings.byom.before] if settings.byom.before else [])]
-
-
-def _objective(lab: Lab, problem: Problem, label: str, total: int) -> Callable[[MergeMethod], float]:
-    bar = tqdm(total=total * len(lab.tasks), desc=f"tune {label}", unit="task", leave=False, mininterval=1)
-
-    def normalised(method: MergeMethod) -> float:
-        merged = method(problem).materialise()
-        ratios = []
-        for task in lab.tasks:
-            ratios.append(
-                measure.ratio(lab.score(task, merged, "validation").value, lab.single_task(task, "validation"))
-            )
-            bar.update()
-        return sum(ratios) / len(ratios)
-
-    return normalised
-
-
-def _merged(settings: Settings, lab: Lab, method: MergeMethod, problem: Problem, made: dict[str, Path]) -> Weights:
-    if isinstance(method, Pretrained):
-        return problem.pretrained
-    folder = lab.cache / "merged" / signature(_lab_signature(lab), method, *_extras(settings))
-    _once(folder, lambda: method(problem).save(folder))
-    made["merge"] = folder
-    return _opened(folder)
-
-
-def _served(
-    settings: Settings,
-    lab: Lab,
-    method: MergeMethod,
-    problem: Problem,
-    reference: Weights,
-    made: dict[str, Path],
-) -> Served:
-    """Make what serves the tasks; what took training is kept, because the cells of a sweep differ in routers alone."""
-    if not settings.byom.needs.inputs:
-        made_here = settings.byom.serve(problem, reference)
-        base = made_here.base and made_here.base.materialise()  # every task's model reads all of it
-        return replace(made_here, base=base)
-    folder = lab.cache / "served" / signature(_lab_signature(lab), method, *_extras(settings), settings.byom)
-
-    def make() -> None:
-        served = settings.byom.serve(problem, reference)
-        Bundle(served.reference, served.deltas, served.base).save(folder)
-
-    _once(folder, make)
-    made["variant"] = folder
-    return Bundle.open(folder)
-
-
-def _once(folder: Path, make: Callable[[], Any]) -> None:
-    """Make a cached folder if it is not there, and note beside it what that took; without a note it is made again."""
-    if folder.is_dir() and _note(folder).is_file():
-        return
-    with alone(folder):
-        if folder.is_dir() and _note(folder).is_file():
-            return
-        stages = Stages()
-        with stages.stage("made"):
-            make()
-        write_json(_note(folder), stages.taken["made"])
-
-
-def _note(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.cost.json")
-
-
-def _cost(settings: Settings, lab: Lab, stages: Stages, made: Mapping[str, Path]) -> dict[str, Any]:
-    """Return seconds and peak memory of what was made, also where this run found it in the cache."""
-    notes = {stage: _note(folder) for stage, folder in made.items()}
-    found = {stage: json.loads(file.read_text()) for stage, file in notes.items() if file.is_file()}
-    cost: dict[str, Any] = {stage: found.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
-    if wanted := settings.wanted():
-        cost["statistics"] = {"seconds": lab.statistics_cost(wanted, settings.needs.members)}
-    return cost
-
-
-@lru_cache(maxsize=4)
-def _opened(folder: Path) -> Weights:
-    return Weights.open(folder)
-
-
-def _evaluated(
-    settings: Settings, lab: Lab, problem: Problem, served: Served, routing: Any, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    models: dict[str, Weights] = {}
-
-    def known(task: str, split: str) -> Score:
-        """Score a task whose identity is known; kept, because every routed cell of a sweep starts from it."""
-        file = folder / f"{task}-{split}.json"
+    def score(self, task: str, split: str) -> Score:
+        """Score a task's own model and head on a split."""
+        file = self.folder / f"{task}-{split}.json"
         if not file.is_file():
-            if task not in models:
-                models.clear()
-                models[task] = served.weights(task).materialise()
-            head = served.deltas[task].readout(lab.head(task))
-            write_json(file, lab.score(task, models[task], split, head).to_json())
+            head = self.served.deltas[task].readout(self.lab.head(task))
+            write_json(file, self.lab.score(task, self.model(task), split, head).to_json())
         return Score.from_json(json.loads(file.read_text()))
-
-    if routing is not None and isinstance(settings.router, LearnedRouter):
-        splits = settings.evaluate.splits
-        scores, routed = evaluate_routed(lab, served, routing, settings.router, splits, known)
-        return scores, {}, routed
-    scores, norms = {split: {} for split in settings.evaluate.splits}, {}
-    for task in tqdm(list(lab.tasks), desc="evaluate", unit="task", leave=False, mininterval=1):
-        models = {task: served.weights(task).materialise()}
-        norms[task] = measure.norms(problem, task, served.reference, models[task])
-        for split, by_task in scores.items():
-            by_task[task] = known(task, split).to_json()
-    return scores, norms, {}
-
-
-def _require_routable(settings: Settings, lab: Lab) -> None:
-    """Refuse routers where they would see the task, or where a misrouted example cannot count as wrong."""
-    if settings.routed and lab.backbone.answers:
-        raise OptionError(
-            f"{type(lab.backbone).__name__} scores the answers of each task, which give it away; use router=oracle"
-        )
-    if settings.routed and (odd := [task.name for task in lab.suite.tasks if not metric(task.metric).decomposes]):
-        raise OptionError(
-            f"a router sends some examples to no head of theirs, and task {odd[0]} has a score that is "
-            f"no mean over examples ({lab.tasks[odd[0]].metric}); use router=oracle, or metric=accuracy"
-        )
 
 
 def _described(option: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from byom.backbone.base import Backbone
+from byom.checkpoint import Checkpoint, read
 from byom.data import splits as data
 from byom.data.suite import Suite, Task
 from byom.experts.base import Experts
@@ -70,6 +71,11 @@ class Lab:
         self._heads: dict[str, Readout] = {}
         self._experts: dict[str, Weights] = {}
         self._features: dict[tuple[str, str, str], Features] = {}
+        self._checkpoints: dict[Path, Checkpoint] = {}
+        # the cells of a sweep share experts and references; functions of this lab, so that they end with it
+        self.opened = lru_cache(maxsize=4)(Weights.open)
+        self.distance = lru_cache(maxsize=64)(distance)
+        self.differing = lru_cache(maxsize=64)(count_differing)
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -96,15 +102,15 @@ class Lab:
             self._splits[task] = data.load(self.tasks[task], self.backbone, self.seed, self.cache)
         return self._splits[task]
 
-    def read_all(self, splits: Iterable[str]) -> None:
+    def read_all(self, splits: Sequence[str]) -> None:
         """Read every task's data, so that missing or altered data is found before any training.
 
         Args:
             splits: Those that are evaluated; experts that are trained here need the others too.
         """
-        wanted = data.SPLITS if self.experts.trained else tuple(splits)
+        here = {task.name for task in self.experts.trains(self.suite.tasks)}
         for task in tqdm(list(self.tasks), desc="read data", unit="task", leave=False, mininterval=1):
-            for split in wanted:
+            for split in data.SPLITS if task in here else splits:
                 self.splits(task)[split]
 
     def head(self, task: str) -> Readout:
@@ -151,8 +157,19 @@ class Lab:
 
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
-        of = self.recipe if self.experts.trained else self.experts.identify(self.tasks[task])
-        return signature(self.backbone, self.tasks[task], of, self.seed, *([member] if member else []))
+        expert = self.experts.key(self.tasks[task], self.recipe)
+        return signature(self.backbone, self.tasks[task], expert, self.seed, *([member] if member else []))
+
+    @property
+    def signature(self) -> str:
+        """The signature of all tasks' experts, in order."""
+        return signature([self.signature_of(task) for task in self.tasks])
+
+    def checkpoint(self, path: Path) -> Checkpoint:
+        """Return a checkpoint that was fine-tuned elsewhere, in the names of theta_0; read once."""
+        if path not in self._checkpoints:
+            self._checkpoints[path] = read(path, self.pretrained)
+        return self._checkpoints[path]
 
     def statistics(self, task: str, wanted: Mapping[str, Statistic], member: int = 0) -> dict[str, Weights]:
         """Return statistics of a task's expert; those that are not cached are fitted together in one pass.
@@ -164,17 +181,16 @@ class Lab:
         """
         key = self.signature_of(task, member)
         folders = {name: self.cache / "statistics" / signature(key, what) for name, what in wanted.items()}
-        if not all((folder / "cost.json").is_file() for folder in folders.values()):
-            with alone(self.cache / "statistics" / key):
-                self._fit_missing(task, member, wanted, folders)
-        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
 
-    def _fit_missing(
-        self, task: str, member: int, wanted: Mapping[str, Statistic], folders: Mapping[str, Path]
-    ) -> None:
-        missing = {name: wanted[name] for name, folder in folders.items() if not (folder / "cost.json").is_file()}
-        for split in sorted({what.split for what in missing.values()}):
-            self._fit(task, member, {n: w for n, w in missing.items() if w.split == split}, split, folders)
+        def missing() -> dict[str, Statistic]:
+            return {name: wanted[name] for name, folder in folders.items() if not (folder / "cost.json").is_file()}
+
+        if missing():
+            with alone(self.cache / "statistics" / key):
+                for split in sorted({what.split for what in missing().values()}):
+                    some = {name: what for name, what in missing().items() if what.split == split}
+                    self._fit(task, member, some, split, folders)
+        return {name: Weights.open(folder / "values") for name, folder in folders.items()}
 
     def statistics_cost(self, wanted: Mapping[str, Statistic], members: int = 1) -> float:
         """Return the seconds that fitting took, for all tasks, whenever that was."""
@@ -197,8 +213,8 @@ class Lab:
         self.encoder.eval()
         rows: list[Tensor] = [torch.empty(0)] * len(split)
         for inputs, _, places in split.batches(self.batch_size):
-            found = self.encoder(**{k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
-            for place, row in zip(places.tolist(), found, strict=True):
+            features = self.encoder(**{k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
+            for place, row in zip(places.tolist(), features, strict=True):
                 rows[place] = row
         return Features(torch.stack(rows), split.labels)
 
@@ -207,9 +223,9 @@ class Lab:
     ) -> None:
         self.fill(self.expert(task, member).state())
         start = time.perf_counter()
-        found = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.batch_size)
+        fitted = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.batch_size)
         seconds = (time.perf_counter() - start) / len(wanted)  # of a shared pass, each bears its part
-        for name, values in found.items():
+        for name, values in fitted.items():
             Weights.of({n: v.cpu() for n, v in values.items()}).save(folders[name] / "values")
             write_json(folders[name] / "cost.json", {"seconds": round(seconds, 3), "statistic": describe(wanted[name])})
 
@@ -265,6 +281,16 @@ class Lab:
         notes = {"task": "+".join(shares), "backbone": type(self.backbone).__name__, "seed": self.seed}
         write_json(folder / "training.json", notes | {"examples": examples})
         shutil.rmtree(training, ignore_errors=True)
+
+
+def distance(a: Weights, b: Weights) -> float:
+    """Return the Euclidean distance between two models, over all their parameters."""
+    return (a - b).norm()
+
+
+def count_differing(a: Weights, b: Weights) -> int:
+    """Return in how many parameters two models differ."""
+    return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
 
 
 def resolve(name: str) -> torch.device:

@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from byom.functional.metrics import ratio, value_of
 from byom.merge.base import Problem
-from byom.pipeline.lab import Lab
+from byom.pipeline.lab import Lab, count_differing
 from byom.pipeline.router.base import Routing
 from byom.storage import tensor_files as storage
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
 
-def norms(problem: Problem, task: str, reference: Weights, model: Weights) -> dict[str, float]:
+def norms(lab: Lab, expert: Weights, reference: Weights, model: Weights) -> dict[str, float]:
     """Return the distances that say what was put back and what was lost.
 
     Args:
-        problem: The models.
-        task: The task.
-        reference: What the variant's difference was taken to.
+        lab: Has theta_0, and remembers distances between models that cells share.
+        expert: theta_t.
+        reference: The model that the variant's difference was taken to.
         model: The task's weights after the difference was put back.
 
     Returns:
         Euclidean norms of theta_t - theta_0, theta_t - reference, what was kept and what was dropped.
     """
-    expert = problem.finetuned[task]
     return {
-        "to_pretrained": _distance(expert, problem.pretrained),
-        "to_merged": _distance(expert, reference),
+        "to_pretrained": lab.distance(expert, lab.pretrained),
+        "to_merged": lab.distance(expert, reference),
         "kept": (model - reference).norm(),
         "dropped": (expert - model).norm(),
     }
 
 
-@lru_cache(maxsize=64)  # the cells of a sweep share their experts and references
-def _distance(a: Weights, b: Weights) -> float:
-    return (a - b).norm()
-
-
-def stored(served: Served, problem: Problem, frozen: int = 0) -> dict[str, Any]:
+def stored(
+    served: Served,
+    problem: Problem,
+    frozen: int = 0,
+    differing: Callable[[Weights, Weights], int] = count_differing,
+) -> dict[str, Any]:
     """Account for what must be stored to serve all tasks.
 
     Args:
         served: Shared models, and one packed difference a task.
         problem: The models.
         frozen: Parameters outside the encoder that published counts include and no expert changes.
+        differing: Counts the parameters in which two models differ; a lab's remembers.
 
     Returns:
         Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
@@ -60,7 +59,7 @@ def stored(served: Served, problem: Problem, frozen: int = 0) -> dict[str, Any]:
     shared = sum(weights.numel for weights in served.shared)
     kept = {task: delta.stored_parameters for task, delta in tasks.items()}
     taken = {task: delta.nbytes for task, delta in tasks.items()}
-    differing = {task: _count_differing(base, problem.finetuned[task]) for task in tasks}
+    changed = {task: differing(base, problem.finetuned[task]) for task in tasks}
     return {
         "model_parameters": base.numel,
         "shared_models": len(served.shared),
@@ -69,10 +68,10 @@ def stored(served: Served, problem: Problem, frozen: int = 0) -> dict[str, Any]:
         "parameters": shared + sum(kept.values()),
         "task_bytes": taken,
         "bytes": sum(map(_bytes, served.shared)) + sum(taken.values()),
-        "differing_parameters": differing,
+        "differing_parameters": changed,
         "density": {
             "of_all": sum(kept.values()) / (len(kept) * base.numel),
-            "of_differing": sum(kept.values()) / max(1, sum(differing.values())),
+            "of_differing": sum(kept.values()) / max(1, sum(changed.values())),
         },
     } | ({"with_frozen": _with_frozen(frozen, base.numel, shared, kept)} if frozen else {})
 
@@ -86,11 +85,6 @@ def _with_frozen(frozen: int, model: int, shared: int, kept: Mapping[str, int]) 
 def _bytes(weights: Weights) -> int:
     """Return the bytes of a model's parameters, without reading them; buffers do not count."""
     return sum(storage.size(weights.shape(name), weights.dtype(name)) for name in weights.mergeable())
-
-
-@lru_cache(maxsize=64)
-def _count_differing(a: Weights, b: Weights) -> int:
-    return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
 
 
 def fingerprints(lab: Lab, experts: Mapping[str, Weights]) -> dict[str, Any]:
@@ -111,5 +105,5 @@ def summary(scores: Mapping[str, Any], single: Mapping[str, float]) -> dict[str,
 
 def routing(routing: Routing | None) -> dict[str, int]:
     """Account for what a router stores; nothing where tasks are known."""
-    held = routing.stored if routing else ()
-    return {"router_parameters": sum(t.numel() for t in held), "router_bytes": sum(t.nbytes for t in held)}
+    tensors = routing.stored if routing else ()
+    return {"router_parameters": sum(t.numel() for t in tensors), "router_bytes": sum(t.nbytes for t in tensors)}

@@ -14,6 +14,7 @@ from byom.data.suite import Task
 from byom.pipeline.settings import Settings
 from byom.storage.record import Record
 from byom.storage.repository import Download
+from byom.storage.signature import signature
 
 BATCH = 8
 WORDS = "a sentence of about ten words, as short texts mostly are"
@@ -104,13 +105,10 @@ def _needed(cell: Settings) -> list[Download]:
 
 def _untrained(cells: Sequence[Settings]) -> set[Path]:
     """Return where experts will be kept that are not fine-tuned yet; those of data that is not here are unknown."""
-    from byom.storage.signature import signature
-
     wanted = {
         cell.cache / "experts" / signature(cell.backbone, task, cell.finetune, cell.seed)
         for cell in cells
-        if cell.experts.trained
-        for task in cell.suite.tasks
+        for task in cell.experts.trains(cell.suite.tasks)
     }
     return {folder for folder in wanted if not (folder / "training.json").is_file()}
 

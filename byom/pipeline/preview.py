@@ -17,8 +17,9 @@ from byom.functional.pareto import agreement, hypervolume, unbeaten
 from byom.functional.simplex import Point, simplex, spread, trained
 from byom.merge.base import MergeMethod, Problem
 from byom.pipeline import measure
-from byom.pipeline.cell import assemble, laboratory
+from byom.pipeline.cell import Cell
 from byom.pipeline.lab import Lab
+from byom.pipeline.labs import laboratory
 from byom.pipeline.provenance import Stages, provenance, results_root
 from byom.pipeline.scorer import Job, Scorer
 from byom.pipeline.settings import Settings
@@ -180,7 +181,7 @@ def execute(preview: Preview, settings: Mapping[str, Settings]) -> dict[str, Any
     with stages.stage("experts"):
         experts = {task: lab.expert(task) for task in lab.tasks}
     with stages.stage("statistics"):
-        problems = {name: assemble(one, lab, experts) for name, one in settings.items()}
+        problems = {name: Cell(one, lab).problem for name, one in settings.items()}
     chosen = trained(len(experts), preview.joint)
     grid = list(dict.fromkeys([*preview.grid(len(experts)), *chosen]))
     with stages.stage("preview"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,46 +13,78 @@ from tqdm import tqdm
 from byom.data.splits import Split
 from byom.pipeline.evaluate import Score
 from byom.pipeline.lab import Lab
-from byom.pipeline.router.base import LearnedRouter, Routing
+from byom.pipeline.router.base import Routing
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
 Rows = dict[str, dict[str, Any]]
 
 
-def evaluate_routed(
-    lab: Lab,
-    served: Served,
-    routing: Routing,
-    router: LearnedRouter,
-    splits: Iterable[str],
-    known: Callable[[str, str], Score],
-) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """Score all tasks when each example's task has to be guessed.
+@dataclass(frozen=True)
+class Routed:
+    """Evaluation when the task of each example has to be guessed.
 
     Args:
         lab: Encoder, heads and data.
-        served: What serves the tasks.
+        served: The shared models and packed differences that serve the tasks.
         routing: The fitted router.
-        router: Its options, which say whether examples are routed one by one and whose head answers.
-        splits: Splits to score.
-        known: Scores a task's split with the task known.
-
-    Returns:
-        Split to task to a score as JSON, and split to task to the fraction of examples sent to their own task.
     """
-    scores: dict[str, Rows] = {}
-    right: dict[str, Any] = {}
-    for split in splits:
-        shares = {task: routing.shares(task, split) for task in lab.tasks}
-        if router.mix == "batch":
-            shares = {task: _by_batch(rows, router.batch_size) for task, rows in shares.items()}
-        tasks = list(lab.tasks)
-        alone = router.mix == "sample" and router.heads == "routed"
-        points = _right(shares, known, split) if alone else _points(lab, served, router, split, shares)
-        scores[split] = {task: Score.of(points[task], lab.tasks[task].metric).to_json() for task in tasks}
-        right[split] = {t: float((shares[t].argmax(1) == i).double().mean()) for i, t in enumerate(tasks)}
-    return scores, {"accuracy": right, "mix": router.mix, "heads": router.heads}
+
+    lab: Lab
+    served: Served
+    routing: Routing
+
+    def evaluate(
+        self, splits: Iterable[str], known: Callable[[str, str], Score]
+    ) -> tuple[dict[str, Rows], dict[str, Any]]:
+        """Score all tasks.
+
+        Args:
+            splits: Splits to score.
+            known: Scores a task's split with the task known.
+
+        Returns:
+            Split to task to a score as JSON, and split to task to the fraction of examples sent to their own task.
+        """
+        router, tasks = self.routing.router, list(self.lab.tasks)
+        scores: dict[str, Rows] = {}
+        right: dict[str, Any] = {}
+        for split in splits:
+            shares = {task: self.routing.shares(task, split) for task in tasks}
+            if router.mix == "batch":
+                shares = {task: _by_batch(rows, router.batch_size) for task, rows in shares.items()}
+            if router.mix == "sample" and router.heads == "routed":
+                points = _right(shares, known, split)
+            else:
+                points = self._points(split, shares)
+            scores[split] = {task: Score.of(points[task], self.lab.tasks[task].metric).to_json() for task in tasks}
+            right[split] = {t: float((shares[t].argmax(1) == i).double().mean()) for i, t in enumerate(tasks)}
+        return scores, {"accuracy": right, "mix": router.mix, "heads": router.heads}
+
+    def _points(self, split: str, shares: dict[str, Tensor]) -> dict[str, Tensor]:
+        router, names = self.routing.router, list(shares)
+        points: dict[str, Tensor] = {}
+        groups = _mixtures(shares) if router.mix == "batch" else _choices(shares)
+        for (model_shares, answering), members in tqdm(
+            groups.items(), desc="route", unit="model", leave=False, mininterval=1
+        ):
+            model: Weights | None = None
+            for task, places in members.items():
+                if router.heads == "routed" and names[answering] != task:
+                    continue  # another task's head cannot give this task's answer
+                model = model or _mixed(self.served, names, model_shares)
+                scored = self._scored(model, task, split, places)
+                points.setdefault(task, torch.zeros(len(shares[task]), dtype=scored.dtype))[places] = scored
+        return {task: points.get(task, torch.zeros(len(rows), dtype=torch.bool)) for task, rows in shares.items()}
+
+    def _scored(self, model: Weights, task: str, split: str, places: Tensor) -> Tensor:
+        """Return the scores of a model with the task's own head on examples at some places of a split."""
+        whole = self.lab.splits(task)[split]
+        inputs = {name: rows[places] for name, rows in whole.inputs.items()}
+        self.lab.fill(model.state())
+        head = self.served.deltas[task].readout(self.lab.head(task))
+        part = Split(inputs, whole.labels[places], whole.fingerprint)
+        return self.lab.points(head, part, self.lab.tasks[task].metric)
 
 
 def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split: str) -> dict[str, Tensor]:
@@ -63,25 +96,6 @@ def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split:
 def _by_batch(shares: Tensor, size: int) -> Tensor:
     """Give every example of a batch the batch's mean shares."""
     return torch.cat([rows.mean(0).expand_as(rows) for rows in shares.split(size)])
-
-
-def _points(
-    lab: Lab, served: Served, router: LearnedRouter, split: str, shares: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    points: dict[str, Tensor] = {}
-    groups = _mixtures(shares) if router.mix == "batch" else _choices(shares)
-    names = list(shares)
-    for (model_shares, answering), members in tqdm(
-        groups.items(), desc="route", unit="model", leave=False, mininterval=1
-    ):
-        model: Weights | None = None
-        for task, places in members.items():
-            if router.heads == "routed" and names[answering] != task:
-                continue  # another task's head cannot give this task's answer
-            model = model or _mixed(served, names, model_shares)
-            scored = _score(lab, served, model, task, split, places)
-            points.setdefault(task, torch.zeros(len(shares[task]), dtype=scored.dtype))[places] = scored
-    return {task: points.get(task, torch.zeros(len(rows), dtype=torch.bool)) for task, rows in shares.items()}
 
 
 Groups = dict[tuple[tuple[float, ...], int], dict[str, Tensor]]
@@ -115,10 +129,3 @@ def _mixed(served: Served, names: list[str], shares: tuple[float, ...]) -> Weigh
         return parts[0][1].materialise()
     total: Any = sum(share * weights for share, weights in parts)
     return total.materialise()
-
-
-def _score(lab: Lab, served: Served, model: Weights, task: str, split: str, places: Tensor) -> Tensor:
-    whole = lab.splits(task)[split]
-    part = Split({name: rows[places] for name, rows in whole.inputs.items()}, whole.labels[places], whole.fingerprint)
-    lab.fill(model.state())
-    return lab.points(served.deltas[task].readout(lab.head(task)), part, lab.tasks[task].metric)

@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from byom.pipeline import cell
+from byom.pipeline.labs import Labs
 from byom.pipeline.provenance import provenance
-from byom.pipeline.settings import Settings
+from byom.pipeline.settings import Evaluation, Settings
 from byom.storage.place import Place, now
 from byom.storage.record import FORMAT, Record
 
+__all__ = ["Evaluation", "Settings", "metric", "run"]
 
-def run(settings: Settings) -> dict[str, Any]:
+
+def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
     """Run one cell, or return its record if it has finished before.
 
     Args:
-        settings: What to run.
+        settings: The run.
+        labs: Keeps the lab for the runs that follow; None lets it end with this one.
 
     Returns:
         The record.
 
     Raises:
-        Exception: Whatever the run raised, after a ``.failed.json`` has been written beside where its record would be.
+        Exception: Whatever the run raised, after a ``.failed.json`` has been written next to the place of its record.
     """
     place = settings.place()
     finished = place.finished()
@@ -29,11 +34,9 @@ def run(settings: Settings) -> dict[str, Any]:
         settings.logger.skipped(Record.lift(finished), place.done)
         return finished
     place.require_writable()
-    from byom.pipeline.cell import execute
-
     record = _header(settings, place)
     try:
-        record |= execute(settings) | {"status": "done"}
+        record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
     except BaseException as error:
         place.write(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
         raise

@@ -68,7 +68,7 @@ class Scorer:
         return [json.loads(file.read_text()) for file in files]
 
     def _file(self, job: Job) -> Path:
-        name = signature(_lab_signature(self.lab), job.key, self.splits, self.examples)
+        name = signature(self.lab.signature, job.key, self.splits, self.examples)
         return self.lab.cache / "preview" / f"{name}.json"
 
     def _score(self, job: Job, bar: tqdm) -> dict[str, Any]:
@@ -90,8 +90,3 @@ def _first(split: Split, examples: int | None) -> Split:
     if examples is None or examples >= len(split):
         return split
     return Split({name: rows[:examples] for name, rows in split.inputs.items()}, split.labels[:examples])
-
-
-def _lab_signature(lab: Lab) -> str:
-    """Return the signature of a lab's tasks and experts, in order."""
-    return signature([lab.signature_of(task) for task in lab.tasks])

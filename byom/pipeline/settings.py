@@ -18,7 +18,6 @@ from byom.merge.pretrained import Pretrained
 from byom.pipeline.logger import Logger
 from byom.pipeline.provenance import results_root
 from byom.pipeline.router.base import Router
-from byom.pipeline.router.oracle import Oracle
 from byom.pipeline.tune import AsGiven, Tuner
 from byom.statistics.base import Statistic
 from byom.storage.place import Place
@@ -127,17 +126,17 @@ class Settings:
         chosen = [self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed]
         later = [self.wanted()] if self.wanted() else []
         later += [self.router] if self.routed else []
-        later += [] if self.experts.trained else [self.experts]
+        later += [] if self.experts.default else [self.experts]
         return signature(*chosen, *later)  # what is added later must not rename what was there before
 
     @property
     def routed(self) -> bool:
         """Whether tasks are told apart by a router."""
-        return not isinstance(self.router, Oracle)
+        return self.router.routes
 
     def choices(self) -> dict[str, Any]:
         """Return the names of the options, as they appear in tables."""
-        default = {"router": not self.routed, "experts": self.experts.trained}
+        default = {"router": not self.routed, "experts": self.experts.default}
         names = {k: v for k, v in self.names.items() if not default.get(k)} | {"seed": self.seed}
         names |= {"suite": self.suite.name}
         return names if self.merges else names | {"merge": "pretrained", "tune": "none"}

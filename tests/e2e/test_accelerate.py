@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from byom.cli import config
-from byom.pipeline import cell as pipeline
+from byom.pipeline.labs import laboratory
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
 
@@ -59,7 +59,7 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
     assert said.count("seed 0  test") == 1  # and Fisher's gradients were one process's own, or it would hang
     run(tmp_path / "one")
     alone, together = experts(tmp_path / "one"), experts(tmp_path / "two")
-    pretrained = pipeline.laboratory(config.settings(options(tmp_path / "one"))).pretrained
+    pretrained = laboratory(config.settings(options(tmp_path / "one"))).pretrained
     for name, weights in alone.items():
         assert farthest(weights, together[name]) < 1e-5
         assert farthest(weights, pretrained) > 1e-3
@@ -70,7 +70,7 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("recipe", config.options("finetune"))
 def test_what_a_recipe_trains_can_be_sent_to_another_process(recipe, tmp_path):
-    lab = pipeline.laboratory(config.settings([*overrides(tmp_path), f"finetune={recipe}"]))
+    lab = laboratory(config.settings([*overrides(tmp_path), f"finetune={recipe}"]))
     trained = lab.recipe.attach(lab.encoder, lab.backbone, 0).eval()
     torch.save((trained, lab.head("digits"), lab.splits("digits")["test"]), tmp_path / "sent.pt")
     copy, head, split = torch.load(tmp_path / "sent.pt", weights_only=False, mmap=True)

@@ -84,10 +84,10 @@ def test_a_failing_cell_is_marked_and_listed_and_the_others_run(tmp_path, monkey
 
 
 def _broken(execute):
-    def instead(settings):
-        if isinstance(settings.effective()[0], Ties):
+    def instead(cell):
+        if isinstance(cell.settings.effective()[0], Ties):
             raise RuntimeError("no TIES today")
-        return execute(settings)
+        return execute(cell)
 
     return instead
 

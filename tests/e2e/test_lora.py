@@ -12,7 +12,8 @@ from byom.__main__ import main
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.cli import config
 from byom.data.source.base import DataError
-from byom.pipeline.cell import laboratory, serve
+from byom.pipeline.cell import Cell
+from byom.pipeline.labs import laboratory
 from byom.pipeline.run import run
 from byom.variants.base.delta import Served
 from byom.weights.lowrank import Adapted
@@ -96,7 +97,7 @@ def test_other_recipes_run_and_store_what_they_add(settings, recipe):
 def test_the_other_scores_do_not_change_when_a_process_switches_recipes(settings):
     first = run(settings(*LORA, "byom=lora", "byom.rank=1"))
     run(settings("finetune=ia3", "evaluate=test", "byom=single_task"))
-    again = serve(settings(*LORA, "byom=lora", "byom.rank=1"))[1]
+    again = Cell(settings(*LORA, "byom=lora", "byom.rank=1")).served
     assert isinstance(again, Served)
     assert again.deltas["mnist"].stored_parameters == first["storage"]["task_parameters"]["mnist"]
 
@@ -105,7 +106,8 @@ def test_export_writes_adapters_that_read_back(settings, folder, capsys):
     options = [*overrides(folder, "scratch"), *LORA, "byom=lora", "byom.rank=2"]
     assert main(["export", str(folder / "out"), *options]) == 0
     assert capsys.readouterr().out.count("rank 2") == len(KEPT)
-    lab, served = serve(settings(*LORA, "byom=lora", "byom.rank=2"))
+    cell = Cell(settings(*LORA, "byom=lora", "byom.rank=2"))
+    lab, served = cell.lab, cell.served
     for task in KEPT:
         read, wanted = Adapter.open(folder / "out" / task).on(lab.pretrained), served.weights(task)
         assert all(torch.allclose(read[name], wanted[name], atol=1e-6) for name in wanted)
@@ -117,7 +119,7 @@ def test_pack_writes_a_bundle(folder, settings):
     from byom.checkpoint.bundle import Bundle
 
     assert main(["pack", str(folder / "bundle"), *overrides(folder, "scratch"), *LORA, "byom=lora", "byom.rank=2"]) == 0
-    served = serve(settings(*LORA, "byom=lora", "byom.rank=2"))[1]
+    served = Cell(settings(*LORA, "byom=lora", "byom.rank=2")).served
     packed = Bundle.open(folder / "bundle")
     assert all(torch.equal(packed.weights("mnist")[n], served.weights("mnist")[n]) for n in packed.reference)
 
@@ -128,7 +130,7 @@ def test_pack_packs_every_task_once_and_holds_one_at_a_time(folder, settings, mo
     from byom.variants.base import PackingVariant
 
     chosen, packed, alive, most = [*LORA, "merge=ties", f"byom={option}"], [], [], []
-    expected = serve(settings(*chosen))[1]
+    expected = Cell(settings(*chosen)).served
     pack = PackingVariant.delta
 
     def watched(self, *given):

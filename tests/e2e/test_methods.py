@@ -8,7 +8,7 @@ import pytest
 
 from byom.cli import config
 from byom.data.source.base import DataError
-from byom.pipeline.cell import laboratory
+from byom.pipeline.labs import Labs, laboratory
 from byom.pipeline.run import run
 from byom.report.bootstrap import points
 from byom.report.methods import display_methods, methods
@@ -45,8 +45,10 @@ def settings(folder):
 
 @pytest.fixture(scope="module")
 def cell(settings):
+    labs = Labs()
+
     def make(*options):
-        return run(settings(*options))
+        return run(settings(*options), labs)
 
     try:
         make("merge=pretrained", "byom=none")

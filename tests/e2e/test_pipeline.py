@@ -10,6 +10,8 @@ import pytest
 from byom.__main__ import main
 from byom.cli import config
 from byom.data.source.base import DataError
+from byom.pipeline.cell import Cell
+from byom.pipeline.labs import Labs
 from byom.pipeline.run import metric, run
 from tests.e2e.tiny import KEPT, overrides
 from tests.golden.make import scores
@@ -24,10 +26,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cell(folder):
+def labs():
+    with Labs() as keeper:
+        yield keeper
+
+
+@pytest.fixture(scope="module")
+def cell(folder, labs):
     def make(*options):
         settings = config.settings([*overrides(folder), *options])
-        return run(settings)
+        return run(settings, labs)
 
     try:
         make("merge=pretrained", "byom=none")
@@ -102,7 +110,7 @@ def test_a_finished_cell_is_not_run_again(cell, folder, monkeypatch):
 
 def test_a_failing_cell_is_marked_and_tried_again(cell, folder, monkeypatch):
     options = ("merge=average", "byom=fft", "byom.density=0.3")
-    monkeypatch.setattr("byom.pipeline.cell._merged", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(Cell, "reference", property(lambda _: (_ for _ in ()).throw(RuntimeError("boom"))))
     with pytest.raises(RuntimeError, match="boom"):
         cell(*options)
     failed = list(folder.rglob("*.failed.json"))
@@ -112,21 +120,19 @@ def test_a_failing_cell_is_marked_and_tried_again(cell, folder, monkeypatch):
     assert not list(folder.rglob("*.failed.json"))
 
 
-def test_a_damaged_cached_expert_is_refused_by_name(cell, folder):
+def test_a_damaged_cached_expert_is_refused_by_name(cell, folder, labs):
     cell("merge=average", "byom=none")
     file = sorted((folder / "cache" / "experts").glob("*/model.safetensors"))[0]
     original = file.read_bytes()
     file.write_bytes(original[:-5] + bytes([original[-5] ^ 1]) + original[-4:])
     try:
-        from byom.pipeline import cell as pipeline
-
-        pipeline._KEPT.clear()
+        labs.close()
         with pytest.raises(Exception, match=r"does not match its checksum") as caught:
             cell("merge=average", "byom=fft", "byom.density=0.77")
         assert str(file.parent) in str(caught.value)
     finally:
         file.write_bytes(original)
-        pipeline._KEPT.clear()
+        labs.close()
 
 
 def test_scores_are_the_golden_ones(cell):

@@ -13,7 +13,7 @@ from byom.cli import config
 from byom.data.source.table import Table
 from byom.data.suite import Suite, Task
 from byom.functional.metrics import value_of
-from byom.pipeline.cell import laboratory
+from byom.pipeline.labs import laboratory
 from byom.pipeline.run import run
 from byom.weights.lowrank import Adapted
 from tests.tiny_t5 import tiny_t5

@@ -20,7 +20,7 @@ from byom.checkpoint.adapters.export import adapters
 from byom.cli import config
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.pipeline.cell import laboratory
+from byom.pipeline.labs import laboratory
 from byom.variants.lora import ByomLora
 from byom.variants.tsv_compress import TaskSingularVectorsCompress
 from byom.weights import Weights, fused

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from byom.checkpoint import read
 from byom.errors import CheckpointError, OptionError
 from byom.experts.files import Files
+from byom.experts.finetune.full import Full
 from byom.experts.hub import Hub
 from byom.weights import Weights
 
@@ -15,7 +17,10 @@ BASE = {"model.w": torch.arange(12.0).reshape(3, 4), "model.b": torch.ones(3)}
 
 def lab(head=None):
     backbone = SimpleNamespace(own_head=lambda task, tensors: head)
-    return SimpleNamespace(pretrained=Weights.of(BASE, origin="base"), backbone=backbone, tasks={"cars": "cars"})
+    base = Weights.of(BASE, origin="base")
+    return SimpleNamespace(
+        pretrained=base, backbone=backbone, tasks={"cars": "cars"}, checkpoint=lambda path: read(path, base)
+    )
 
 
 def saved(folder, change=0.01, **extra):
@@ -44,9 +49,9 @@ def test_weights_that_were_not_fine_tuned_from_the_base_are_refused(tmp_path):
 def test_a_changed_file_is_another_expert_and_a_missing_one_says_where_to_get_it(tmp_path):
     task = SimpleNamespace(name="cars")
     saved(tmp_path / "a")
-    before = files(tmp_path / "a").identify(task)
+    before = files(tmp_path / "a").key(task, Full())
     saved(tmp_path / "a", change=0.02, more=torch.ones(5))
-    assert files(tmp_path / "a").identify(task) != before
+    assert files(tmp_path / "a").key(task, Full()) != before
     with pytest.raises(CheckpointError, match=r"not at .*StanfordCars.pt; set experts.path_of \(ask me\)"):
         files(tmp_path / "none", source="ask me").path("cars")
 

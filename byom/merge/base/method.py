@@ -23,6 +23,8 @@ class MergeMethod(ABC):
     """Values that ``tune=validation`` tries, by hyperparameter: the grid that its authors searched."""
     title: ClassVar[str]
     """Name in tables."""
+    merges: ClassVar[bool] = True
+    """Whether it makes a model of its own; where it does not, the result is theta_0 itself."""
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:

@@ -1,4 +1,4 @@
-"""What a router is: it guesses each example's task, so that packed differences serve inputs of unknown origin."""
+"""Routers guess the task of each example, so that packed differences serve inputs of unknown origin."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from byom.variants.base.delta import Served
 class Routing(ABC):
     """A fitted router."""
 
+    router: LearnedRouter
+    """Its options, which say whether examples are routed one by one and whose head answers."""
+
     @abstractmethod
     def shares(self, task: str, split: str) -> Tensor:
         """Return how much each task's model should serve each example: ``[N, T]``, rows sum to 1.
@@ -30,7 +33,7 @@ class Routing(ABC):
     @property
     @abstractmethod
     def stored(self) -> tuple[Tensor, ...]:
-        """What has to be stored to route."""
+        """Tensors that have to be stored to route."""
 
 
 class Router(ABC):
@@ -39,6 +42,8 @@ class Router(ABC):
     title: ClassVar[str]
     """Name in tables, appended to a row's; empty where the task is known."""
     needs: ClassVar[Needs]
+    routes: ClassVar[bool] = True
+    """Whether tasks have to be told apart; not where they are known."""
 
     @abstractmethod
     def fit(self, problem: Problem, served: Served) -> Routing | None:
@@ -46,7 +51,7 @@ class Router(ABC):
 
         Args:
             problem: The models, and a probe of the tasks' inputs.
-            served: What serves the tasks.
+            served: The shared models and packed differences that serve the tasks.
         """
 
 
@@ -58,7 +63,7 @@ class LearnedRouter(Router):
         mix: ``sample`` sends each example to the model of its likeliest task. ``batch`` averages the shares over a
             batch and mixes the task models by them, as published evaluations do; the examples of a batch come
             from one data set, so their mean gives the task away, and tables flag it.
-        batch_size: Examples a batch, for ``mix=batch``.
+        batch_size: Examples per batch, for ``mix=batch``.
         heads: ``routed`` uses the head of the task an example was sent to, so that a wrong guess is a wrong answer;
             ``given`` uses the data set's own head, as published evaluations do.
 
@@ -85,7 +90,7 @@ def labelled_by_task(features: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack the features of all tasks and number them by task.
 
     Args:
-        features: ``[N_t, D]`` a task.
+        features: ``[N_t, D]`` for each task.
 
     Returns:
         ``[N, D]`` and int64 ``[N]``.

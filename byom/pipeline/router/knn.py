@@ -23,7 +23,7 @@ class NearestNeighbours(LearnedRouter):
 
     Args:
         neighbours: How many neighbours vote (k).
-        examples: Unlabelled training examples kept a task, drawn by `seed`.
+        examples: Unlabelled training examples kept per task, drawn by `seed`.
         seed: Draws them.
         metric: Distance between features, ``euclidean`` as in the paper or ``cosine``. The norm of features pooled over
             tokens falls with the length of a text, and then the shortest distances go to tasks of long texts.
@@ -58,11 +58,10 @@ class NearestNeighbours(LearnedRouter):
         """Keep a few training examples of each task; see `Router.fit`."""
         from sklearn.neighbors import KNeighborsClassifier
 
-        kept = [self._drawn(problem, task) for task in problem.tasks]
-        values, tasks = labelled_by_task(kept)
+        values, tasks = labelled_by_task([self._drawn(problem, task) for task in problem.tasks])
         voters = min(self.neighbours, len(values))
         model = KNeighborsClassifier(voters, metric=self.metric).fit(values.numpy(), tasks.numpy())
-        return _Neighbours(problem, model, values)
+        return _Neighbours(self, problem, model, values)
 
     def _drawn(self, problem: Problem, task: str) -> Tensor:
         values = problem.inputs().features(problem.pretrained, task, "train").values
@@ -71,8 +70,8 @@ class NearestNeighbours(LearnedRouter):
 
 
 class _Neighbours(Routing):
-    def __init__(self, problem: Problem, model: Any, values: Tensor) -> None:
-        self.problem, self.model, self.values = problem, model, values
+    def __init__(self, router: NearestNeighbours, problem: Problem, model: Any, values: Tensor) -> None:
+        self.router, self.problem, self.model, self.values = router, problem, model, values
 
     def shares(self, task: str, split: str) -> Tensor:
         features = self.problem.inputs().features(self.problem.pretrained, task, split).values

@@ -38,7 +38,7 @@ class Perceptron(LearnedRouter):
 
     Differences:
         The authors mix experts by the softmax shares of each input; here the likeliest task serves an example alone,
-        because a mixture a sample is a model a sample. ``mix=batch`` mixes, by the mean over a batch.
+        because a mixture per sample is a model per sample. ``mix=batch`` mixes, by the mean over a batch.
     """
 
     hidden: int = 1024
@@ -65,7 +65,7 @@ class Perceptron(LearnedRouter):
             torch.manual_seed(keyed(self.seed, "router"))
             network = self._network(values.shape[1], len(problem.tasks))
             self._train(network, values, tasks)
-        return _Network(problem, served, network.eval())
+        return _Network(self, problem, served, network.eval())
 
     def _network(self, width: int, tasks: int) -> nn.Module:
         return nn.Sequential(
@@ -89,8 +89,8 @@ class Perceptron(LearnedRouter):
 
 
 class _Network(Routing):
-    def __init__(self, problem: Problem, served: Served, network: nn.Module) -> None:
-        self.problem, self.served, self.network = problem, served, network
+    def __init__(self, router: Perceptron, problem: Problem, served: Served, network: nn.Module) -> None:
+        self.router, self.problem, self.served, self.network = router, problem, served, network
 
     @torch.no_grad()
     def shares(self, task: str, split: str) -> Tensor:

@@ -16,6 +16,7 @@ class Oracle(Router):
 
     title = ""
     needs = Needs()
+    routes = False
 
     def fit(self, problem: Problem, served: Served) -> Routing | None:
         """Return None: there is nothing to learn."""

@@ -1,0 +1,75 @@
+"""The cache on disk of cells: under which names they keep what they make, and making it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byom.merge.base import MergeMethod
+from byom.pipeline.lab import Lab
+from byom.pipeline.provenance import Stages
+from byom.pipeline.settings import Settings
+from byom.pipeline.tune import Tuner
+from byom.storage.lock import alone
+from byom.storage.place import write_json
+from byom.storage.signature import signature
+from byom.variants.base import Variant
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names under which the cache keeps what a cell makes: each is the hash of all that determines it.
+
+    Args:
+        experts: The signature of the tasks' experts.
+        extras: Statistics that the merge method uses, and what is done to experts before they are merged; empty for
+            methods that merge the experts' weights alone.
+    """
+
+    experts: str
+    extras: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, lab: Lab) -> Keys:
+        """Return the names of a cell."""
+        used = settings.effective()[0].needs.statistics
+        statistics = {name: what for name, what in settings.wanted().items() if name in used}
+        before = settings.byom.before
+        return cls(lab.signature, (*([statistics] if statistics else []), *([before] if before else [])))
+
+    def tuning(self, method: MergeMethod, tuner: Tuner) -> str:
+        """Return the name of a search over a method's hyperparameters."""
+        return signature(self.experts, method, tuner, *self.extras)
+
+    def merged(self, method: MergeMethod) -> str:
+        """Return the name of a merged model."""
+        return signature(self.experts, method, *self.extras)
+
+    def served(self, method: MergeMethod, variant: Variant) -> str:
+        """Return the name of what serves the tasks, and of its hits."""
+        return signature(self.experts, method, *self.extras, variant)
+
+
+def once(folder: Path, make: Callable[[], object]) -> None:
+    """Make a cached folder if it is not there, and note next to it what that took; without a note, make it again.
+
+    Args:
+        folder: Where it belongs; of several processes that want it, one makes it and the others wait.
+        make: Makes it.
+    """
+    if folder.is_dir() and note(folder).is_file():
+        return
+    with alone(folder):
+        if folder.is_dir() and note(folder).is_file():
+            return
+        stages = Stages()
+        with stages.stage("made"):
+            make()
+        write_json(note(folder), stages.taken["made"])
+
+
+def note(folder: Path) -> Path:
+    """Return where it is noted what a cached folder took."""
+    return folder.with_name(f"{folder.name}.cost.json")

@@ -1,0 +1,48 @@
+"""The lab of a run, and the keeper through which consecutive runs share one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from byom.pipeline.lab import Lab
+from byom.storage.signature import signature
+
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
+
+
+def laboratory(settings: Settings) -> Lab:
+    """Return a new lab for a run; nothing is loaded before it is asked for."""
+    s = settings
+    return Lab(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, s.evaluate.batch_size)
+
+
+class Labs:
+    """Keeps the lab of the latest run, and hands it to the next one if both agree in everything that a lab is made of.
+
+    A lab holds an encoder, data and models in memory, so there is never more than one. It ends when another is
+    needed, or with `close`; a ``with`` block closes.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Lab] = {}
+
+    def of(self, settings: Settings) -> Lab:
+        """Return the lab of a run."""
+        s = settings
+        size = s.evaluate.batch_size
+        key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, size)
+        if key not in self._held:
+            self.close()  # first: there may be no memory for two
+            self._held[key] = laboratory(settings)
+        return self._held[key]
+
+    def close(self) -> None:
+        """Let the lab go, with all that it holds in memory."""
+        self._held.clear()
+
+    def __enter__(self) -> Labs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
