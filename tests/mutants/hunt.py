@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from tests.mutants.mutant import Mutant
 from tests.mutants.runner import Outcome, run
@@ -20,7 +21,6 @@ STAGES = {
 FIRST = ("-x",)
 NEAR_SECONDS = 300.0  # most targets take seconds; a fault without end should not take an hour
 STAGE_SECONDS = 3600.0
-TOLD = 40  # failures of a stage that are tried on each mutant
 
 
 @dataclass
@@ -75,30 +75,20 @@ class Hunt:
                 self._survived([mutant], "near")
 
     def stage(self, stage: str, mutants: Sequence[Mutant]) -> None:
-        """Run a stage on many mutants at once, try on each of them what fails, and go on with those that are left.
+        """Run a stage on many mutants at once, and on each of them alone the tests that failed.
 
-        Most of them are found by no test of a stage or by few, and a stage takes minutes.
+        A stage takes minutes, and most of these mutants are found by none of its tests or by few. A test that passes
+        with all of them finds none.
         """
         left = list(mutants)
         while left:
             group = _apart(left)
             outcome = self._planted(group, [f"tests/{folder}" for folder in STAGES[stage]], STAGE_SECONDS, ())
-            if outcome.passed:
-                self._survived(group, stage)
-                left = [mutant for mutant in left if mutant not in group]
-                continue
-            failed = [shlex.quote(test) for test in outcome.tests[:TOLD]]
-            found = [mutant for mutant in group if self._killed(mutant, stage, failed, STAGE_SECONDS)]
-            if not found:
-                self._require_sound(self._run(failed))
-                found = self._one_by_one(stage, group)
-            left = [mutant for mutant in left if mutant not in found]
-
-    def _one_by_one(self, stage: str, group: Sequence[Mutant]) -> Sequence[Mutant]:
-        """Run the whole stage on each mutant: some tests fail only with several faults at once."""
-        folders = [f"tests/{folder}" for folder in STAGES[stage]]
-        self._survived([mutant for mutant in group if not self._killed(mutant, stage, folders, STAGE_SECONDS)], stage)
-        return group
+            failed = [shlex.quote(test) for test in outcome.tests]
+            if not outcome.passed and not failed:
+                self._stop(outcome)
+            self._survived([m for m in group if not failed or not self._killed(m, stage, failed, STAGE_SECONDS)], stage)
+            left = [mutant for mutant in left if mutant not in group]
 
     def _killed(self, mutant: Mutant, stage: str, targets: Sequence[str], limit: float) -> bool:
         result = self._results[mutant.name]
@@ -125,11 +115,14 @@ class Hunt:
         if outcome.passed:
             return
         if not outcome.tests or set(outcome.tests) & self.red:
-            said = self._log.read_text(encoding="utf-8")[-3000:]
-            sys.exit(f"the tree without a fault cannot be tested: {outcome.why}\n{said}")
+            self._stop(outcome)
         self.red |= set(outcome.tests)
         for test in outcome.tests:
             print(f"fails without any fault, and is left out: {test}", flush=True)
+
+    def _stop(self, outcome: Outcome) -> NoReturn:
+        said = self._log.read_text(encoding="utf-8")[-3000:]
+        sys.exit(f"pytest cannot run these tests: {outcome.why}\n{said}")
 
     def _survived(self, mutants: Iterable[Mutant], stage: str) -> None:
         for mutant in mutants:
