@@ -71,11 +71,11 @@ class Hunt:
     def near(self, mutants: Iterable[Mutant]) -> None:
         """Run the nearest tests of each mutant."""
         for mutant in mutants:
-            if not any(self._killed(mutant, "near", [target], NEAR_SECONDS) for target in mutant.tests):
+            if not any(self._found(mutant, target) for target in mutant.tests):
                 self._survived([mutant], "near")
 
     def stage(self, stage: str, mutants: Sequence[Mutant]) -> None:
-        """Run a stage on many mutants at once, and on each of them alone the tests that failed.
+        """Run a stage on many mutants at once, and what failed on halves of them until each stands alone.
 
         A stage takes minutes, and most of these mutants are found by none of its tests or by few. A test that passes
         with all of them finds none.
@@ -83,25 +83,38 @@ class Hunt:
         left = list(mutants)
         while left:
             group = _apart(left)
-            outcome = self._planted(group, [f"tests/{folder}" for folder in STAGES[stage]], STAGE_SECONDS, ())
-            failed = [shlex.quote(test) for test in outcome.tests]
-            if not outcome.passed and not failed:
-                self._stop(outcome)
-            self._survived([m for m in group if not failed or not self._killed(m, stage, failed, STAGE_SECONDS)], stage)
+            self._halve(stage, group, [f"tests/{folder}" for folder in STAGES[stage]])
             left = [mutant for mutant in left if mutant not in group]
 
-    def _killed(self, mutant: Mutant, stage: str, targets: Sequence[str], limit: float) -> bool:
+    def _halve(self, stage: str, group: Sequence[Mutant], targets: Sequence[str]) -> None:
+        outcome = self._planted(group, targets, STAGE_SECONDS, ())
+        if not outcome.passed and not outcome.tests:
+            self._stop(outcome)
+        if outcome.passed:
+            self._survived(group, stage)
+        elif len(group) > 1:
+            print(f"{len(outcome.tests)} tests fail with {len(group)} mutants at once", flush=True)
+            failed = targets if outcome.ended else [shlex.quote(test) for test in outcome.tests]
+            self._halve(stage, group[: len(group) // 2], failed)
+            self._halve(stage, group[len(group) // 2 :], failed)
+        elif self._is_sound(outcome.tests):
+            self._note(group[0], stage, outcome)
+        else:
+            self._halve(stage, group, targets)
+
+    def _found(self, mutant: Mutant, target: str) -> bool:
+        """Run one of the nearest tests, which have been run without a fault."""
+        outcome = self._planted([mutant], [target], NEAR_SECONDS, FIRST)
         result = self._results[mutant.name]
-        while True:
-            outcome = self._planted([mutant], targets, limit, FIRST)
-            result.seconds = round(result.seconds + outcome.seconds, 1)
-            if outcome.passed:
-                return False
-            if stage == "near" or self._is_sound(outcome.tests):  # the nearest tests have been run without a fault
-                break
+        result.seconds = round(result.seconds + outcome.seconds, 1)
+        if not outcome.passed:
+            self._note(mutant, "near", outcome)
+        return not outcome.passed
+
+    def _note(self, mutant: Mutant, stage: str, outcome: Outcome) -> None:
+        result = self._results[mutant.name]
         result.killed, result.stage, result.test, result.why = True, stage, "".join(outcome.tests[:1]), outcome.why
         self._told(result)
-        return True
 
     def _is_sound(self, tests: Sequence[str]) -> bool:
         """Say whether the tests that failed pass without a fault; leave them out from then on if not."""
