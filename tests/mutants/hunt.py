@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from tests.mutants.mutant import Mutant
 from tests.mutants.runner import Outcome, run
@@ -20,7 +21,6 @@ STAGES = {
 FIRST = ("-x",)
 NEAR_SECONDS = 300.0  # most targets take seconds; a fault without end should not take an hour
 STAGE_SECONDS = 3600.0
-TOLD = 40  # failures of a stage that are tried on each mutant
 
 
 @dataclass
@@ -71,47 +71,50 @@ class Hunt:
     def near(self, mutants: Iterable[Mutant]) -> None:
         """Run the nearest tests of each mutant."""
         for mutant in mutants:
-            if not any(self._killed(mutant, "near", [target], NEAR_SECONDS) for target in mutant.tests):
+            if not any(self._found(mutant, target) for target in mutant.tests):
                 self._survived([mutant], "near")
 
     def stage(self, stage: str, mutants: Sequence[Mutant]) -> None:
-        """Run a stage on many mutants at once, try on each of them what fails, and go on with those that are left.
+        """Run a stage on many mutants at once, and what failed on halves of them until each stands alone.
 
-        Most of them are found by no test of a stage or by few, and a stage takes minutes.
+        A stage takes minutes, and most of these mutants are found by none of its tests or by few. A test that passes
+        with all of them finds none.
         """
         left = list(mutants)
         while left:
             group = _apart(left)
-            outcome = self._planted(group, [f"tests/{folder}" for folder in STAGES[stage]], STAGE_SECONDS, ())
-            if outcome.passed:
-                self._survived(group, stage)
-                left = [mutant for mutant in left if mutant not in group]
-                continue
-            failed = [shlex.quote(test) for test in outcome.tests[:TOLD]]
-            found = [mutant for mutant in group if self._killed(mutant, stage, failed, STAGE_SECONDS)]
-            if not found:
-                self._require_sound(self._run(failed))
-                found = self._one_by_one(stage, group)
-            left = [mutant for mutant in left if mutant not in found]
+            self._halve(stage, group, [f"tests/{folder}" for folder in STAGES[stage]])
+            left = [mutant for mutant in left if mutant not in group]
 
-    def _one_by_one(self, stage: str, group: Sequence[Mutant]) -> Sequence[Mutant]:
-        """Run the whole stage on each mutant: some tests fail only with several faults at once."""
-        folders = [f"tests/{folder}" for folder in STAGES[stage]]
-        self._survived([mutant for mutant in group if not self._killed(mutant, stage, folders, STAGE_SECONDS)], stage)
-        return group
+    def _halve(self, stage: str, group: Sequence[Mutant], targets: Sequence[str]) -> None:
+        outcome = self._planted(group, targets, STAGE_SECONDS, ())
+        if not outcome.passed and not outcome.tests:
+            self._stop(outcome)
+        if outcome.passed:
+            self._survived(group, stage)
+        elif len(group) > 1:
+            print(f"{len(outcome.tests)} tests fail with {len(group)} mutants at once", flush=True)
+            failed = targets if outcome.ended else [shlex.quote(test) for test in outcome.tests]
+            self._halve(stage, group[: len(group) // 2], failed)
+            self._halve(stage, group[len(group) // 2 :], failed)
+        elif self._is_sound(outcome.tests):
+            self._note(group[0], stage, outcome)
+        else:
+            self._halve(stage, group, targets)
 
-    def _killed(self, mutant: Mutant, stage: str, targets: Sequence[str], limit: float) -> bool:
+    def _found(self, mutant: Mutant, target: str) -> bool:
+        """Run one of the nearest tests, which have been run without a fault."""
+        outcome = self._planted([mutant], [target], NEAR_SECONDS, FIRST)
         result = self._results[mutant.name]
-        while True:
-            outcome = self._planted([mutant], targets, limit, FIRST)
-            result.seconds = round(result.seconds + outcome.seconds, 1)
-            if outcome.passed:
-                return False
-            if stage == "near" or self._is_sound(outcome.tests):  # the nearest tests have been run without a fault
-                break
+        result.seconds = round(result.seconds + outcome.seconds, 1)
+        if not outcome.passed:
+            self._note(mutant, "near", outcome)
+        return not outcome.passed
+
+    def _note(self, mutant: Mutant, stage: str, outcome: Outcome) -> None:
+        result = self._results[mutant.name]
         result.killed, result.stage, result.test, result.why = True, stage, "".join(outcome.tests[:1]), outcome.why
         self._told(result)
-        return True
 
     def _is_sound(self, tests: Sequence[str]) -> bool:
         """Say whether the tests that failed pass without a fault; leave them out from then on if not."""
@@ -125,11 +128,14 @@ class Hunt:
         if outcome.passed:
             return
         if not outcome.tests or set(outcome.tests) & self.red:
-            said = self._log.read_text(encoding="utf-8")[-3000:]
-            sys.exit(f"the tree without a fault cannot be tested: {outcome.why}\n{said}")
+            self._stop(outcome)
         self.red |= set(outcome.tests)
         for test in outcome.tests:
             print(f"fails without any fault, and is left out: {test}", flush=True)
+
+    def _stop(self, outcome: Outcome) -> NoReturn:
+        said = self._log.read_text(encoding="utf-8")[-3000:]
+        sys.exit(f"pytest cannot run these tests: {outcome.why}\n{said}")
 
     def _survived(self, mutants: Iterable[Mutant], stage: str) -> None:
         for mutant in mutants:

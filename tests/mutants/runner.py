@@ -39,6 +39,7 @@ class Outcome:
         tests: The tests that failed; the one that was running, if the child had to be ended or died.
         why: The first line of the first failure.
         seconds: Wall clock.
+        ended: Whether it did not get through all tests.
     """
 
     passed: bool
@@ -46,6 +47,7 @@ class Outcome:
     tests: tuple[str, ...]
     why: str
     seconds: float
+    ended: bool = False
 
 
 @dataclass(eq=False)
@@ -124,9 +126,10 @@ def run(tree: Path, targets: Sequence[str], limit: float, options: Sequence[str]
     seconds = round(time.monotonic() - started, 1)
     if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return Outcome(True, told["ran"], (), "", seconds)
-    ended = [told["running"]] if told["running"] and (code is None or code < 0) else []
+    ended = code is None or code < 0
+    last = [told["running"]] if told["running"] and ended else []
     why = told["why"] or (f"not done after {limit:.0f} s" if code is None else f"exit code {code}")
-    return Outcome(False, told["ran"], (*told["failed"], *ended), why, seconds)
+    return Outcome(False, told["ran"], (*told["failed"], *last), why, seconds, ended)
 
 
 def _listen(pipe: int, child: int, deadline: float) -> tuple[dict[str, Any], int | None]:
@@ -163,7 +166,15 @@ def _inside(tree: Path, arguments: list[str], pipe: int, log: Path) -> NoReturn:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        fixed = ["-p", "no:cacheprovider", "--hypothesis-seed=0", f"--rootdir={tree}", "-W", REWRITTEN]
+        fixed = [
+            "-p",
+            "no:cacheprovider",
+            "--hypothesis-seed=0",
+            f"--rootdir={tree}",
+            "-W",
+            REWRITTEN,
+            "--continue-on-collection-errors",
+        ]
         code = int(pytest.main([*fixed, *arguments], plugins=[Watch(pipe)]))
     except BaseException:
         traceback.print_exc()

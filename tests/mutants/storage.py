@@ -54,17 +54,17 @@ STORAGE = (
         ("tests/unit/test_storage.py",),
     ),
     Mutant(
-        "a-shard-may-not-be-full",
+        "a-large-tensor-leaves-an-empty-shard",
         "storage",
-        "used + nbytes > limit",
-        "used + nbytes >= limit",
+        "if shards[-1] and used + nbytes > limit:",
+        "if used + nbytes > limit:",
         ("tests/unit/test_storage.py -k shard",),
     ),
     Mutant(
-        "shards-count-from-zero",
+        "shards-forget-ties",
         "storage",
-        'f"model-{number + 1:05d}-of-{total:05d}.safetensors"',
-        'f"model-{number:05d}-of-{total:05d}.safetensors"',
+        "ties if number == 0 else {}",
+        "ties if number == len(shards) else {}",
         ("tests/unit/test_storage.py -k shard",),
     ),
     Mutant(
@@ -99,7 +99,7 @@ STORAGE = (
         "what-changes-no-result-enters-the-signature",
         "storage",
         'if not field.metadata.get("signature", True):',
-        'if not field.metadata.get("signature", field.name):',
+        'if not field.metadata.get("signatures", True):',
         ("tests/unit/test_evaluate.py -k signature", "tests/unit/test_suite.py -k signature"),
     ),
     Mutant(

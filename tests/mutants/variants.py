@@ -158,10 +158,10 @@ VARIANTS = (
         ("tests/contract/test_variants.py -k 'sizes or accounted'",),
     ),
     Mutant(
-        "one-task-that-needs-no-reference-speaks-for-all",
+        "the-second-shared-model-counts-nothing",
         "variants",
-        "if all(delta.variant.shares_reference for delta in self.deltas.values())",
-        "if any(delta.variant.shares_reference for delta in self.deltas.values())",
+        "return stored if self.base is None else [*stored, self.base]",
+        "return stored",
         ("tests/contract/test_variants.py -k bundle", "tests/identities/test_single_task.py"),
     ),
 )
