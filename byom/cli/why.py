@@ -1,4 +1,4 @@
-"""Where a number comes from: the records behind a cell of a table, and the commands that run them again."""
+"""Sources of a number: the records behind a cell of a table, and the commands that run them again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,15 @@ def of_cell(results: Path, suite: str, backbone: str | None, row: str, column: s
     if backbone is not None and backbone not in known:
         raise OptionError(f"{suite} has no record of backbone={backbone}; {suggest(backbone, known)}")
     tables = Tables(read_runs(results, suite, backbone or known[0]))
-    found = _row(tables, row)
-    return _explained(tables, found, _column(tables, column), results, found.records)
+    match = _row(tables, row)
+    return _explained(tables, match, _column(tables, column), results, match.records)
 
 
 def _row(tables: Tables, name: str) -> Row:
     full = {_named(row): row for row in tables.rows}
-    said = _plain(name)
-    exact = [row for label, row in full.items() if _plain(label) == said]
-    rows = exact or [row for row in tables.rows if _plain(row.label) == said]
+    text = _plain(name)
+    exact = [row for label, row in full.items() if _plain(label) == text]
+    rows = exact or [row for row in tables.rows if _plain(row.label) == text]
     if len(rows) > 1:
         densities = ", ".join(f"{percent(row.density)} %" for row in rows)
         raise OptionError(f"there are {len(rows)} rows '{name}', of {densities}; name one, as in '{_named(rows[0])}'")
@@ -187,7 +188,7 @@ def _options(record: Record) -> list[str]:
     names = {**choices, "suite": suite.get("name", choices["suite"])}
     groups = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune")
     splits = tuple((record.config.get("evaluate") or {}).get("splits") or ())
-    evaluated = (name for name in config.options("evaluate") if config.option("evaluate", name).splits == splits)
+    evaluated = (name for name in config.options("evaluate") if _option("evaluate", name).splits == splits)
     options = [f"{group}={names[group]}" for group in groups if group in names]
     return [*options, *(f"evaluate={name}" for name in [*evaluated][:1]), f"seed={choices['seed']}"]
 
@@ -201,7 +202,7 @@ def _differing(path: str, value: Any, today: Any) -> Iterator[str]:
     if isinstance(value, Mapping) and isinstance(today, Mapping):
         if _class(value) != _class(today):
             group = path.partition(".")[0]
-            names = (name for name in config.options(group) if _class_of(group, name) == _class(value))
+            names = (name for name in config.options(group) if type(_option(group, name)).__name__ == _class(value))
             yield from (f"{group}@{path}={name}" for name in [*names][:1])
         for name in value:
             if name != "_target_" and (name in today or _class(value) != _class(today)):
@@ -210,8 +211,9 @@ def _differing(path: str, value: Any, today: Any) -> Iterator[str]:
         yield f"{path}={_literal(value)}"
 
 
-def _class_of(group: str, name: str) -> str:
-    return type(config.option(group, name)).__name__
+@cache
+def _option(group: str, name: str) -> Any:
+    return config.option(group, name)
 
 
 def _literal(value: Any) -> str:

@@ -21,7 +21,7 @@ def run(settings: Settings) -> dict[str, Any]:
         The record.
 
     Raises:
-        Exception: Whatever the run raised, after a ``.failed.json`` has been written beside where its record would be.
+        Exception: Whatever the run raised, after a ``.failed.json`` has been written next to where its record would be.
     """
     place = settings.place()
     finished = place.finished()
