@@ -22,6 +22,8 @@ Commands
                        byom fetch vision8_vitb32_fft
   report   tables and figures from the records alone:
                        byom report suite=vision8_offline
+  why      the records behind a number of a table, and the commands that run them again:
+                       byom why vision8_offline "BYOM-FFT on TIES, 10 %" mean
   preview  accuracy over task weights from merged models alone, beside a few jointly fine-tuned ones:
                        byom preview suite=vision8_offline tasks=[cifar10,chess] joint=3
   statistics  what some merge methods need of each expert, ahead of time:
@@ -104,6 +106,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     **{name: _command(name) for name in ("table", "report", "preview", "statistics", "export", "pack")},
     "list": _command("list_options"),
+    "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
 }
 

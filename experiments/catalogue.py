@@ -16,7 +16,7 @@ SOURCES = ROOT / "experiments" / "published.md"
 
 
 def catalogue() -> str:
-    """Return one entry an experiment: its command, what it shows and costs, and what it is compared with."""
+    """Return one entry per experiment: its command, what it shows and costs, and what it is compared with."""
     return "\n".join(_entry(name) for name in config.options("experiment"))
 
 
@@ -39,8 +39,8 @@ def sources() -> str:
 def _table(table: published.Published) -> str:
     mark = "†" * table.dagger
     lines = [f"\n## {table.name}\n\n{table.title}. Family `{table.family}`. {table.what[0].upper()}{table.what[1:]}.\n"]
-    told = f"Source: {table.source} ({table.url}); {published.CONFIDENCE[table.confidence]}. {table.note}"
-    lines.append(f"{told.rstrip()}\n\n")
+    origin = f"Source: {table.source} ({table.url}); {published.CONFIDENCE[table.confidence]}. {table.note}"
+    lines.append(f"{origin.rstrip()}\n\n")
     lines.append(f"| | {' | '.join(table.tasks)} | mean | parameters |\n|---|{'--:|' * (len(table.tasks) + 2)}\n")
     for row in table.rows:
         digits, of_mean = row.decimals
@@ -55,8 +55,8 @@ def _table(table: published.Published) -> str:
 
 def fill(text: str) -> str:
     """Replace what stands between the page's markers."""
-    found = r"(<!-- catalogue -->\n).*?(<!-- /catalogue -->)"
-    return re.sub(found, lambda match: f"{match[1]}{catalogue()}\n{match[2]}", text, flags=re.S)
+    pattern = r"(<!-- catalogue -->\n).*?(<!-- /catalogue -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{catalogue()}\n{match[2]}", text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def options(group: str, root: str = "", short: bool = False) -> str:
         short: Leave out class and year.
 
     Returns:
-        A row an option: its name and file, what it does, class, paper, year, what it needs and what it stores.
+        One row per option: its name and file, what it does, class, paper, year, what it needs and what it stores.
     """
     stored = " stored a task |" if group == "byom" else ""
     rule = "---|" if stored else ""
@@ -164,14 +164,14 @@ def true_sizes(stages: tuple[str, ...] = ()) -> str:
 
 
 def long_stages() -> str:
-    """Return the Markdown table of the stages at true size that were given hours to end; one command a file."""
-    found = [json.loads((ROOT / "benchmarks" / f"true_size_{part}.json").read_text()) for part in LONG]
-    whole: dict[str, Any] = {**found[0], "backbones": {}}
-    for name, each in ((name, each) for one in found for name, each in one["backbones"].items()):
+    """Return the Markdown table of the stages at true size that were given hours to end; one command per file."""
+    parts = [json.loads((ROOT / "benchmarks" / f"true_size_{part}.json").read_text()) for part in LONG]
+    whole: dict[str, Any] = {**parts[0], "backbones": {}}
+    for name, each in ((name, each) for one in parts for name, each in one["backbones"].items()):
         whole["backbones"].setdefault(name, {**each, "stages": {}})["stages"] |= each["stages"]
     stages = {stage for each in whole["backbones"].values() for stage in each["stages"]}
-    wanted = sorted(stages - {f"merge {true_size.REFERENCE}"}, key=true_size.order)
-    return true_size.table(whole, tuple(wanted)).partition("\n\n")[0]
+    order = sorted(stages - {f"merge {true_size.REFERENCE}"}, key=true_size.order)
+    return true_size.table(whole, tuple(order)).partition("\n\n")[0]
 
 
 PARTS = {
@@ -195,7 +195,7 @@ PARTS = {
 
 
 def fill(text: str) -> str:
-    """Replace what stands between a page's markers; what a page does not have is not made."""
+    """Replace what stands between a page's markers; a part without markers is left out."""
     for name, make in PARTS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if re.search(pattern, text, flags=re.S):

@@ -1,4 +1,4 @@
-"""How sure a difference between two models on the same test examples is: paired bootstrap intervals."""
+"""Paired bootstrap intervals of the difference between two models on the same test examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which records may stand in one table: same suite, backbone, tasks, data and fine-tuning recipe."""
+"""Records that may stand in one table: same suite, backbone, tasks, data and fine-tuning recipe."""
 
 from __future__ import annotations
 

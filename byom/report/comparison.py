@@ -25,7 +25,7 @@ def against_post_pruning(rows: Iterable[Row]) -> pd.DataFrame:
         rows: Rows of one suite and backbone.
 
     Returns:
-        For each BYOM-FFT row of the main table a row, as fractions. ``distance`` is the mean over tasks of
+        One row per BYOM-FFT row of the main table, as fractions. ``distance`` is the mean over tasks of
         ‖θₜ − θ*‖ / ‖θₜ − θ₀‖; ``residual`` the same ratio of what is left out after putting back;
         ``difference`` BYOM-FFT less post-pruning; ``lower`` and ``upper`` its interval over examples. A
         quantity without its partner is NaN.

@@ -14,7 +14,7 @@ HEADS = {
     "mean": "Mean", "normalised": "Normalised mean", "parameters": "Parameters (M)", "bytes": "Bytes (MB)",
     "chosen": "λ / searched", "seeds": "Seeds",
 }  # fmt: skip
-DRAWN = ("kind", "base", "one_model", "given", "router")
+DRAWN = ("kind", "base", "one_model", "given")
 """Columns for figures alone, which no file holds."""
 MISSING = "—"
 
@@ -26,7 +26,7 @@ def numbers(rows: Iterable[Row]) -> pd.DataFrame:
         rows: Rows of one suite and backbone.
 
     Returns:
-        For each method and density a row. Task columns are ``accuracy_<task>`` and ``accuracy_<task>_std``, whatever
+        One row per method and density. Task columns are ``accuracy_<task>`` and ``accuracy_<task>_std``, whatever
         the task's metric; the columns of `DRAWN` are for figures alone.
     """
     return pd.DataFrame([_numbers(row) for row in rows])

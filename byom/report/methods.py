@@ -50,7 +50,7 @@ def _numbers(row: Row) -> dict[str, Any]:
         "merge": row.merge,
         "variant": row.variant,
         "density": row.density,
-        "needs": row.records[0].needs.words,
+        "needs": row.needs.words,
         "sees_test": any(record.needs.sees_test for record in row.records),
         "by_batch": any(record.routed is not None and record.routed.mix == "batch" for record in row.records),
         **spread("mean", [record.mean for record in row.records]),

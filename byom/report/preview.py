@@ -63,9 +63,9 @@ def single_task(record: Record, split: str) -> np.ndarray:
 
 
 def _best_row(record: Record, name: str, choosing: str, shown: str) -> dict[str, str]:
-    rows, said = record["points"][name], record["summary"][choosing][name]
-    counts = {"Pareto": f"{len(said['pareto'])} of {len(rows)}"}
-    return _row(record, record["titles"][name], rows[said["best"]], shown) | counts | _seconds(rows)
+    rows, summary = record["points"][name], record["summary"][choosing][name]
+    counts = {"Pareto": f"{len(summary['pareto'])} of {len(rows)}"}
+    return _row(record, record["titles"][name], rows[summary["best"]], shown) | counts | _seconds(rows)
 
 
 def _row(record: Record, name: str, point: Mapping[str, Any], shown: str) -> dict[str, str]:
@@ -86,21 +86,21 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def agreement_table(record: Record, split: str) -> pd.DataFrame:
-    """Return how well each method foretells joint fine-tuning.
+    """Return how well each method predicts joint fine-tuning.
 
     Args:
         record: The preview's record, with joint points.
         split: The split.
     """
-    found = {name: row["agreement"] for name, row in record["summary"][split].items()}
-    return pd.DataFrame([_agreement_row(record, name, row) for name, row in found.items()])
+    rows = record["summary"][split].items()
+    return pd.DataFrame([_agreement_row(record, name, row["agreement"]) for name, row in rows])
 
 
-def _agreement_row(record: Record, name: str, found: Mapping[str, Any]) -> dict[str, str]:
-    pairs = zip(record["tasks"], found["difference"], found["rank"], strict=True)
+def _agreement_row(record: Record, name: str, agreement: Mapping[str, Any]) -> dict[str, str]:
+    pairs = zip(record["tasks"], agreement["difference"], agreement["rank"], strict=True)
     by_task = {task: _cell(difference, rank) for task, difference, rank in pairs}
-    mean = _cell(found["mean_difference"], found["mean_rank"])
-    return {"Preview": record["titles"][name]} | by_task | {"Mean": mean, "Regret": f"{100 * found['regret']:.1f}"}
+    mean = _cell(agreement["mean_difference"], agreement["mean_rank"])
+    return {"Preview": record["titles"][name]} | by_task | {"Mean": mean, "Regret": f"{100 * agreement['regret']:.1f}"}
 
 
 def _cell(difference: float, rank: float | None) -> str:

@@ -83,8 +83,8 @@ class Published:
         rows: The rows.
 
     Raises:
-        OptionError: If a row does not hold one value a task, if its average is not that of its values and nothing says
-            what is odd, or if a table that nobody checked has no dagger.
+        OptionError: If a row does not hold one value per task, if its average is not that of its values and nothing
+            says what is odd, or if an unchecked table does not have a dagger.
     """
 
     name: str
@@ -137,13 +137,13 @@ def read(file: Path) -> Published:
     """
     import yaml
 
-    given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    lines = tuple(_line(row) for row in given.pop("rows"))
-    return Published(name=file.stem, **{**given, "tasks": tuple(given["tasks"])}, rows=lines)
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    lines = tuple(_line(row) for row in values.pop("rows"))
+    return Published(name=file.stem, **{**values, "tasks": tuple(values["tasks"])}, rows=lines)
 
 
-def _line(given: Mapping[str, Any]) -> Line:
-    return Line(**{**given, "values": tuple(map(float, given["values"])), "mean": float(given["mean"])})
+def _line(row: Mapping[str, Any]) -> Line:
+    return Line(**{**row, "values": tuple(map(float, row["values"])), "mean": float(row["mean"])})
 
 
 def _alike(ours: Any, theirs: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Our rows beside published ones: a table for every source, and a figure."""
+"""Our rows next to published ones: a table for every source, and a figure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OURS, THEIRS, GAP = "ours", "published", "difference"
 
 
 def generate(results: Path, suite: str, backbone: str, tables: Sequence[Published]) -> tuple[str, list[Path]]:
-    """Write our rows beside published ones.
+    """Write our rows next to published ones.
 
     Args:
-        results: The folder that holds ``runs``; tables and figures are written beside it.
+        results: The folder that holds ``runs``; tables and figures are written next to it.
         suite: The suite's name.
         backbone: The backbone's name.
         tables: Published tables, in order.
@@ -35,7 +35,7 @@ def generate(results: Path, suite: str, backbone: str, tables: Sequence[Publishe
     ours = Tables(runs)
     compared = [(table, pairs(ours, table)) for table in tables]
     stem = f"{suite}--{backbone}--published"
-    frame = pd.concat([_full(table, found) for table, found in compared], ignore_index=True)
+    frame = pd.concat([_full(table, matches) for table, matches in compared], ignore_index=True)
     texts = {
         f"{stem}.md": as_markdown(runs, compared),
         f"{stem}.csv": csv(frame),
@@ -45,23 +45,23 @@ def generate(results: Path, suite: str, backbone: str, tables: Sequence[Publishe
     from byom.report.figures.published import ours_against_published
     from byom.report.figures.style import save
 
-    if any(not np.isnan(pair.mean) for _, found in compared for pair in found):
+    if any(not np.isnan(pair.mean) for _, matches in compared for pair in matches):
         files += save(ours_against_published(compared, runs.notes), results / "figures" / stem)
     return as_text(runs, compared), files
 
 
-def _full(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
+def _full(table: Published, matches: Sequence[Pair]) -> pd.DataFrame:
     """Return every number at full precision."""
-    made = [
+    numbers = [
         {
             "published": table.name, "label": pair.line.label, "ours": pair.label, "task": task,
             "our_value": ours, "published_value": theirs, "difference": np.nan if pair.apart else ours - theirs,
             "apart": pair.apart,
         }
-        for pair in found
+        for pair in matches
         for task, ours, theirs in _values(table, pair)
     ]  # fmt: skip
-    return pd.DataFrame(made)
+    return pd.DataFrame(numbers)
 
 
 def _values(table: Published, pair: Pair) -> Iterator[tuple[str, float, float]]:
@@ -70,9 +70,9 @@ def _values(table: Published, pair: Pair) -> Iterator[tuple[str, float, float]]:
     yield "mean", pair.mean, pair.line.mean
 
 
-def _cells(table: Published, found: Sequence[Pair]) -> pd.DataFrame:
+def _cells(table: Published, matches: Sequence[Pair]) -> pd.DataFrame:
     """Return the printed table: first rows that both have, then those that only the source has."""
-    ordered = sorted(found, key=lambda pair: pair.row is None)
+    ordered = sorted(matches, key=lambda pair: pair.row is None)
     lines = [line for pair in ordered for line in _lines(table, pair)]
     return pd.DataFrame(lines, columns=["Method", "", *table.tasks, "Mean", "Parameters"])
 
@@ -106,14 +106,14 @@ def _plain(values: Iterable[float], digits: int, sign: str = "") -> list[str]:
 
 
 def notes(runs: Runs, table: Published) -> list[str]:
-    """Return what a reader must know of a published table, and of ours beside it."""
-    told = [
+    """Return what a reader must know of a published table, and of ours next to it."""
+    remarks = [
         f"Published: {table.source} ({table.url}), {CONFIDENCE[table.confidence]}. Values: {table.what}, in per cent. "
         "Differences are ours less published, in percentage points, with the decimals of the source."
     ]
-    told += [f"{DAGGER} {UNCHECKED}."] * table.dagger
-    told += [_checkpoints(runs, table), *_merged(runs, table), *[table.note] * bool(table.note)]
-    return told + [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
+    remarks += [f"{DAGGER} {UNCHECKED}."] * table.dagger
+    remarks += [_checkpoints(runs, table), *_merged(runs, table), *[table.note] * bool(table.note)]
+    return remarks + [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
 
 
 def _checkpoints(runs: Runs, table: Published) -> str:
@@ -138,8 +138,8 @@ def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) ->
         f"# {runs.suite}, {runs.backbone}: ours beside published numbers\n\n",
         *(f"**{n}**\n\n" for n in runs.notes),
     ]
-    for table, found in compared:
-        parts += [f"## {table.title}\n\n", render.markdown(_cells(table, found)), "\n"]
+    for table, matches in compared:
+        parts += [f"## {table.title}\n\n", render.markdown(_cells(table, matches)), "\n"]
         parts += [*(f"- {note}\n" for note in notes(runs, table)), "\n"]
     return "".join(parts).rstrip("\n") + "\n"
 
@@ -147,18 +147,18 @@ def as_markdown(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) ->
 def as_latex(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
     """Return all tables as LaTeX, each above what a reader must know of it."""
     parts = [rf"\textbf{{{render.escape_latex(mark)}}}\par" "\n" for mark in runs.notes]
-    for table, found in compared:
-        told = " ".join(render.escape_latex(note) for note in notes(runs, table))
-        parts.append(f"{render.latex(_cells(table, found))}\\par{{\\footnotesize {told}\\par}}\n\n")
+    for table, matches in compared:
+        remarks = " ".join(render.escape_latex(note) for note in notes(runs, table))
+        parts.append(f"{render.latex(_cells(table, matches))}\\par{{\\footnotesize {remarks}\\par}}\n\n")
     return "".join(parts)
 
 
 def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str:
     """Return the tables for a terminal: averages, as tasks are in the files."""
     lines = [f"{runs.suite}, {runs.backbone}: ours beside published numbers", *runs.notes]
-    for table, found in compared:
+    for table, matches in compared:
         lines += ["", table.title, *notes(runs, table), ""]
-        shown = [_short(table, pair) for pair in found]
+        shown = [_short(table, pair) for pair in matches]
         lines.append(render.text(pd.DataFrame(shown, columns=["Method", "Ours", "Published", "Difference"]), []))
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from byom.errors import ByomError
+from byom.storage.parts import Needs
 from byom.storage.record import Record
 
 MERGES = ("pretrained", "average", "task_arithmetic", "ties")  # first in the table; all others follow by name
@@ -87,14 +88,18 @@ class Row:
         return not any(sum(one.task_parameters.values()) + sum(one.task_bytes.values()) for one in stored)
 
     @property
+    def needs(self) -> Needs:
+        """The needs of the methods besides theta_0; the same for every seed."""
+        return self.records[0].needs
+
+    @property
     def given(self) -> str:
-        """The dearest thing that the methods were given: another model, test inputs, labelled inputs and so on."""
-        needs = self.records[0].needs
-        if needs.joint or self.kind == "single_task":
+        """The dearest of the needs: another model, test inputs, labelled inputs, unlabelled inputs, or weights."""
+        if self.needs.joint or self.kind == "single_task":
             return "another model"
         if any(record.needs.sees_test for record in self.records):
             return "test inputs"
-        return f"{'' if needs.labels else 'un'}labelled inputs" if needs.inputs else "weights"
+        return f"{'' if self.needs.labels else 'un'}labelled inputs" if self.needs.inputs else "weights"
 
     @cached_property
     def order(self) -> tuple[int, int, str, str, float]:

@@ -1,4 +1,4 @@
-"""How methods fare with the number of tasks: records of subsets of a suite become one table and one figure."""
+"""Methods by number of tasks: records of subsets of a suite become one table and one figure."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def summarised(every: Sequence[Runs]) -> pd.DataFrame:
     """Return means and spreads over subsets of a size.
 
     Args:
-        every: Finished runs, one entry a subset.
+        every: Finished runs, one entry per subset.
 
     Returns:
-        A row a method, density and number of tasks, as fractions: ``normalised``, ``mean`` (absolute), both with
+        One row per method, density and number of tasks, as fractions: ``normalised``, ``mean`` (absolute), both with
         ``_std``, and ``subsets``.
     """
     frame = pd.concat([_of(runs) for runs in every], ignore_index=True)
@@ -77,7 +77,7 @@ def _of(runs: Runs) -> pd.DataFrame:
 
 
 def display(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the printed form of `summarised`: a column a number of tasks."""
+    """Return the printed form of `summarised`: one column per number of tasks."""
     rows = []
     for _, part in frame.groupby(["method", "density"], sort=False, dropna=False):
         by_size, method, density = part.set_index("tasks"), part["method"].iloc[0], part["density"].iloc[0]

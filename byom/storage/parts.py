@@ -44,7 +44,7 @@ class Choices(Lifted):
 
     @property
     def named(self) -> dict[str, Any]:
-        """The choices that were made, by group."""
+        """The chosen names by group."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -89,7 +89,7 @@ class Summary(Lifted):
 
 @dataclass(frozen=True)
 class Needs(Lifted):
-    """What the methods of a run were given besides theta_0 (`byom.merge.base.needs.Needs`).
+    """The needs of the methods of a run besides theta_0 (`byom.merge.base.needs.Needs`).
 
     Args:
         words: The same as the entry of a table's column.
@@ -97,7 +97,7 @@ class Needs(Lifted):
         labels: Whether their labels were used as well.
         statistics: Names of per-task statistics.
         members: Fine-tuned models of each task.
-        joint: Whether a jointly fine-tuned model was asked for.
+        joint: Whether a jointly fine-tuned model was needed.
         sees_test: Whether test inputs were looked at.
     """
 
@@ -129,7 +129,7 @@ class Density(Lifted):
 
 @dataclass(frozen=True)
 class Storage(Lifted):
-    """What must be stored to serve all tasks.
+    """The values and bytes that serve all tasks.
 
     Args:
         parameters: Values alone, shared ones and those of every task.
@@ -171,7 +171,7 @@ class Stage(Lifted):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method cost when its result was first made."""
+    """The cost of a method when its result was first computed."""
 
     merge: Stage
     variant: Stage
@@ -195,7 +195,7 @@ class Routed(Lifted):
 
 @dataclass(frozen=True)
 class Titles(Lifted):
-    """How tables write the options."""
+    """The options as tables write them."""
 
     merge: str
     byom: str

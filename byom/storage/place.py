@@ -15,7 +15,7 @@ from byom.storage.lock import owner
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run's record goes, or lies: the signature that ends a file's name identifies it, the rest is for people.
+    """The place of a run's record: the signature that ends a file's name identifies it, the rest is for people.
 
     Args:
         root: The results folder.
@@ -79,7 +79,7 @@ class Place:
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> Path:
-        """Write a finished record, or a failed one beside where it would be; atomic.
+        """Write a finished record, or a failed one next to where it would be; atomic.
 
         Args:
             record: The record, with its ``status``.

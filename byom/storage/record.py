@@ -66,7 +66,7 @@ class Record:
         family: Whose checkpoints the tasks' own models are.
         validation_examples: Whether these were trained on validation examples: ``seen``, ``unseen``, ``unknown``.
         skipped_tasks: Tasks that could not be had, with the reason.
-        note: Shown above every table made of the record.
+        note: Shown above every table that the record is in.
         dirty: Whether it comes from code with uncommitted changes.
         created: Time in UTC.
         error: Why it failed.

@@ -1,4 +1,4 @@
-"""How the tables of the LoRA experiments are printed, and what their columns mean."""
+"""Printed forms of the tables of the LoRA experiments, and what their columns mean."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ TITLES = {"adapters": "LoRA experts, rank 64", "full": "Full fine-tunes"}
 
 @dataclass(frozen=True)
 class Found:
-    """What there is of one suite.
+    """The records, spectra and notes of one suite.
 
     Args:
         suite: Its name.
@@ -54,7 +54,7 @@ class Found:
 
     @property
     def stem(self) -> str:
-        """What the names of its files begin with."""
+        """The start of the names of its files."""
         return f"{self.suite}--{self.backbone}"
 
     def ranked(self) -> dict[str, pd.DataFrame]:

@@ -6,33 +6,29 @@ REPORT = (
     Mutant(
         "spread-over-seeds-divides-by-their-number",
         "report",
-        "(np.std(values, ddof=1)) if len(values) > 1 else np.nan\n"
-        '    return {name: float(np.mean(values)), f"{name}_std": std}\n\n\ndef _summary',
-        "(np.std(values, ddof=0)) if len(values) > 1 else np.nan\n"
-        '    return {name: float(np.mean(values)), f"{name}_std": std}\n\n\ndef _summary',
-        ("tests/unit/test_report.py -k seed",),
+        "np.std(values, ddof=1)",
+        "np.std(values, ddof=0)",
+        ("tests/unit/test_report.py -k seed", "tests/unit/test_comparison.py"),
     ),
     Mutant(
-        "spread-of-differences-divides-by-their-number",
+        "curves-of-a-variant-need-its-name",
         "report",
-        "std = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan\n"
-        "    return {name: float(np.mean(values)) if",
-        "std = float(np.std(values, ddof=0)) if len(values) > 1 else np.nan\n"
-        "    return {name: float(np.mean(values)) if",
-        ("tests/unit/test_comparison.py",),
+        '(frame["density"] > 0) & ~frame["one_model"]',
+        'frame["variant"].isin(["post_pruning", "fft"]) & (frame["density"] > 0)',
+        ("tests/unit/test_figures.py -k new_variant",),
     ),
     Mutant(
-        "spread-of-costs-divides-by-their-number",
+        "further-variants-look-like-the-first",
         "report",
-        "np.std(means, ddof=1)",
-        "np.std(means, ddof=0)",
-        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
+        "firsts.setdefault(base, variant) == variant",
+        'firsts.setdefault(base, variant) != ""',
+        ("tests/unit/test_figures.py -k new_variant",),
     ),
     Mutant(
         "validation-is-the-test-split",
         "report",
-        'np.mean(_summary(row, "validation", "absolute"))',
-        'np.mean(_summary(row, "test", "absolute"))',
+        '[record.summary["validation"].absolute for record in records]',
+        '[record.summary["test"].absolute for record in records]',
         ("tests/unit/test_report.py", "tests/unit/test_figures.py"),
     ),
     Mutant(
@@ -66,8 +62,8 @@ REPORT = (
     Mutant(
         "twins-are-not-next-to-each-other",
         "report",
-        'key=lambda r: (r["choices"]["seed"], r["signature"])',
-        'key=lambda r: r["signature"]',
+        "key=lambda r: (r.choices.seed, r.signature)",
+        "key=lambda r: r.signature",
         ("tests/unit/test_report.py",),
     ),
     Mutant(
@@ -94,8 +90,8 @@ REPORT = (
     Mutant(
         "post-pruning-less-byom",
         "report",
-        "difference = [_mean(one) - _mean(two) for one, two in pairs]",
-        "difference = [_mean(two) - _mean(one) for one, two in pairs]",
+        "difference = [one.mean - two.mean for one, two in pairs]",
+        "difference = [two.mean - one.mean for one, two in pairs]",
         ("tests/unit/test_comparison.py",),
     ),
     Mutant(
@@ -115,8 +111,8 @@ REPORT = (
     Mutant(
         "memory-of-stages-adds-up",
         "report",
-        'max(r["cost"][s]["extra_mib"] for s in',
-        'sum(r["cost"][s]["extra_mib"] for s in',
+        "max(stage.extra_mib for stage in",
+        "sum(stage.extra_mib for stage in",
         ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
     ),
     Mutant(
@@ -136,8 +132,8 @@ REPORT = (
     Mutant(
         "failures-that-were-mended-are-listed",
         "report",
-        'r["status"] == "failed" and r["signature"] not in finished',
-        'r["status"] == "failed"',
+        'record.status == "failed" and record.signature not in finished',
+        'record.status == "failed"',
         ("tests/unit/test_report.py -k fail",),
     ),
     Mutant(

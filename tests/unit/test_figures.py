@@ -189,3 +189,33 @@ def test_files_are_the_same_each_time(tmp_path, frame):
     one, two = (figures.save_all(frame, tmp_path / name, "s") for name in "ab")
     assert [path.suffix for path in one] == [".png", ".pdf"] * 3
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def row_wise(density: float, seed: int = 0) -> dict:
+    """Return a record of a variant that no file of the report names."""
+    one = synthetic.record("ties", "fft", seed, density)
+    one["choices"]["byom"], one["signature"] = "row_wise", f"row{density}"
+    return one | {"titles": {"merge": "TIES", "byom": "Row-wise", "router": ""}}
+
+
+def test_a_new_variant_with_densities_is_a_curve_with_a_look_of_its_own():
+    made = numbers([*ONE_SEED, *(row_wise(m) for m in (0.01, 0.1))])
+    for draw in (figures.accuracy_by_density, figures.accuracy_by_size):
+        found = curves(draw(made))
+        assert {"Row-wise on TIES", "BYOM-FFT on TIES"} <= set(found)
+    look = figures._looks(made)
+    assert look["BYOM-FFT on TIES"] == look["TIES"] == LOOKS["ties"] != look["Row-wise on TIES"]
+    assert look["BYOM-FFT on TIES"] == figures._looks(numbers(ONE_SEED))["BYOM-FFT on TIES"]
+
+
+def test_a_merge_method_is_found_by_its_row_and_not_by_its_label():
+    made = numbers(
+        [one | {"titles": {"merge": "Sum on Top", "byom": "FFT"}} for one in (row_wise(0.01), row_wise(0.1))]
+    )
+    assert set(made["base"]) == {"Sum on Top"} and set(made["method"]) == {"FFT on Sum on Top"}
+
+
+def test_what_stores_nothing_for_its_tasks_puts_no_density_back():
+    one = row_wise(0.1)
+    one["storage"]["task_parameters"] = dict.fromkeys(synthetic.TASKS, 0)
+    assert "Row-wise on TIES" not in figures.families(numbers([*ONE_SEED, one]))

@@ -10,10 +10,12 @@ from scipy.stats import spearmanr
 from byom.data.source.table import Table
 from byom.data.suite import Suite, Task
 from byom.errors import DataError, OptionError
-from byom.functional.metrics import METRICS, metric, value_of
+from byom.functional.metrics import METRICS, Metric, metric, value_of
 from byom.pipeline.evaluate import Score, evaluate
 from byom.report.bootstrap import RESAMPLES, gain_interval, interval, points
+from byom.report.report import as_markdown
 from byom.storage.parts import TaskScore
+from tests.unit import synthetic_runs as synthetic
 
 
 def pair(seed=0, count=40):
@@ -37,6 +39,8 @@ def test_matthews_is_the_correlation_of_two_binary_vectors():
 @pytest.mark.parametrize("name", METRICS)
 def test_perfect_is_one_and_a_constant_prediction_of_a_correlation_is_none(name):
     labels = torch.tensor([0.0, 1.0, 2.0, 1.0]) if METRICS[name].regression else torch.tensor([0, 1, 1, 0])
+    if METRICS[name].predict:
+        return  # its predictions are not shaped as labels are
     assert metric(name)(labels, labels) == pytest.approx(1)
     if not METRICS[name].decomposes:
         assert metric(name)(torch.zeros_like(labels), labels) == 0
@@ -52,7 +56,9 @@ def test_scores_survive_json(name):
     if METRICS[name].regression:
         score = Score(*pair(), name)
     else:
-        score = Score(torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 1, 1]), name)
+        predictions = torch.tensor([0, 1, 2, 1])
+        read = METRICS[name].predict
+        score = Score(read(torch.eye(9)[predictions]) if read else predictions, torch.tensor([0, 1, 1, 1]), name)
     row = json.loads(json.dumps(score.to_json()))
     assert value_of(row) == pytest.approx(score.value)
     assert Score.from_json(row).value == pytest.approx(score.value, abs=1e-5)
@@ -130,3 +136,77 @@ def test_a_suite_is_cut_to_named_tasks():
     assert (cut.name, [t.name for t in cut.tasks]) == ("four-t3-t1", ["t3", "t1"])
     with pytest.raises(OptionError, match=r"suite.only names 't9'"):
         Suite("four", tasks, only=("t9",))
+
+
+class Identity(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels):
+        return pixels
+
+
+def scored(logits, labels, name):
+    from byom.data.splits import Split
+
+    return evaluate(Identity(), lambda features: features, Split({"pixels": logits}, labels), 7, name)
+
+
+def _distance(predictions, labels):
+    return 1 - np.abs(predictions - labels) / 9
+
+
+@pytest.fixture
+def nearness(monkeypatch):
+    """Define a metric whose examples score numbers between 0 and 1, as token F1 does."""
+    monkeypatch.setitem(METRICS, "nearness", Metric("nearness", points=_distance))
+    return "nearness"
+
+
+def test_top5_counts_labels_among_the_five_largest_logits():
+    logits = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(12, (64,), generator=torch.Generator().manual_seed(1))
+    score = scored(logits, labels, "top5")
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert score.points.tolist() == (ranks < 5).tolist()
+    assert score.value == pytest.approx(float((ranks < 5).double().mean()))
+    assert scored(logits[:, :4], labels % 4, "top5").value == 1
+    assert scored(logits, labels, "accuracy").value < score.value < 1
+
+
+def test_means_over_examples_go_through_record_table_and_bootstrap(nearness):
+    labels = torch.randint(10, (80,), generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(80, 10, generator=torch.Generator().manual_seed(2))
+    right = torch.nn.functional.one_hot(labels, 10)
+    for name in ("top5", nearness):
+        good, bad = (scored(noise + gain * right, labels, name).to_json() for gain in (3.0, 0.5))
+        made = [synthetic.record("ties", variant, 0, m) for variant, m in (("none", 0.0), ("fft", 0.1))]
+        made.append(synthetic.record("pretrained", "post_pruning", 0, 0.1))
+        for one, row in zip(made, (bad, good, bad), strict=True):
+            values = [*one["scores"]["test"].values()]
+            one["scores"]["test"]["svhn"] = json.loads(json.dumps(row))
+            one["summary"]["test"]["absolute"] += (row["value"] - values[1]["accuracy"]) / len(values)
+        tables = synthetic.tables(made)
+        assert f"svhn: {METRICS[name].title}" in as_markdown(tables)
+        row = tables.frame.set_index("method").loc["BYOM-FFT on TIES"]
+        assert row["accuracy_svhn"] == pytest.approx(good["value"])
+        (compared,) = tables.comparison.to_dict("records")
+        assert compared["lower"] < compared["difference"] < compared["upper"]
+        ours, theirs = ({"svhn": TaskScore.lift(row)} for row in (good, bad))
+        low, high = gain_interval([(ours, theirs)])
+        assert 0 < low < good["value"] - bad["value"] < high
+
+
+def test_points_that_are_not_bits_survive_json(nearness):
+    score = Score(torch.tensor([1, 5, 9]), torch.tensor([1, 2, 0]), nearness)
+    row = json.loads(json.dumps(score.to_json()))
+    assert "hits" not in row and points(TaskScore.lift(row), "a").tolist() == pytest.approx([1, 2 / 3, 0])
+    assert Score.from_json(row).value == score.value == pytest.approx(5 / 9)
+
+
+def test_a_metric_is_either_a_mean_over_examples_or_not():
+    with pytest.raises(OptionError, match="either compute or points"):
+        Metric("nothing")
+    with pytest.raises(OptionError, match="Spearman correlation is not a mean over examples"):
+        _ = Score(*pair(), "spearman").points

@@ -135,8 +135,8 @@ def triangles(record: Record) -> Figure:
         record: The record of a preview of three tasks.
 
     Returns:
-        The figure: a row a method; discs have the colour of what joint fine-tuning reached at their place, so that
-        a disc that vanishes was foretold.
+        The figure: one row per method; discs have the colour of what joint fine-tuning reached at their place, so that
+        a disc that vanishes was predicted.
     """
     methods, columns = list(record["points"]), ["Mean", *map(_words, record["tasks"])]
     figure = Figure(figsize=(PAGE, 1.1 + 1.4 * len(methods)), layout="constrained")

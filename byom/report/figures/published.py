@@ -24,7 +24,7 @@ def ours_against_published(compared: Sequence[tuple[Published, Sequence[Pair]]],
 
     Args:
         compared: Published tables with their pairs; each has a part of its own.
-        marks: What stands above everything, such as that these are no results.
+        marks: What stands above everything, such as that these are not results.
 
     Returns:
         Methods from the lowest published average to the highest.
@@ -56,10 +56,10 @@ def _part(axes: Axes, table: Published, pairs: Sequence[Pair]) -> None:
 
 
 def _names(pairs: Sequence[Pair]) -> list[str]:
-    """Return the source's names once each; several rows of ours may stand beside one."""
+    """Return the source's names once each; several rows of ours may stand next to one."""
     return list(dict.fromkeys(pair.line.label for pair in pairs))
 
 
 def _remarks(table: Published, pairs: Sequence[Pair]) -> list[str]:
-    told = [f"ours: {why}" for why in dict.fromkeys(pair.apart for pair in pairs if pair.apart)]
-    return told + ["† not checked against the paper's PDF"] * table.dagger
+    remarks = [f"ours: {why}" for why in dict.fromkeys(pair.apart for pair in pairs if pair.apart)]
+    return remarks + ["† not checked against the paper's PDF"] * table.dagger

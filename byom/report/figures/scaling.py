@@ -13,7 +13,7 @@ from byom.report.frame import percent
 
 @styled
 def accuracy_by_tasks(frame: pd.DataFrame) -> Figure:
-    """Draw normalised accuracy against the number of tasks, a line a method, bars one standard deviation over subsets.
+    """Draw normalised accuracy against the number of tasks, one line per method; bars are one deviation over subsets.
 
     Args:
         frame: What `byom.report.scaling.summarised` returned.

@@ -1,4 +1,4 @@
-"""How the figures look, in print and in greyscale, and how they are saved."""
+"""The look of figures, in print and in greyscale, and how they are saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from byom.storage.lock import owner
 COLUMN = 3.5
 # the width of a letter, of the axes
 LETTER = 0.0185
-# letters that fit in half a column beside a legend's handle
+# letters that fit in half a column next to a legend's handle
 HALF_LINE = 27
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 7.5, "axes.labelsize": 7.5, "axes.spines.top": False,
@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one family of rows is drawn; colour, marker and dash each tell it apart alone."""
+    """The look of one family of rows; colour, marker and dash each tell it apart alone."""
 
     color: str
     marker: str
@@ -78,17 +78,17 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return inside
 
 
-def looks(wanted: Mapping[str, str]) -> dict[str, Look]:
+def looks(keys: Mapping[str, str]) -> dict[str, Look]:
     """Give each name a look of its own.
 
     Args:
-        wanted: For each name the merge method or kind of row whose look it takes, if it is the first to.
+        keys: For each name the merge method or kind of row whose look it takes, if it is the first to.
 
     Returns:
         One look a name, distinct as long as the spare ones last.
     """
     spare, taken, out = cycle(SPARE), set(), {}
-    for name, key in wanted.items():
+    for name, key in keys.items():
         out[name] = LOOKS[key] if key in LOOKS and key not in taken else next(spare)
         taken.add(key)
     return out

@@ -74,12 +74,12 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure; the open marker at "0" is the model nothing was put back into.
     """
-    found = families(frame)
-    figure, axes = blank(2.75, found)
+    curves = families(frame)
+    figure, axes = blank(2.75, curves)
     look = _looks(frame)
-    densities = sorted({m for rows in found.values() for m in rows["density"]})
+    densities = sorted({m for rows in curves.values() for m in rows["density"]})
     zero = _zero_place(densities)
-    for name, rows in found.items():
+    for name, rows in curves.items():
         style = look[name]
         _errorbar(axes, 100 * rows["density"], rows, style, name)
         _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
@@ -142,16 +142,16 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure; open markers are merged models alone, the light line is the Pareto front.
     """
-    found = families(frame)
-    figure, axes = blank(2.75, [*found, "Pareto front"])
+    curves = families(frame)
+    figure, axes = blank(2.75, [*curves, "Pareto front"])
     look = _looks(frame)
-    for name, rows in found.items():
+    for name, rows in curves.items():
         _errorbar(axes, rows["bytes"] / 1e6, rows, look[name], name)
     shared = _where(frame, frame["kind"].isin(["pretrained", "merged"]))
-    _draw_front(axes, pd.concat([*found.values(), shared, _where(frame, frame["variant"] == "single_task")]))
+    _draw_front(axes, pd.concat([*curves.values(), shared, _where(frame, frame["variant"] == "single_task")]))
     _label_single(axes, frame)
     _label_shared(axes, shared, look)
-    _label_densities(axes, found)
+    _label_densities(axes, curves)
     size_axis(axes, frame["bytes"] / 1e6, longest=max(map(len, shared["method"]), default=0))
     axes.set_ylabel("Mean test accuracy (%)")
     legend(figure, axes)
@@ -197,9 +197,9 @@ def _label_single(axes: Axes, frame: pd.DataFrame) -> None:
         axes.annotate("Single-task", here, **spot)
 
 
-def _label_densities(axes: Axes, found: dict[str, pd.DataFrame]) -> None:
+def _label_densities(axes: Axes, curves: dict[str, pd.DataFrame]) -> None:
     """Write m below the lowest point of each density."""
-    points = pd.concat([*found.values()]).sort_values(by="mean")
+    points = pd.concat([*curves.values()]).sort_values(by="mean")
     for low in points.drop_duplicates("density").to_dict("records"):
         spot = {"xytext": (4, -4), "textcoords": "offset points", "ha": "left", "va": "top"}
         here = (low["bytes"] / 1e6, 100 * low["mean"])
@@ -214,7 +214,7 @@ def accuracy_by_task(frame: pd.DataFrame) -> Figure:
         frame: A frame made by `byom.report.frame.numbers`.
 
     Returns:
-        The figure: one line a task, one marker a row of `selected`.
+        The figure: one line per task, one marker per row of `selected`.
     """
     tasks = task_names(frame)
     rows = selected(frame)
@@ -258,8 +258,8 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
     fft = same if len(same) else parts["fft"]
     pruned = _typical(parts["post_pruning"])
     picks = [parts["pretrained"], merged, pruned, _typical(fft), parts["single_task"]]
-    found = [row for rows in picks for row in rows.head(1).to_dict("records")]
-    return {_row_label(row): row for row in found}
+    first = [row for rows in picks for row in rows.head(1).to_dict("records")]
+    return {_row_label(row): row for row in first}
 
 
 def _typical(rows: pd.DataFrame) -> pd.DataFrame:
@@ -295,6 +295,6 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
     Returns:
         The paths written; the figures against density and size need a method with several densities.
     """
-    curves = any(part["density"].nunique() > 1 for part in families(frame).values())
-    names = FIGURES if curves else ["accuracy-by-task"]
+    several = any(part["density"].nunique() > 1 for part in families(frame).values())
+    names = FIGURES if several else ["accuracy-by-task"]
     return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]

@@ -1,0 +1,231 @@
+"""Sources of a number: the records behind a cell of a table, and the commands that run them again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from byom.cli import config
+from byom.errors import ByomError, OptionError, suggest
+from byom.report.frame import HEADS, chosen_text, percent
+from byom.report.report import Tables
+from byom.report.rows import Row
+from byom.report.runs import backbones, read_runs
+from byom.storage.record import Record
+
+USAGE = 'byom why RECORD.json, or byom why SUITE ROW COLUMN, as in byom why vision8_offline "TIES" mean'
+PLACES = ("device", "logger", "results", "cache")
+"""Parts of a configuration that determine no score."""
+WORDS = ("null", "true", "false", "nan", "inf")  # which Hydra does not read as text
+
+
+def why(arguments: Sequence[str]) -> int:
+    """Print where the number of a table or a record comes from."""
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("results=", "backbone=")))
+    names = [a for a in arguments if not a.startswith(("results=", "backbone="))]
+    if len(names) == 1 and names[0].endswith(".json"):
+        sys.stdout.write(of_record(Path(names[0])))
+    elif len(names) == 3:
+        results = Path(options.get("results", "results"))
+        sys.stdout.write(of_cell(results, names[0], options.get("backbone"), *names[1:]))
+    else:
+        raise OptionError(f"which number? {USAGE}")
+    return 0
+
+
+def of_record(path: Path) -> str:
+    """Return where a record's number comes from, and which row of its table it belongs to.
+
+    Args:
+        path: The record's file.
+
+    Raises:
+        ByomError: If there is none, it is damaged, or it is not of a run.
+    """
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.json"))
+        raise OptionError(f"there is no record {path}; {suggest(path.name, near)}")
+    if len(path.resolve().parents) < 4 or path.resolve().parents[2].name != "runs":
+        raise OptionError(f"{path} is not the record of a run: those lie in RESULTS/runs/SUITE/BACKBONE")
+    record, results = Record.read(path), path.parents[3]
+    if record.status == "failed":
+        return f"{path}: failed, {record.error or 'no reason recorded'}\n{_again(record, results)}"
+    tables = Tables(read_runs(results, path.parents[1].name, path.parents[0].name))
+    row = next((row for row in tables.rows for one in row.records if one.signature == record.signature), None)
+    if row is None:
+        return f"{path}: in no table, the test split was not evaluated\n{_run(record, results, '')}"
+    return _explained(tables, row, "mean", results, [record])
+
+
+def of_cell(results: Path, suite: str, backbone: str | None, row: str, column: str) -> str:
+    """Return where a cell of a table comes from.
+
+    Args:
+        results: The folder that holds ``runs``.
+        suite: The suite's name.
+        backbone: The backbone's name; None where the suite has records of one alone.
+        row: The row as the table names it, with its density where there are several: ``BYOM-FFT on TIES, 10 %``.
+        column: The column as the table or its CSV names it.
+
+    Raises:
+        ByomError: If there is no such suite, row or column, with the nearest names.
+    """
+    known = backbones(results, suite)
+    if backbone is None and len(known) > 1:
+        raise OptionError(f"{suite} has records of {', '.join(known)}; name one, as in backbone={known[0]}")
+    if backbone is not None and backbone not in known:
+        raise OptionError(f"{suite} has no record of backbone={backbone}; {suggest(backbone, known)}")
+    tables = Tables(read_runs(results, suite, backbone or known[0]))
+    match = _row(tables, row)
+    return _explained(tables, match, _column(tables, column), results, match.records)
+
+
+def _row(tables: Tables, name: str) -> Row:
+    full = {_named(row): row for row in tables.rows}
+    text = _plain(name)
+    exact = [row for label, row in full.items() if _plain(label) == text]
+    rows = exact or [row for row in tables.rows if _plain(row.label) == text]
+    if len(rows) > 1:
+        densities = ", ".join(f"{percent(row.density)} %" for row in rows)
+        raise OptionError(f"there are {len(rows)} rows '{name}', of {densities}; name one, as in '{_named(rows[0])}'")
+    if not rows:
+        raise OptionError(f"{tables.runs.suite} has no row '{name}'; {suggest(name, full)}")
+    return rows[0]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\s*%", " %", name.strip()).lower()
+
+
+def _named(row: Row) -> str:
+    return row.label if row.density != row.density else f"{row.label}, {percent(row.density)} %"
+
+
+def _column(tables: Tables, name: str) -> str:
+    """Return a column's name in the frame: a task, or a key of `HEADS`."""
+    heads = {**{task: task for task in tables.runs.tasks}, **{name: name for name in HEADS}}
+    heads |= {head: name for name, head in HEADS.items()}
+    by_text = {text.lower(): column for text, column in heads.items()}
+    text = name.removeprefix("accuracy_").strip()
+    if text.lower() not in by_text:
+        raise OptionError(f"{tables.runs.suite} has no column '{name}'; {suggest(text, heads)}")
+    return by_text[text.lower()]
+
+
+def _explained(tables: Tables, row: Row, column: str, results: Path, records: Sequence[Record]) -> str:
+    place = next(n for n, one in enumerate(tables.rows) if one is row)
+    head = HEADS.get(column, column)
+    runs, count = tables.runs, len(row.records)
+    top = f"{runs.suite}, {runs.backbone}: {_named(row)}, {head}: {tables.shown[head].iloc[place]}"
+    over = f" (over {count} seed{'s' * (count > 1)})" if column not in ("chosen", "seeds") else ""
+    return f"{top}{over}\n" + "".join(_run(record, results, _value(record, column)) for record in records)
+
+
+def _value(record: Record, column: str) -> str:
+    stored = {"parameters": record.storage.parameters, "bytes": record.storage.bytes}
+    if column in stored:
+        return f"{stored[column] / 1e6:.1f}"
+    if column in ("chosen", "seeds"):
+        return chosen_text(record.tuning.chosen) if column == "chosen" else ""
+    means = {"mean": record.mean, "normalised": record.summary["test"].normalised}
+    return f"{100 * (means[column] if column in means else record.test[column].value):.2f}"
+
+
+def _run(record: Record, results: Path, value: str) -> str:
+    lines = [f"\nseed {record.choices.seed}: {value}".rstrip(": "), f"  {record.path}"]
+    if record.tuning.searched:
+        chosen = " ".join(f"{name}={value}" for name, value in sorted(record.tuning.chosen.items()))
+        lines += [f"  chosen on validation data: {chosen}, of {record.tuning.searched} settings"]
+    else:
+        lines += ["  hyperparameters as given, none searched"]
+    return "\n".join(lines) + "\n" + _again(record, results)
+
+
+def _again(record: Record, results: Path) -> str:
+    """Return the command that runs a record's cell again, and a doubt where it does not give the same signature."""
+    overrides = rebuilt(record, results)
+    command = f"  {shlex.join(['byom', 'run', *overrides])}\n"
+    try:
+        signature = config.settings(overrides).signature()
+    except ByomError as error:
+        return f"{command}  whether that is the same cell was not checked: {error}\n"
+    if signature == record.signature:
+        return command
+    return f"{command}  that is another cell than the record's today: {signature}, not {record.signature}\n"
+
+
+def rebuilt(record: Record, results: Path) -> list[str]:
+    """Return the overrides that a record was composed of.
+
+    Records that do not hold them say which options were chosen and how all of them were configured; what differs from
+    the options' defaults of today is overridden.
+
+    Args:
+        record: The record.
+        results: Its results folder.
+    """
+    place = [] if str(results) == "results" else [f"results={results}"]
+    if record.overrides:
+        return [*(o for o in record.overrides if not o.startswith("results=")), *place]
+    options, values = _options(record), record.config
+    today = config.resolve(options).values
+    differing = [
+        override
+        for group, value in values.items()
+        if group in today and group not in PLACES and _class(value) == _class(today[group])
+        for override in _differing(group, value, today[group])
+    ]
+    return [*options, *differing, *place]
+
+
+def _options(record: Record) -> list[str]:
+    choices, suite = record.choices.named, record.config.get("suite") or {}
+    names = {**choices, "suite": suite.get("name", choices["suite"])}
+    groups = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune")
+    splits = tuple((record.config.get("evaluate") or {}).get("splits") or ())
+    evaluated = (name for name in config.options("evaluate") if _option("evaluate", name).splits == splits)
+    options = [f"{group}={names[group]}" for group in groups if group in names]
+    return [*options, *(f"evaluate={name}" for name in [*evaluated][:1]), f"seed={choices['seed']}"]
+
+
+def _class(value: Any) -> str:
+    """Return the name of the class that a part of a configuration makes; modules move, classes keep their names."""
+    return str(value.get("_target_", "")).rpartition(".")[2] if isinstance(value, Mapping) else ""
+
+
+def _differing(path: str, value: Any, today: Any) -> Iterator[str]:
+    if isinstance(value, Mapping) and isinstance(today, Mapping):
+        if _class(value) != _class(today):
+            group = path.partition(".")[0]
+            names = (name for name in config.options(group) if type(_option(group, name)).__name__ == _class(value))
+            yield from (f"{group}@{path}={name}" for name in [*names][:1])
+        for name in value:
+            if name != "_target_" and (name in today or _class(value) != _class(today)):
+                yield from _differing(f"{path}.{name}", value[name], today.get(name))
+    elif value != today:
+        yield f"{path}={_literal(value)}"
+
+
+@cache
+def _option(group: str, name: str) -> Any:
+    return config.option(group, name)
+
+
+def _literal(value: Any) -> str:
+    """Return a value as Hydra's grammar writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_literal(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    if not isinstance(value, str) or (re.fullmatch(r"[A-Za-z_][\w./-]*", text) and text.lower() not in WORDS):
+        return text
+    escaped = re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + ("\\'" if at[2] else ""), text)
+    return f"'{escaped}'"
