@@ -33,7 +33,7 @@ class Predictions(NamedTuple):
     confidence: Tensor  # fp32 [N], the largest probability
 
 
-class Layer(Protocol):
+class OwnPart(Protocol):
     """The part of a model that every task keeps for itself."""
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
@@ -144,7 +144,7 @@ class ModelTinting(Variant):
         return lambda features: classified(features, parts, cosine(head, "a head that was stored").temperature)
 
     def _losses(
-        self, problem: Problem, blend: Blend, coefficients: Tensor, layer: Layer, own: Mapping[str, Own]
+        self, problem: Problem, blend: Blend, coefficients: Tensor, layer: OwnPart, own: Mapping[str, Own]
     ) -> Iterator[tuple[Tensor, Mapping[str, Tensor], Tensor]]:
         """Yield, for every batch with an example to learn from, coefficients, parameters and the loss."""
         teachers = {task: _predictions(problem, task, self.inputs) for task in problem.tasks}
@@ -171,7 +171,7 @@ class OwnHead:
     """Every task keeps its head: a weight, which starts as that of the frozen head, and a bias, which starts at 0."""
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
-        """Return a copy of the frozen head's weight ``[C, D]`` and a bias ``[C]``; see `Layer.start`."""
+        """Return a copy of the frozen head's weight ``[C, D]`` and a bias ``[C]``; see `OwnPart.start`."""
         device = next(iter(thetas.values())).device
         weight = cosine(problem.inputs().readout(task), f"that of task {task}").weight.detach().float().to(device)
         bias = torch.zeros(len(weight), device=device, requires_grad=True)
@@ -180,13 +180,13 @@ class OwnHead:
     def logits(
         self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Classify features of the shared model by the task's own head; see `Layer.logits`."""
+        """Classify features of the shared model by the task's own head; see `OwnPart.logits`."""
         probe = problem.inputs()
         temperature = cosine(probe.readout(task), f"that of task {task}").temperature
         return classified(probe.encode(thetas, inputs), own, temperature)
 
     def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
-        """Return weight and bias under `READOUT`; see `Layer.packed`."""
+        """Return weight and bias under `READOUT`; see `OwnPart.packed`."""
         return Delta(variant, {READOUT: {name: value.detach().cpu() for name, value in own.items()}})
 
 
@@ -215,18 +215,18 @@ class OwnLayer:
         )
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
-        """Return copies of the shared parameters; see `Layer.start`."""
+        """Return copies of the shared parameters; see `OwnPart.start`."""
         return {name: thetas[name].detach().clone().requires_grad_() for name in self.names}
 
     def logits(
         self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Classify features of the task's own encoder by its frozen head; see `Layer.logits`."""
+        """Classify features of the task's own encoder by its frozen head; see `OwnPart.logits`."""
         probe = problem.inputs()
         return probe.readout(task)(probe.encode({**thetas, **own}, inputs))
 
     def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
-        """Return the parameters in the dtypes of the pre-trained model; see `Layer.packed`."""
+        """Return the parameters in the dtypes of the pre-trained model; see `OwnPart.packed`."""
         base = problem.pretrained
         parts = {name: {"values": own[name].detach().cpu().to(base.dtype(name))} for name in self.names}
         return Delta(variant, parts, {name: base.shape(name) for name in self.names})

@@ -13,6 +13,10 @@ from typing import Any
 from byom.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
+SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+ROOT = "base_model.model."  # start of every name in an adapter's file
+INNER = ".base_layer"  # what PEFT calls a module within the one that adapts it
+
 MERGED = "Merge it into its base with PEFT (merge_and_unload), save that model, and give it as the expert"
 CONVERTED = "Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 REFUSED = {

@@ -12,14 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from byom.checkpoint.adapters.config import AdapterConfig
+from byom.checkpoint.adapters.config import INNER, PICKLED, ROOT, SAFE, AdapterConfig
 from byom.errors import CheckpointError, listed
 from byom.functional.tensors import finite
 from byom.storage import tensor_files as storage
 
-SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-ROOT = "base_model.model."
-INNER = ".base_layer"  # what PEFT calls a module within the one that adapts it
 FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<kind>weight|bias))?"  # the adapter's name, where it was left in
@@ -32,7 +29,7 @@ _AGAIN = "Fetch or save the adapter again"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Layer(NamedTuple):
+class Factors(NamedTuple):
     """The adapter of one module: ``W + scale * up @ down``.
 
     Args:
@@ -66,7 +63,7 @@ class Contents(NamedTuple):
     """
 
     file: Path
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, Factors]
     saved: Mapping[str, Tensor]
     parameters: int
 
@@ -147,8 +144,8 @@ def _put(file: Path, where: dict[str, Tensor], name: str, key: str, tensor: Tens
     where[name] = tensor
 
 
-def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> dict[str, Layer]:
-    layers: dict[str, Layer] = {}
+def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> dict[str, Factors]:
+    layers: dict[str, Factors] = {}
     for module, found in parts.items():
         path = module.replace(f"{INNER}.", ".")
         if path in layers:
@@ -159,7 +156,7 @@ def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: Adapt
     return layers
 
 
-def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, module: str) -> Layer:
+def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, module: str) -> Factors:
     path, within, _ = module.partition(f"{INNER}.")  # attention as one module names its output projection's rank, too
     embedding = any(side.startswith("embedding") for side in parts)
     names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
@@ -179,7 +176,7 @@ def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, modul
         )
     # PEFT computes, and so trains, with twice the difference of an output projection within attention as one module
     scale = config.scale_of(path) * (config.doubled(path) if within else 1)
-    return Layer(down, up, parts.get("bias"), scale, embedding)
+    return Factors(down, up, parts.get("bias"), scale, embedding)
 
 
 def _require_factors(where: str, down: Tensor, up: Tensor) -> None:
@@ -204,7 +201,7 @@ def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
         )
 
 
-def _known(name: str, config: AdapterConfig, layers: Mapping[str, Layer]) -> bool:
+def _known(name: str, config: AdapterConfig, layers: Mapping[str, Factors]) -> bool:
     module, _, kind = name.rpartition(".")
     if (kind == "bias" and config.bias != "none") or (kind == "weight" and module in layers):
         return True
