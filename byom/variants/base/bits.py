@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from byom.errors import CheckpointError
+from byom.variants.base.delta import Parts
 
 GROUP = 4  # places that share one bit saying whether any of them is set
-Parts = dict[str, Tensor]
 
 
 def pack(mask: Tensor) -> Tensor:
