@@ -1,4 +1,4 @@
-"""Whatever format a checkpoint has: read into the names and shapes of a backbone, with nothing lost unnoticed."""
+"""Checkpoints of any format, read into the names and shapes of a backbone, with nothing lost unnoticed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = (
     "positional_embedding", "text_projection", "logit_scale", "logit_bias", "token_embedding.", "ln_final.",
     "transformer.",
 )  # fmt: skip
-"""What is left of the text tower in the image encoders of the task vectors' code."""
+"""Names of the text tower's remains in the image encoders of the task vectors' code."""
 HUGGING_FACE_TEXT = ("text_model.", "text_projection.", "logit_scale")
 BUFFERS = ("position_ids", "token_type_ids", "attn_mask")
 """Ends of names of what is computed, not learned."""

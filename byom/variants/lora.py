@@ -31,7 +31,7 @@ class ByomLora(PackingVariant, PacksFactors):
     """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
 
     The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
-    never formed; where query, key and value lie in one fused matrix each has its own. Models that are no adapters on
+    never formed; where query, key and value lie in one fused matrix each has its own. Models that are not adapters on
     the reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0],
     rest]``. A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which
     ``byom=single_task`` stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
@@ -43,8 +43,8 @@ class ByomLora(PackingVariant, PacksFactors):
         reference: ``pretrained``, or ``merged``: what differs from the merged model is put back, as BYOM-FFT does.
         solver: How dense differences are factored: ``exact``, or ``randomised``, which looks at the ``max(32, 4 q)``
             largest singular values of a matrix.
-        rest: What is done with what is no matrix and with what was trained whole beside an adapter: ``whole`` stores
-            it, ``drop`` leaves it the reference's.
+        rest: ``whole`` stores tensors that are not matrices, or were trained whole alongside an adapter; ``drop``
+            leaves them the reference's.
         seed: Seeds ``randomised``, together with the parameter's name.
 
     Raises:
@@ -55,10 +55,10 @@ class ByomLora(PackingVariant, PacksFactors):
 
     Differences:
         The paper cuts every matrix at one q on the pre-trained model; ``global`` and ``merged`` are additions, and so
-        are models that are no adapters. PEFT's ``lora_B`` is the paper's A, its ``lora_A`` the transpose of the
+        are models that are not adapters. PEFT's ``lora_B`` is the paper's A, its ``lora_A`` the transpose of the
         paper's B, and its scale is folded in before the cut. Biases and modules trained whole, of which the paper says
         nothing, are kept and counted. PEFT's ``combination_type="svd"`` forms the dense product, stores the singular
-        values in a factor, q values a matrix fewer, and leaves one adapter alone, whatever its ``svd_rank``: beside
+        values in a factor, q values per matrix fewer, and leaves one adapter alone, whatever its ``svd_rank``: next to
         another of weight 0 its products are equal. No official code was found.
     """
 
@@ -70,7 +70,7 @@ class ByomLora(PackingVariant, PacksFactors):
     seed: int = 0
 
     title = "BYOM-LoRA"
-    stores = "q (m + n + 1) values a matrix, other trained tensors whole"
+    stores = "q (m + n + 1) values per matrix, other trained tensors whole"
 
     @property
     def on(self) -> Literal["pretrained", "merged"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -96,7 +96,7 @@ class ByomLora(PackingVariant, PacksFactors):
         return self._cut(_Difference(target, reference, self))
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
-        """Store a matrix's factors, or all values of what is no matrix."""
+        """Store a matrix's factors, or all values of another tensor."""
         return plan.get(name, {}) if _is_matrix(name, target.shape) else self._rest(target, shared.reference)
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
@@ -224,16 +224,16 @@ class _Difference:
         return (wide(target) - wide(reference)).reshape(len(target), -1)
 
 
-@lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values a matrix
+@lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values per matrix
 def _known(key: str) -> dict[Block, Factors]:
     return {}
 
 
 def _above_rounding(factors: Factors, dtype: torch.dtype) -> Factors:
-    """Cast factors, leaving out what the dtype cannot tell from 0 beside the largest singular value."""
+    """Cast factors, leaving out what the dtype cannot tell from 0 next to the largest singular value."""
     left, values, right = factors
-    kept = _rank(values, dtype)
-    return left[:, :kept].to(dtype), values[:kept].to(dtype), right[:kept].to(dtype)
+    rank = _rank(values, dtype)
+    return left[:, :rank].to(dtype), values[:rank].to(dtype), right[:rank].to(dtype)
 
 
 def _rank(values: Tensor, dtype: torch.dtype) -> int:

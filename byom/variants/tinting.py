@@ -23,11 +23,11 @@ from byom.variants.base.delta import READOUT, Delta, Parts, Readout, Served, Sha
 from byom.weights import Weights
 
 HEAD = "head"
-Own = dict[str, Tensor]  # what a task keeps: its head's weight and bias, or parameters by name
+Own = dict[str, Tensor]  # a task's own tensors: its head's weight and bias, or parameters by name
 
 
 class Predictions(NamedTuple):
-    """What a task's own model says about every example of a split."""
+    """Predictions of a task's own model for every example of a split."""
 
     labels: Tensor  # int64 [N]
     confidence: Tensor  # fp32 [N], the largest probability
@@ -59,11 +59,11 @@ class OwnPart(Protocol):
 
 @dataclass(frozen=True)
 class ModelTinting(Variant):
-    """Learn a merged model and one layer a task together, so that predictions are those of the tasks' own models.
+    """Learn a merged model and one layer per task together, so that predictions are those of the tasks' own models.
 
     ``theta^l = theta_0^l + sum_t clamp(lambda_t^l, 0, 1) tau_t^l`` is shared; a task's head (or the parameters that
     `layer` names) is its own, and starts as the frozen head (or as the merged values). Both minimise the cross-entropy
-    to the class that the task's own model finds likeliest, on unlabelled inputs, one task a step.
+    to the class that the task's own model finds likeliest, on unlabelled inputs, one task per step.
 
     The merge method is ignored: the variant brings its own. Learning holds (T + 3) * d fp32 numbers, and the layer and
     Adam's two moments of it for every task.
@@ -158,7 +158,7 @@ class ModelTinting(Variant):
                 yield clamped, thetas, cross_entropy(logits[mask], teacher.labels[mask])
 
     def _visits(self, problem: Problem) -> Iterator[tuple[str, Batch]]:
-        """Yield one batch of every task a round, in an order that no other order of the tasks changes."""
+        """Yield one batch of every task per round, in an order that no other order of the tasks changes."""
         tasks, probe = sorted(problem.tasks), problem.inputs()
         streams = {task: probe.batches(task, self.inputs, self.batch_size, self.seed) for task in tasks}
         for step in tqdm(range(self.steps), desc=self.title, unit="round", leave=False, mininterval=1):
@@ -249,9 +249,9 @@ def trusted(logits: Tensor, teacher: Predictions) -> Tensor:
 @torch.no_grad()
 def _predictions(problem: Problem, task: str, split: str) -> Predictions:
     probe = problem.inputs()
-    found = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
-    require_classes(found, "byom=tinting")
-    confidence, labels = found.float().softmax(-1).max(-1)
+    logits = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
+    require_classes(logits, "byom=tinting")
+    confidence, labels = logits.float().softmax(-1).max(-1)
     return Predictions(labels, confidence)
 
 

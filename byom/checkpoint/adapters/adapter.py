@@ -65,7 +65,7 @@ class Adapter:
             revision: Commit of a hub id.
 
         Raises:
-            CheckpointError: If it is missing, damaged, cannot be fetched, or is no low-rank difference.
+            CheckpointError: If it is missing, damaged, cannot be fetched, or is not a low-rank difference.
         """
         folder = _folder(path, revision)
         config = AdapterConfig.open(folder)
@@ -126,7 +126,9 @@ class Placed:
         self.names = {name: moved(spelled(name)) for name in (*adapter.layers, *biases, *adapter.saved)}
         for name in adapter.saved:
             if found(self.names[name], base) is None and _within(self.names[name], base):
-                raise CheckpointError(f"{adapter.origin} holds '{name}', which {base.origin} has not. {self._remedy}")
+                raise CheckpointError(
+                    f"{adapter.origin} holds '{name}', which {base.origin} does not have. {self._remedy}"
+                )
 
     def pieces(self) -> dict[str, list[Piece]]:
         """Return the low-rank differences of the base's parameters, by canonical name and in the order of their rows.
@@ -233,7 +235,7 @@ def _folder(path: str | Path, revision: str) -> Path:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckpointError(
-            f"{path} is no folder, and the hub gave no such adapter at revision {revision!r}: {reason}. If the hub "
+            f"{path} is not a folder, and the hub gave no such adapter at revision {revision!r}: {reason}. If the hub "
             "cannot be reached, copy the adapter to a folder and give that"
         ) from error
 

@@ -22,7 +22,7 @@ FACTOR = re.compile(
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<kind>weight|bias))?"  # the adapter's name, where it was left in
 )
 UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed(\.|$)")
-"""What PEFT writes and no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
+"""Entries that no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # written by PEFT where a vocabulary was resized, unasked
 _AGAIN = "Fetch or save the adapter again"
@@ -53,7 +53,7 @@ class Factors(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an adapter's file holds.
+    """Contents of an adapter's file.
 
     Args:
         file: The file.
@@ -109,19 +109,19 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         why = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{file} is damaged or holds more than tensors ({why}). Fetch or save it again"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file} holds something else than named tensors. Save the adapter again as {SAFE}")
-    return found
+    return tensors
 
 
 def _factor(name: str) -> tuple[str, str]:
-    """Return a factor's module, as PEFT nests it, and ``A``, ``B`` or their kin; no side for what is no factor."""
+    """Return a factor's module, as PEFT nests it, and ``A``, ``B`` or their kin; no side for other tensors."""
     match = FACTOR.fullmatch(name)
     if not match:
         return "", ""
@@ -139,18 +139,18 @@ def _put(file: Path, where: dict[str, Tensor], name: str, key: str, tensor: Tens
     if name in where and not equal(where[name], tensor):  # a trained bias may be written under two names
         raise CheckpointError(
             f"{file}: '{key}' is there twice with different values, once under another adapter's name. "
-            "Save one adapter a file"
+            "Save one adapter per file"
         )
     where[name] = tensor
 
 
 def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> dict[str, Factors]:
     layers: dict[str, Factors] = {}
-    for module, found in parts.items():
+    for module, sides in parts.items():
         path = module.replace(f"{INNER}.", ".")
         if path in layers:
-            raise CheckpointError(f"{file} adapts '{path}' twice. Save one adapter a file")
-        layers[path] = _layer(f"{file}: '{path}'", found, config, module)
+            raise CheckpointError(f"{file} adapts '{path}' twice. Save one adapter per file")
+        layers[path] = _layer(f"{file}: '{path}'", sides, config, module)
     if not layers:
         raise CheckpointError(f"{file} holds no LoRA factors (lora_A, lora_B). Give a LoRA adapter")
     return layers

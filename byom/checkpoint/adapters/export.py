@@ -1,4 +1,4 @@
-"""Tasks as PEFT adapters: one folder a task that PEFT, and servers that read its adapters, load onto one model.
+"""Tasks as PEFT adapters: one folder per task that PEFT, and servers that read its adapters, load onto one model.
 
 A plain model loads a task as any other adapter (`transformers`, and ``encoder.visual`` of an image encoder alike)::
 
@@ -58,11 +58,11 @@ def adapters(
         folder: Created, or replaced as a whole if it holds an earlier export. ``reference/`` is written into it where
             differences were taken to a merged model.
         base_model: What the configurations name as the base where the reference is the pre-trained model.
-        prefix: Start of the parameters' names that the plain model has not, for example ``model.``.
+        prefix: Start of the parameters' names that the plain model does not have, for example ``model.``.
         module: The model with the names of `served`, to tell embeddings from linear layers and to write a merged
             transformers model with its configuration; None takes every matrix for a linear layer.
         heads: Task to its head and class names, written as ``<task>/head.safetensors``.
-        notes: What ``export.json`` says besides: the suite, for example.
+        notes: Further entries of ``export.json``: the suite, for example.
 
     Returns:
         The tasks' folders.

@@ -242,7 +242,7 @@ def _cut(piece: Piece, rows: Rows) -> Tensor | None:
         return None
     if first < 0 or last > len(piece.left):
         end = piece.start + len(piece.left)
-        raise OptionError(f"rows {piece.start} to {end} of '{rows.name}' are no module's own; {REMEDY}")
+        raise OptionError(f"rows {piece.start} to {end} of '{rows.name}' are not a module's own; {REMEDY}")
     return piece.left[first:last]
 
 
