@@ -17,13 +17,13 @@ from byom.weights import Weights
 
 @dataclass(frozen=True)
 class Bundle(Served):
-    """Shared models and one packed difference a task, as a folder.
+    """Shared models and one packed difference per task, as a folder.
 
     Args:
         reference: The merged model (BYOM-FFT) or the pre-trained one (post-pruning).
         deltas: Task name to packed difference.
-        base: The second shared model, where a variant has one: theta_0 beside a merged one (TALL-masks), or a unified
-            task vector beside theta_0 (EMR).
+        base: The second shared model, where a variant has one: theta_0 alongside a merged one (TALL-masks), or a
+            unified task vector alongside theta_0 (EMR).
     """
 
     @classmethod
@@ -92,7 +92,7 @@ class Bundle(Served):
             The bundle.
 
         Raises:
-            CheckpointError: If it is no bundle, or its reference is not the one its differences were taken to.
+            CheckpointError: If it is not a bundle, or its reference is not the one its differences were taken to.
         """
         file = Path(folder) / "bundle.json"
         if not file.is_file():

@@ -13,7 +13,7 @@ from byom.errors import CheckpointError
 from byom.weights import Spec, Weights
 
 MODEL = ("vision_model.", "")
-"""What transformers' names start with: its version 5 leaves the first out where the model is the tower alone."""
+"""Starts of transformers' names: its version 5 leaves the first out where the model is the tower alone."""
 TOP = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.weight": "embeddings.patch_embedding.weight",
@@ -38,7 +38,7 @@ FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)"
 
 
 class Source(NamedTuple):
-    """Where a tensor comes from.
+    """Origin of a tensor.
 
     Args:
         names: One tensor, or three that are stacked.
@@ -80,7 +80,7 @@ def from_hugging_face(raw: Weights, base: Weights, tower: str) -> tuple[Weights,
     Args:
         raw: A `CLIPVisionModel`, one with projection, or a whole `CLIPModel`.
         base: The pre-trained tower in open_clip's names; gives what `raw` lacks: the projection, which the vision
-            model alone has not.
+            model alone does not have.
         tower: What the names of `base` start with.
 
     Returns:
@@ -147,7 +147,7 @@ def to_hugging_face(weights: Weights, tower: str = "visual.") -> Weights:
     for name in weights:
         source = hugging_face_names(name.removeprefix(tower))
         if source is None:
-            raise CheckpointError(f"{weights.origin}: '{name}' is no tensor of an open_clip image tower")
+            raise CheckpointError(f"{weights.origin}: '{name}' is not a tensor of an open_clip image tower")
         shape = weights.shape(name)
         for part, ours in enumerate(source.names):
             full = ours if ours == PROJECTION else MODEL[0] + ours

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from byom.checkpoint import Checkpoint, read
+from byom.checkpoint.adapters.config import CONFIG
 from byom.checkpoint.clip import hugging_face_names, to_hugging_face
 from byom.checkpoint.files import open_raw
-from byom.checkpoint.recognise import ADAPTER
 from byom.errors import OptionError, suggest
 from byom.weights import Spec, Weights
 
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, base: Weights | None = None, to: str = "
     if base is not None:
         yield from _as(source, target, base, to)
         return
-    if to != "safetensors" or (source / ADAPTER).is_file():
+    if to != "safetensors" or (source / CONFIG).is_file():
         what = f"to={to}" if to != "safetensors" else f"{source}, an adapter,"
         raise OptionError(f"{what} needs like=BACKBONE, for example like=clip_vit_b32")
     raw, container = open_raw(source)

@@ -22,7 +22,7 @@ INDEX = "pytorch_model.bin.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 HOLDERS = ("state_dict", "model_state_dict", "model")
 BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state(_\d+)?")
-"""What a trainer leaves beside the weights."""
+"""Files that a trainer leaves next to the weights."""
 
 
 def open_raw(path: Path) -> tuple[Weights, str]:
@@ -79,11 +79,11 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, ImportError):
         return read_pickled(path), "pickled module"
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{path} holds one {type(found).__name__} without a name; it is no state dict")
+        raise CheckpointError(f"{path} holds one {type(found).__name__} without a name; it is not a state dict")
     inner = next((found[name] for name in HOLDERS if isinstance(found.get(name), Mapping)), found)
     state = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not state:
-        raise CheckpointError(f"{path} holds no tensor by name; it is no state dict")
+        raise CheckpointError(f"{path} holds no tensor by name; it is not a state dict")
     return state, "PyTorch state dict"
 
 

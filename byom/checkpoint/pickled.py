@@ -33,16 +33,16 @@ HOLDERS = ("state_dict", "model_state_dict", "model")
 
 
 class Inert:
-    """What stands in for an object of a class that is not imported: it takes any state and does nothing."""
+    """Stand-in for an object of a class that is not imported: it takes any state and does nothing."""
 
     kind: ClassVar[str] = ""
 
     state: Any
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:  # noqa: D102 - pickles make objects without __init__
-        made = object.__new__(cls)
-        made.state = {}
-        return made
+        inert = object.__new__(cls)
+        inert.state = {}
+        return inert
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -109,7 +109,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     except Exception as error:
         raise CheckpointError(
-            f"{path} is no pickled module that can be read ({type(error).__name__}: {error})"
+            f"{path} is not a pickled module that can be read ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -203,7 +203,7 @@ class Restricted(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIss
         if isinstance(pid, tuple) and pid and pid[0] == "module":
             return pid[1]  # a class with its source code, which is left alone
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], torch.dtype):
-            raise CheckpointError(f"it refers to {str(pid)[:60]}, which is no storage of a tensor")
+            raise CheckpointError(f"it refers to {str(pid)[:60]}, which is not a storage of a tensor")
         _, dtype, key, _, numel = pid[:5]
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError("it holds a view of a storage in a form that torch has not written since 2018")

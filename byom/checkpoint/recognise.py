@@ -1,4 +1,4 @@
-"""Whatever format a checkpoint has: read into the names and shapes of a backbone, with nothing lost unnoticed."""
+"""Checkpoints of any format, read into the names and shapes of a backbone, with nothing lost unnoticed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from byom.checkpoint.adapters.adapter import Adapter
+from byom.checkpoint.adapters.config import CONFIG
 from byom.checkpoint.clip import from_hugging_face
 from byom.checkpoint.files import open_raw
 from byom.errors import CheckpointError, listed
@@ -19,12 +21,11 @@ TEXT = (
     "positional_embedding", "text_projection", "logit_scale", "logit_bias", "token_embedding.", "ln_final.",
     "transformer.",
 )  # fmt: skip
-"""What is left of the text tower in the image encoders of the task vectors' code."""
+"""Names of the text tower's remains in the image encoders of the task vectors' code."""
 HUGGING_FACE_TEXT = ("text_model.", "text_projection.", "logit_scale")
 BUFFERS = ("position_ids", "token_type_ids", "attn_mask")
 """Ends of names of what is computed, not learned."""
 CLIP_MARK = "pre_layrnorm.weight"
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
         CheckpointError: If tensors are missing, unknown or of another shape, or the file cannot be read safely.
     """
     path = Path(path)
-    if (path / ADAPTER).is_file():
-        from byom.checkpoint.adapters.adapter import Adapter  # which needs the names of this package
-
+    if (path / CONFIG).is_file():
         adapter = Adapter.open(path)
         return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))
     raw, container = open_raw(path)

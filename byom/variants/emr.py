@@ -47,7 +47,7 @@ class ElectMaskRescale(Variant):
     rescale: Literal["global", "tensor_mean_sum"] = "global"
 
     title = "EMR-Merging"
-    stores = "one bit a parameter and one scale; a second shared model holds the unified task vector"
+    stores = "one bit per parameter and one scale; a second shared model holds the unified task vector"
     on = "pretrained"
     shares_base = True
 

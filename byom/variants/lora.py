@@ -22,9 +22,8 @@ from byom.weights import Weights
 from byom.weights.lowrank import Adapted, Piece, add
 
 KEPT = 32  # singular values found of a dense difference: every smaller rank of a sweep is a cut of them
-Place = tuple[str, int]  # parameter and first row
+Block = tuple[str, int]  # parameter and first row of a matrix in it
 Factors = tuple[Tensor, Tensor, Tensor]  # U [m, k], s [k] descending, Vt [k, n]
-Plan = dict[str, Parts]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ByomLora(PackingVariant, PacksFactors):
     """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
 
     The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
-    never formed; where query, key and value lie in one fused matrix each has its own. Models that are no adapters on
+    never formed; where query, key and value lie in one fused matrix each has its own. Models that are not adapters on
     the reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0],
     rest]``. A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which
     ``byom=single_task`` stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
@@ -44,8 +43,8 @@ class ByomLora(PackingVariant, PacksFactors):
         reference: ``pretrained``, or ``merged``: what differs from the merged model is put back, as BYOM-FFT does.
         solver: How dense differences are factored: ``exact``, or ``randomised``, which looks at the ``max(32, 4 q)``
             largest singular values of a matrix.
-        rest: What is done with what is no matrix and with what was trained whole beside an adapter: ``whole`` stores
-            it, ``drop`` leaves it the reference's.
+        rest: ``whole`` stores tensors that are not matrices, or were trained whole alongside an adapter; ``drop``
+            leaves them the reference's.
         seed: Seeds ``randomised``, together with the parameter's name.
 
     Raises:
@@ -56,10 +55,10 @@ class ByomLora(PackingVariant, PacksFactors):
 
     Differences:
         The paper cuts every matrix at one q on the pre-trained model; ``global`` and ``merged`` are additions, and so
-        are models that are no adapters. PEFT's ``lora_B`` is the paper's A, its ``lora_A`` the transpose of the
+        are models that are not adapters. PEFT's ``lora_B`` is the paper's A, its ``lora_A`` the transpose of the
         paper's B, and its scale is folded in before the cut. Biases and modules trained whole, of which the paper says
         nothing, are kept and counted. PEFT's ``combination_type="svd"`` forms the dense product, stores the singular
-        values in a factor, q values a matrix fewer, and leaves one adapter alone, whatever its ``svd_rank``: beside
+        values in a factor, q values per matrix fewer, and leaves one adapter alone, whatever its ``svd_rank``: next to
         another of weight 0 its products are equal. No official code was found.
     """
 
@@ -71,7 +70,7 @@ class ByomLora(PackingVariant, PacksFactors):
     seed: int = 0
 
     title = "BYOM-LoRA"
-    stores = "q (m + n + 1) values a matrix, other trained tensors whole"
+    stores = "q (m + n + 1) values per matrix, other trained tensors whole"
 
     @property
     def on(self) -> Literal["pretrained", "merged"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -92,12 +91,12 @@ class ByomLora(PackingVariant, PacksFactors):
             packed[name] = self._rest(target[name].to(reference.dtype(name)), reference[name])
         return dict(sorted(packed.items()))
 
-    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Plan:
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
         """Factor every matrix of a dense difference; what is held is what will be stored, and the known factors."""
         return self._cut(_Difference(target, reference, self))
 
-    def pack(self, name: str, target: Tensor, shared: Shared, plan: Plan) -> Parts:
-        """Store a matrix's factors, or all values of what is no matrix."""
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
+        """Store a matrix's factors, or all values of another tensor."""
         return plan.get(name, {}) if _is_matrix(name, target.shape) else self._rest(target, shared.reference)
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
@@ -112,27 +111,27 @@ class ByomLora(PackingVariant, PacksFactors):
     def _rest(self, values: Tensor, reference: Tensor) -> Parts:
         return sparse.whole(values, reference) if self.rest == "whole" else {}
 
-    def _cut(self, source: _Source) -> Plan:
+    def _cut(self, source: _Source) -> dict[str, Parts]:
         """Factor what the source has, and keep as much of each matrix as the allocation says."""
-        plan: Plan = {}
+        plan: dict[str, Parts] = {}
         for (name, start), rank in sorted(self._ranks(source).items()):
             plan[name] = plan.get(name, {}) | _parts(source.top((name, start), rank), rank, start)
         return plan
 
-    def _ranks(self, source: _Source) -> dict[Place, int]:
+    def _ranks(self, source: _Source) -> dict[Block, int]:
         if self.rank_allocation == "uniform":
             return dict.fromkeys(source.sides, self.rank)
-        costs = {place: rows + columns + 1 for place, (rows, columns) in source.sides.items()}
-        values = {place: source.values(place) for place in costs}
-        budget = sum(min(self.rank, len(values[place])) * cost for place, cost in costs.items())
+        costs = {block: rows + columns + 1 for block, (rows, columns) in source.sides.items()}
+        values = {block: source.values(block) for block in costs}
+        budget = sum(min(self.rank, len(values[block])) * cost for block, cost in costs.items())
         return allocate(values, costs, budget)
 
 
-def allocate(values: Mapping[Place, Tensor], costs: Mapping[Place, int], budget: int) -> dict[Place, int]:
+def allocate(values: Mapping[Block, Tensor], costs: Mapping[Block, int], budget: int) -> dict[Block, int]:
     """Spend a budget on the largest singular values of all matrices, largest first, passing over what does not fit.
 
     Args:
-        values: Each matrix's singular values ``[k]``, descending; equal ones go to the lowest place.
+        values: Each matrix's singular values ``[k]``, descending; equal ones go to the lowest block.
         costs: What one singular value of a matrix and its vectors cost.
         budget: What may be spent.
 
@@ -140,7 +139,7 @@ def allocate(values: Mapping[Place, Tensor], costs: Mapping[Place, int], budget:
         How many each matrix keeps: always its largest.
     """
     ranks = dict.fromkeys(values, 0)
-    ranked = sorted((-value, *place, i) for place, row in values.items() for i, value in enumerate(row.tolist()))
+    ranked = sorted((-value, *block, i) for block, row in values.items() for i, value in enumerate(row.tolist()))
     for _, name, start, _ in ranked:
         cost = costs[name, start]
         if cost <= budget:  # once one of a matrix does not fit none of its smaller ones will: the budget only falls
@@ -152,14 +151,14 @@ def allocate(values: Mapping[Place, Tensor], costs: Mapping[Place, int], budget:
 class _Source(Protocol):
     """Matrices of one task's difference that can be factored."""
 
-    sides: dict[Place, tuple[int, int]]
+    sides: dict[Block, tuple[int, int]]
     """Rows and columns."""
 
-    def values(self, place: Place) -> Tensor:
+    def values(self, block: Block) -> Tensor:
         """Return a matrix's singular values, descending, without those that are rounding."""
         ...
 
-    def top(self, place: Place, rank: int) -> Factors:
+    def top(self, block: Block, rank: int) -> Factors:
         """Return a matrix's largest singular values, at least `rank` if it has as many, and their vectors."""
         ...
 
@@ -173,17 +172,17 @@ class _Product:
         self._dtypes = {name: target.dtype(name) for name in names}
         self.sides = {at: (len(p.left), p.right.shape[1]) for at, p in self._pieces.items()}
         rows = [[*at, *map(storage.crc32, p[1:]), str(target.dtype(at[0]))] for at, p in self._pieces.items()]
-        self._found = _known(storage.digest(rows))
+        self._factors = _known(storage.digest(rows))
 
-    def values(self, place: Place) -> Tensor:
-        return self.top(place, 0)[1]
+    def values(self, block: Block) -> Tensor:
+        return self.top(block, 0)[1]
 
-    def top(self, place: Place, rank: int) -> Factors:
-        if place not in self._found:
-            piece = self._pieces[place]
+    def top(self, block: Block, rank: int) -> Factors:
+        if block not in self._factors:
+            piece = self._pieces[block]
             factored = product_svd(piece.left.double(), piece.right.double())
-            self._found[place] = _above_rounding(factored, self._dtypes[place[0]])
-        return self._found[place]
+            self._factors[block] = _above_rounding(factored, self._dtypes[block[0]])
+        return self._factors[block]
 
 
 class _Difference:
@@ -194,47 +193,47 @@ class _Difference:
         names = [name for name in target.mergeable() if _is_matrix(name, target.shape(name))]
         self.sides = {(name, 0): _sides(target.shape(name)) for name in names}
         kind = ("exact", 0) if variant.solver == "exact" else ("randomised", variant.seed)
-        self._found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind]))
+        self._factors = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind]))
 
-    def values(self, place: Place) -> Tensor:
+    def values(self, block: Block) -> Tensor:
         """Return a matrix's singular values: the vectors of all of them would take twice the model's size."""
         if self._variant.solver == "randomised":
-            return self.top(place, max(KEPT, 4 * self._variant.rank))[1]
-        delta = self._delta(place)
+            return self.top(block, max(KEPT, 4 * self._variant.rank))[1]
+        delta = self._delta(block)
         values = torch.linalg.svdvals(delta.double())
         return values[: _rank(values, delta.dtype)]
 
-    def top(self, place: Place, rank: int) -> Factors:
+    def top(self, block: Block, rank: int) -> Factors:
         if rank > KEPT:
-            return self._factored(place, rank)
-        if place not in self._found:
-            self._found[place] = self._factored(place, KEPT)
-        return self._found[place]
+            return self._factored(block, rank)
+        if block not in self._factors:
+            self._factors[block] = self._factored(block, KEPT)
+        return self._factors[block]
 
-    def _factored(self, place: Place, rank: int) -> Factors:
-        delta = self._delta(place)
+    def _factored(self, block: Block, rank: int) -> Factors:
+        delta = self._delta(block)
         rank = min(rank, *delta.shape) if delta.any() else 0
         if self._variant.solver == "randomised":
-            factors = randomised_svd(delta, rank, keyed(self._variant.seed, place[0]))
+            factors = randomised_svd(delta, rank, keyed(self._variant.seed, block[0]))
         else:
             factors = truncated_svd(delta, rank)
         return _above_rounding(factors, delta.dtype)
 
-    def _delta(self, place: Place) -> Tensor:
-        target, reference = (w.read_finite(place[0]) for w in (self._target, self._reference))
+    def _delta(self, block: Block) -> Tensor:
+        target, reference = (w.read_finite(block[0]) for w in (self._target, self._reference))
         return (wide(target) - wide(reference)).reshape(len(target), -1)
 
 
-@lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values a matrix
-def _known(key: str) -> dict[Place, Factors]:
+@lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values per matrix
+def _known(key: str) -> dict[Block, Factors]:
     return {}
 
 
 def _above_rounding(factors: Factors, dtype: torch.dtype) -> Factors:
-    """Cast factors, leaving out what the dtype cannot tell from 0 beside the largest singular value."""
+    """Cast factors, leaving out what the dtype cannot tell from 0 next to the largest singular value."""
     left, values, right = factors
-    kept = _rank(values, dtype)
-    return left[:, :kept].to(dtype), values[:kept].to(dtype), right[:kept].to(dtype)
+    rank = _rank(values, dtype)
+    return left[:, :rank].to(dtype), values[:rank].to(dtype), right[:rank].to(dtype)
 
 
 def _rank(values: Tensor, dtype: torch.dtype) -> int:

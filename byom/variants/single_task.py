@@ -20,7 +20,7 @@ class SingleTask(PackingVariant):
 
     Inference uses ``theta_t`` itself: the accuracy that every merged model is compared with.
 
-    Adapters are stored as `SingleTaskAdapters` says, beside the one model that all of them were trained on.
+    Adapters are stored as `SingleTaskAdapters` says, alongside the one model that all of them were trained on.
     """
 
     title = "Single-task"
@@ -44,7 +44,7 @@ class SingleTask(PackingVariant):
 
 @dataclass(frozen=True)
 class SingleTaskAdapters(SingleTask, PacksFactors):
-    """Store each task's low-rank factors, ``r (m + n)`` values a matrix, and whole what was trained beside them.
+    """Store each task's low-rank factors, ``r (m + n)`` values per matrix, and whole what was trained alongside them.
 
     What is put back has the bits of the adapted weights, in the dtype of the model that was adapted.
     """

@@ -1,4 +1,4 @@
-"""T-Switch: a task vector reduced to signs and one magnitude a tensor."""
+"""T-Switch: a task vector reduced to signs and one magnitude per tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BinaryTaskSwitch(PackingVariant):
         Less is More: Efficient Model Merging with Binary Task Switch, section 4. https://arxiv.org/abs/2412.00054
 
     Differences:
-        The paper has one scale a task; the authors' code, and this, one a tensor. Their code keeps all ties at the
+        The paper has one scale per task; the authors' code, and this, one per tensor. Their code keeps all ties at the
         threshold, and ``int(10 * (1 - 0.9))`` of their counts is 0; here counts are exact. Their packing needs sizes
         that are multiples of 4 and keeps no scale; ours is described in `byom.variants.base.bits`. They use 0.6 for
         fully fine-tuned models and 0.4 for LoRA of rank 64.
@@ -41,7 +41,7 @@ class BinaryTaskSwitch(PackingVariant):
     drop: float = 0.6
 
     title = "T-Switch"
-    stores = "one bit a parameter or less, one bit a kept sign, one scale a tensor"
+    stores = "one bit per parameter or less, one bit per kept sign, one scale per tensor"
     on = "pretrained"
 
     def __post_init__(self) -> None:
@@ -82,6 +82,6 @@ def binarise(delta: Tensor, drop: float) -> tuple[Tensor, Tensor]:
 
 
 def _largest(flat: Tensor, side: Tensor, density: float) -> Tensor:
-    """Say which entries of one side survive: exactly as many as the density says, all where that is none."""
+    """Say which entries of one side survive: exactly as many as the density says, or all where that is 0."""
     values = flat[side]
     return side.masked_scatter(side, top_mask(values, density if kept(density, len(values)) else 1.0))

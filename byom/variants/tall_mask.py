@@ -43,7 +43,7 @@ class TallMasks(PackingVariant):
     mask_scale: float = 0.4
 
     title = "TALL-masks"
-    stores = "one bit a parameter; the pre-trained model is shared beside the merged one"
+    stores = "one bit per parameter; the pre-trained model is shared alongside the merged one"
     on = "merged"
     shares_base = True
 

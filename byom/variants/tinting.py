@@ -23,17 +23,17 @@ from byom.variants.base.delta import READOUT, Delta, Parts, Readout, Served, Sha
 from byom.weights import Weights
 
 HEAD = "head"
-Own = dict[str, Tensor]  # what a task keeps: its head's weight and bias, or parameters by name
+Own = dict[str, Tensor]  # a task's own tensors: its head's weight and bias, or parameters by name
 
 
 class Predictions(NamedTuple):
-    """What a task's own model says about every example of a split."""
+    """Predictions of a task's own model for every example of a split."""
 
     labels: Tensor  # int64 [N]
     confidence: Tensor  # fp32 [N], the largest probability
 
 
-class Layer(Protocol):
+class OwnPart(Protocol):
     """The part of a model that every task keeps for itself."""
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
@@ -59,11 +59,11 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class ModelTinting(Variant):
-    """Learn a merged model and one layer a task together, so that predictions are those of the tasks' own models.
+    """Learn a merged model and one layer per task together, so that predictions are those of the tasks' own models.
 
     ``theta^l = theta_0^l + sum_t clamp(lambda_t^l, 0, 1) tau_t^l`` is shared; a task's head (or the parameters that
     `layer` names) is its own, and starts as the frozen head (or as the merged values). Both minimise the cross-entropy
-    to the class that the task's own model finds likeliest, on unlabelled inputs, one task a step.
+    to the class that the task's own model finds likeliest, on unlabelled inputs, one task per step.
 
     The merge method is ignored: the variant brings its own. Learning holds (T + 3) * d fp32 numbers, and the layer and
     Adam's two moments of it for every task.
@@ -144,7 +144,7 @@ class ModelTinting(Variant):
         return lambda features: classified(features, parts, cosine(head, "a head that was stored").temperature)
 
     def _losses(
-        self, problem: Problem, blend: Blend, coefficients: Tensor, layer: Layer, own: Mapping[str, Own]
+        self, problem: Problem, blend: Blend, coefficients: Tensor, layer: OwnPart, own: Mapping[str, Own]
     ) -> Iterator[tuple[Tensor, Mapping[str, Tensor], Tensor]]:
         """Yield, for every batch with an example to learn from, coefficients, parameters and the loss."""
         teachers = {task: _predictions(problem, task, self.inputs) for task in problem.tasks}
@@ -158,7 +158,7 @@ class ModelTinting(Variant):
                 yield clamped, thetas, cross_entropy(logits[mask], teacher.labels[mask])
 
     def _visits(self, problem: Problem) -> Iterator[tuple[str, Batch]]:
-        """Yield one batch of every task a round, in an order that no other order of the tasks changes."""
+        """Yield one batch of every task per round, in an order that no other order of the tasks changes."""
         tasks, probe = sorted(problem.tasks), problem.inputs()
         streams = {task: probe.batches(task, self.inputs, self.batch_size, self.seed) for task in tasks}
         for step in tqdm(range(self.steps), desc=self.title, unit="round", leave=False, mininterval=1):
@@ -171,7 +171,7 @@ class OwnHead:
     """Every task keeps its head: a weight, which starts as that of the frozen head, and a bias, which starts at 0."""
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
-        """Return a copy of the frozen head's weight ``[C, D]`` and a bias ``[C]``; see `Layer.start`."""
+        """Return a copy of the frozen head's weight ``[C, D]`` and a bias ``[C]``; see `OwnPart.start`."""
         device = next(iter(thetas.values())).device
         weight = cosine(problem.inputs().readout(task), f"that of task {task}").weight.detach().float().to(device)
         bias = torch.zeros(len(weight), device=device, requires_grad=True)
@@ -180,13 +180,13 @@ class OwnHead:
     def logits(
         self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Classify features of the shared model by the task's own head; see `Layer.logits`."""
+        """Classify features of the shared model by the task's own head; see `OwnPart.logits`."""
         probe = problem.inputs()
         temperature = cosine(probe.readout(task), f"that of task {task}").temperature
         return classified(probe.encode(thetas, inputs), own, temperature)
 
     def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
-        """Return weight and bias under `READOUT`; see `Layer.packed`."""
+        """Return weight and bias under `READOUT`; see `OwnPart.packed`."""
         return Delta(variant, {READOUT: {name: value.detach().cpu() for name, value in own.items()}})
 
 
@@ -215,18 +215,18 @@ class OwnLayer:
         )
 
     def start(self, problem: Problem, task: str, thetas: Mapping[str, Tensor]) -> Own:
-        """Return copies of the shared parameters; see `Layer.start`."""
+        """Return copies of the shared parameters; see `OwnPart.start`."""
         return {name: thetas[name].detach().clone().requires_grad_() for name in self.names}
 
     def logits(
         self, problem: Problem, task: str, thetas: Mapping[str, Tensor], own: Own, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Classify features of the task's own encoder by its frozen head; see `Layer.logits`."""
+        """Classify features of the task's own encoder by its frozen head; see `OwnPart.logits`."""
         probe = problem.inputs()
         return probe.readout(task)(probe.encode({**thetas, **own}, inputs))
 
     def packed(self, variant: ModelTinting, problem: Problem, own: Own) -> Delta:
-        """Return the parameters in the dtypes of the pre-trained model; see `Layer.packed`."""
+        """Return the parameters in the dtypes of the pre-trained model; see `OwnPart.packed`."""
         base = problem.pretrained
         parts = {name: {"values": own[name].detach().cpu().to(base.dtype(name))} for name in self.names}
         return Delta(variant, parts, {name: base.shape(name) for name in self.names})
@@ -249,9 +249,9 @@ def trusted(logits: Tensor, teacher: Predictions) -> Tensor:
 @torch.no_grad()
 def _predictions(problem: Problem, task: str, split: str) -> Predictions:
     probe = problem.inputs()
-    found = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
-    require_classes(found, "byom=tinting")
-    confidence, labels = found.float().softmax(-1).max(-1)
+    logits = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
+    require_classes(logits, "byom=tinting")
+    confidence, labels = logits.float().softmax(-1).max(-1)
     return Predictions(labels, confidence)
 
 

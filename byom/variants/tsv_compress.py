@@ -22,7 +22,7 @@ class TaskSingularVectorsCompress(PackingVariant):
     """Store each matrix of a task vector as its ``1/T`` largest singular values and their vectors.
 
     ``tau_t ~ U_k diag(s_k) Vt_k`` with ``k = floor(share * min(m, n))`` but at least 1, in fp32; inference uses
-    ``theta_0 + U_k diag(s_k) Vt_k``. What is no matrix is stored whole, and what the task did not change not at all.
+    ``theta_0 + U_k diag(s_k) Vt_k``. Other tensors are stored whole, and unchanged ones are not stored.
 
     Args:
         share: Fraction of a matrix's singular values that a task keeps, in (0, 1]. None divides them evenly among
@@ -44,7 +44,7 @@ class TaskSingularVectorsCompress(PackingVariant):
     share: float | None = None
 
     title = "TSV-Compress"
-    stores = "k (m + n + 1) values a matrix, other tensors whole"
+    stores = "k (m + n + 1) values per matrix, other tensors whole"
     on = "pretrained"
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class TaskSingularVectorsCompress(PackingVariant):
         return replace(self, share=1 / len(problem.tasks)) if self.share is None else self
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
-        """Store a matrix's factors, or all values of what is no matrix."""
+        """Store a matrix's factors, or all values of another tensor."""
         if not is_matrix(name, target.shape):
             return sparse.whole(target, shared.reference)
         share = 1.0 if self.share is None else self.share  # a task packed alone has no other to divide with

@@ -26,8 +26,8 @@ class TwinMerging(PackingVariant):
 
     ``magnitude`` keeps the top m % of each tensor; ``bernoulli`` keeps each entry with probability m and multiplies
     it by 1/m, so that its expectation is the whole; ``svd`` keeps ``floor(m * min(m, n))`` singular values of each
-    matrix, in fp32. What is left alone by a compression is stored whole: tensors with fewer than two axes, and for
-    ``svd`` all that is no matrix.
+    matrix, in fp32. Tensors that are not compressed are stored whole: those with fewer than two axes, and for
+    ``svd`` all that are not matrices.
 
     The router is another option (``router=``); with the task known, ``magnitude`` is BYOM-FFT of scope ``tensor``
     except for the tensors stored whole.

@@ -466,7 +466,7 @@ def test_a_second_shared_model_cannot_be_left_out(variant):
 def test_a_reference_that_lacks_a_packed_tensor_is_refused():
     target, reference = pair()
     delta = ByomFft(density=1.0).delta(target, reference)
-    with pytest.raises(CheckpointError, match=r"\['embed'\], which reference has not"):
+    with pytest.raises(CheckpointError, match=r"\['embed'\], which reference does not have"):
         delta.apply(reference.select(lambda name: name not in ("embed", "head")))
 
 

@@ -83,8 +83,8 @@ VARIANTS = (
     Mutant(
         "lora-forgets-the-singular-value-in-the-price",
         "variants",
-        "place: rows + columns + 1 for place, (rows, columns)",
-        "place: rows + columns for place, (rows, columns)",
+        "block: rows + columns + 1 for block, (rows, columns)",
+        "block: rows + columns for block, (rows, columns)",
         ("tests/identities/test_lora.py",),
     ),
     Mutant(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from byom.__main__ import main
+from byom.backbone.split_attention import split
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.adapters.export import adapters
 from byom.cli import config
@@ -23,7 +24,7 @@ from byom.merge.base import Problem
 from byom.pipeline.labs import laboratory
 from byom.variants.lora import ByomLora
 from byom.variants.tsv_compress import TaskSingularVectorsCompress
-from byom.weights import Weights, fused
+from byom.weights import Weights
 from tests.e2e.tiny import overrides
 
 peft = pytest.importorskip("peft")
@@ -149,7 +150,7 @@ def test_peft_computes_what_byom_computes(make, variant, tmp_path):
     for task, folder in zip(problem.tasks, folders, strict=True):
         record = json.loads((folder.parent / "export.json").read_text())
         model = copy.deepcopy(wrapped.model)
-        adapted = loaded(fused.split(model) if record["split"] else model, folder)
+        adapted = loaded(split(model) if record["split"] else model, folder)
         expected = own(wrapped, served, task, inputs)
         assert_close(features(adapted, inputs), expected, rtol=1e-5, atol=1e-5)
         assert (expected - plain).abs().max() > 1e-2
@@ -170,7 +171,7 @@ def test_rows_of_timms_qkv_load_onto_the_model_taken_apart(tmp_path):
     served = ByomLora(3).serve(Problem(base, {"task": Adapted(base, {name: pieces})}), base)
     (folder,) = exported(wrapped, served, tmp_path)
     assert len(json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]) == 2
-    adapted = loaded(fused.split(copy.deepcopy(wrapped.model)), folder)
+    adapted = loaded(split(copy.deepcopy(wrapped.model)), folder)
     assert_close(features(adapted, inputs), own(wrapped, served, "task", inputs), rtol=1e-5, atol=1e-5)
 
 

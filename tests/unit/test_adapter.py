@@ -262,7 +262,7 @@ def test_two_places_are_refused(write):
 )
 def test_another_base_is_refused(write, path):
     """No layer's number is dropped to find a place: ``layer.7`` is not put onto the only layer there is."""
-    with pytest.raises(CheckpointError, match=rf"base has not: {path}.*'some/base'. Give that one"):
+    with pytest.raises(CheckpointError, match=rf"base does not have: {path}.*'some/base'. Give that one"):
         Adapter.open(write(factors(path, 4, 4))).on(layers(count=1))
 
 
@@ -281,7 +281,7 @@ def test_a_base_of_another_size_is_refused(write):
 
 def test_a_part_of_a_layer_that_the_base_has_not_is_no_head(write):
     tensors = factors("layer.0.q", 4, 4) | {"layer.0.extra.bias": normal(4)}
-    with pytest.raises(CheckpointError, match=r"'layer.0.extra.bias', which base has not"):
+    with pytest.raises(CheckpointError, match=r"'layer.0.extra.bias', which base does not have"):
         Adapter.open(write(tensors, bias="all")).on(layers())
 
 
@@ -303,7 +303,7 @@ def test_rows_that_are_adapted_twice_are_refused(write):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type='IA3' is no low-rank difference.*merge_and_unload"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not a low-rank difference.*merge_and_unload"),
         ({"peft_type": None}, "peft_type=None"),
         *[({name: value}, f"{name} is set.*merge_and_unload") for name, value in [
             ("use_dora", True),
@@ -327,9 +327,9 @@ def test_rows_that_are_adapted_twice_are_refused(write):
         ({"rank_pattern": ["q"]}, "broken"),
         ({"lora_alpha": None}, "lora_alpha=None.*must be numbers"),
         ({"alpha_pattern": {"q": float("nan")}}, "alpha_pattern.*must be numbers"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"bias": "some"}, "bias='some' is none of none, lora_only and all"),
-        ({"modules_to_save": "classifier"}, "modules_to_save='classifier' is no list"),
+        ({"modules_to_save": "classifier"}, "modules_to_save='classifier' is not a list"),
     ],
 )  # fmt: skip
 def test_configurations_that_are_refused(write, settings, message):
@@ -408,7 +408,7 @@ A, B = "layer.0.q.lora_A.weight", "layer.0.q.lora_B.weight"
         (Q | {"layer.0.q.lora_A.bias": normal(2)}, "neither.*lora_A.bias"),
         (
             Q | factors("layer.0.q", 4, 4, seed=3, name=".default"),
-            "twice with different values.*Save one adapter a file",
+            "twice with different values.*Save one adapter per file",
         ),
         (Q | factors("layer.0.base_layer.q", 4, 4), "adapts 'layer.0.q' twice"),
     ],
@@ -447,7 +447,7 @@ def test_a_hub_that_cannot_be_reached_is_said(monkeypatch):
         raise OSError("no network\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"some/adapter is no folder.*'main': OSError: no network\. If.*copy"):
+    with pytest.raises(CheckpointError, match=r"some/adapter is not a folder.*'main': OSError: no network\. If.*copy"):
         Adapter.open("some/adapter")
     with pytest.raises(CheckpointError, match="neither a folder nor the id"):
         Adapter.open("/no/such/folder")

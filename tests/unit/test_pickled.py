@@ -178,5 +178,5 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds 2; the file is cut short"):
         read_pickled(tmp_path / "short.pt")
     (tmp_path / "junk.pt").write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="no pickled module"):
+    with pytest.raises(CheckpointError, match="not a pickled module"):
         read_pickled(tmp_path / "junk.pt")

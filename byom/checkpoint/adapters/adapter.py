@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from byom.checkpoint.adapters.config import CONFIG, AdapterConfig
-from byom.checkpoint.adapters.contents import PICKLED, SAFE, Layer, equal, read
+from byom.checkpoint.adapters.config import CONFIG, PICKLED, SAFE, AdapterConfig
+from byom.checkpoint.adapters.contents import Factors, equal, read
 from byom.checkpoint.adapters.site import found, shift, site, spelling
 from byom.errors import CheckpointError
 from byom.functional.tensors import wide
@@ -52,7 +52,7 @@ class Adapter:
 
     origin: str
     config: AdapterConfig
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, Factors]
     saved: Mapping[str, Tensor]
     parameters: int
 
@@ -65,7 +65,7 @@ class Adapter:
             revision: Commit of a hub id.
 
         Raises:
-            CheckpointError: If it is missing, damaged, cannot be fetched, or is no low-rank difference.
+            CheckpointError: If it is missing, damaged, cannot be fetched, or is not a low-rank difference.
         """
         folder = _folder(path, revision)
         config = AdapterConfig.open(folder)
@@ -90,110 +90,137 @@ class Adapter:
         Raises:
             CheckpointError: If the adapter was trained on another base.
         """
-        moved = self._shift(base)
-        return Adapted(base, self._factored(base, moved), self._replaced(base, moved), self.origin)
+        placed = Placed(self, base)
+        return Adapted(base, placed.pieces(), placed.values(), self.origin)
 
     def replaced(self, base: Weights) -> dict[str, Tensor]:
         """Return what takes the place of parameters of the base, by their names; without what equals the base's."""
-        return self._replaced(base, self._shift(base))
+        return Placed(self, base).values()
 
     def heads(self, base: Weights) -> dict[str, Tensor]:
-        """Return what was trained whole and the base has not, by the adapter's names: kept per task, never merged."""
-        moved = self._shift(base)
-        return {name: value for name, value in self.saved.items() if found(moved(name), base) is None}
+        """Return what was trained whole and is not in the base, by the adapter's names: kept per task, never merged."""
+        return Placed(self, base).heads()
 
-    def _shift(self, base: Weights) -> Callable[[str], str]:
+
+class Placed:
+    """An adapter on the base that it was trained on.
+
+    Args:
+        adapter: The adapter.
+        base: The model.
+
+    Attributes:
+        names: Name in the adapter, of an adapted module or of a parameter, to its name in the base. A head's name leads
+            to no parameter.
+
+    Raises:
+        CheckpointError: If the adapter was trained on another base.
+    """
+
+    def __init__(self, adapter: Adapter, base: Weights) -> None:
+        self.adapter, self.base = adapter, base
+        self._remedy = f"It was trained on another base: its configuration names {adapter.config.base!r}. Give that one"
         spelled = spelling(base)
-        placed = shift([spelled(path) for path in self.layers], base, self.origin, self._other)
+        moved = shift([spelled(path) for path in adapter.layers], base, adapter.origin, self._remedy)
+        biases = [f"{path}.bias" for path in adapter.layers]
+        self.names = {name: moved(spelled(name)) for name in (*adapter.layers, *biases, *adapter.saved)}
+        for name in adapter.saved:
+            if found(self.names[name], base) is None and _within(self.names[name], base):
+                raise CheckpointError(
+                    f"{adapter.origin} holds '{name}', which {base.origin} does not have. {self._remedy}"
+                )
 
-        def moved(name: str) -> str:
-            return placed(spelled(name))
+    def pieces(self) -> dict[str, list[Piece]]:
+        """Return the low-rank differences of the base's parameters, by canonical name and in the order of their rows.
 
-        for name in self.saved:
-            if found(moved(name), base) is None and _within(moved(name), base):
-                raise CheckpointError(f"{self.origin} holds '{name}', which {base.origin} has not. {self._other}")
-        return moved
-
-    @property
-    def _other(self) -> str:
-        return f"It was trained on another base: its configuration names {self.config.base!r}. Give that one"
-
-    def _factored(self, base: Weights, moved: Callable[[str], str]) -> dict[str, list[Piece]]:
-        sites = {path: rows for path in sorted(self.layers) if (rows := site(moved(path), base))}
-        turned = self.config.transposed or any(_is_turned(self.layers[p], _shape(r, base)) for p, r in sites.items())
-        factored: dict[str, list[Piece]] = {}
+        Raises:
+            CheckpointError: If factors do not fit a parameter, adapt its rows twice, or adapt tied ones differently.
+        """
+        layers, base = self.adapter.layers, self.base
+        sites = {path: rows for path in sorted(layers) if (rows := site(self.names[path], base))}
+        turned = self.adapter.config.transposed or any(_is_turned(layers[p], _shape(r, base)) for p, r in sites.items())
+        pieces: dict[str, list[Piece]] = {}
         for path, rows in sites.items():
-            piece = Piece(rows.start, *self._sides(path, rows, base, turned))
-            self._insert(factored.setdefault(rows.name, []), piece, rows.name)
-        factored = {name: sorted(pieces, key=lambda piece: piece.start) for name, pieces in factored.items()}
-        return self._untied(factored, base, _alike)
+            piece, others = Piece(rows.start, *self._sides(path, rows, turned)), pieces.setdefault(rows.name, [])
+            if any(p.start < piece.start + rows.height and piece.start < p.start + len(p.left) for p in others):
+                raise CheckpointError(
+                    f"{self.adapter.origin} adapts rows of '{rows.name}' twice. Merge one of the two first"
+                )
+            others.append(piece)
+        return self._untied({name: sorted(each, key=lambda piece: piece.start) for name, each in pieces.items()})
 
-    def _sides(self, path: str, rows: Rows, base: Weights, turned: bool) -> tuple[Tensor, Tensor]:
+    def values(self) -> dict[str, Tensor]:
+        """Return what was trained whole, by canonical names of the base; without what equals the base's.
+
+        Raises:
+            CheckpointError: If a value does not fit its parameter, or tied parameters have different ones.
+        """
+        values: dict[str, Tensor] = {}
+        for name, value in sorted({**self.adapter.saved, **self._biases()}.items()):
+            rows = found(self.names[name], self.base)
+            if rows is None:
+                continue
+            if value.shape != _shape(rows, self.base):
+                raise CheckpointError(
+                    f"{self.adapter.origin}: '{name}' has shape {tuple(value.shape)} and '{rows.name}' of "
+                    f"{self.base.origin} {_shape(rows, self.base)}. {self._remedy}"
+                )
+            values[rows.name] = _written(value, rows, values.get(rows.name, self.base[rows.name]))
+        return self._untied({name: value for name, value in values.items() if not equal(value, self.base[name])})
+
+    def heads(self) -> dict[str, Tensor]:
+        """Return what was trained whole and is not in the base, by the adapter's names."""
+        saved = self.adapter.saved
+        return {name: value for name, value in saved.items() if found(self.names[name], self.base) is None}
+
+    def _biases(self) -> dict[str, Tensor]:
+        """Return the biases of modules whose factors have one: the trained or the base's, plus that of the factors."""
+        biases: dict[str, Tensor] = {}
+        for path, factors in sorted(self.adapter.layers.items()):
+            if factors.bias is None:
+                continue
+            name = f"{path}.bias"
+            rows = found(self.names[name], self.base)
+            if rows is None:
+                raise CheckpointError(
+                    f"{self.adapter.origin} adds to the bias of '{path}' (lora_bias), which has none in "
+                    f"{self.base.origin}. {self._remedy}"
+                )
+            saved = self.adapter.saved.get(name)
+            bias = self.base[rows.name][rows.start : rows.start + rows.height] if saved is None else saved
+            biases[name] = wide(bias) + wide(factors.bias) * factors.scale
+        return biases
+
+    def _sides(self, path: str, rows: Rows, turned: bool) -> tuple[Tensor, Tensor]:
         """Return ``left [m, r]``, the scale folded in, and ``right [r, n]``.
 
         Factors of a square matrix fit both ways; then `turned` says whether the base stores ``[in, out]``.
         """
-        layer, shape = self.layers[path], _shape(rows, base)
-        down, up = wide(layer.down).flatten(1), wide(layer.up).flatten(1)
-        upright, across = _fits_upright(layer, shape), _fits_across(layer, shape)
+        factors, shape = self.adapter.layers[path], _shape(rows, self.base)
+        down, up = wide(factors.down).flatten(1), wide(factors.up).flatten(1)
+        upright, across = _fits_upright(factors, shape), _fits_across(factors, shape)
         if across and (turned or not upright):
-            return down.T * layer.scale, up.T
+            return down.T * factors.scale, up.T
         if upright:
-            return up * layer.scale, down
+            return up * factors.scale, down
         raise CheckpointError(
-            f"{self.origin}: the factors of '{path}', {tuple(layer.up.shape)} and {tuple(layer.down.shape)}, do not "
-            f"fit {shape} of '{rows.name}' in {base.origin}. {self._other}"
+            f"{self.adapter.origin}: the factors of '{path}', {tuple(factors.up.shape)} and "
+            f"{tuple(factors.down.shape)}, do not fit {shape} of '{rows.name}' in {self.base.origin}. {self._remedy}"
         )
 
-    def _insert(self, there: list[Piece], piece: Piece, name: str) -> None:
-        for other in there:
-            if piece.start < other.start + len(other.left) and other.start < piece.start + len(piece.left):
-                raise CheckpointError(f"{self.origin} adapts rows of '{name}' twice. Merge one of the two first")
-        there.append(piece)
-
-    def _untied(self, values: Mapping[str, T], base: Weights, alike: Callable[[T, T], bool]) -> dict[str, T]:
+    def _untied(self, values: Mapping[str, T]) -> dict[str, T]:
         """Return values by canonical names; what is tied must have one value under all of its names."""
+        base = self.base
         united = {base.ties.get(name, name): value for name, value in values.items()}
         for name in base:
             first = base.ties.get(name, name)
-            if first in united and not (name in values and alike(values[name], united[first])):
+            if first in united and not (name in values and _alike(values[name], united[first])):
                 other = next(n for n in values if n != name and base.ties.get(n, n) == first)
                 raise CheckpointError(
-                    f"{self.origin} trained '{other}' and not '{name}' alike, and they are one tensor in "
+                    f"{self.adapter.origin} trained '{other}' and not '{name}' alike, and they are one tensor in "
                     f"{base.origin}. Untie them in the base (clone one before Weights.of)"
                 )
         return united
-
-    def _replaced(self, base: Weights, moved: Callable[[str], str]) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
-        for name, value in self._wholes(base, moved):
-            rows = found(moved(name), base)
-            if rows is None:
-                continue
-            if value.shape != _shape(rows, base):
-                raise CheckpointError(
-                    f"{self.origin}: '{name}' has shape {tuple(value.shape)} and '{rows.name}' of {base.origin} "
-                    f"{_shape(rows, base)}. {self._other}"
-                )
-            values[rows.name] = _written(value, rows, values.get(rows.name, base[rows.name]))
-        return self._untied({n: v for n, v in values.items() if not equal(v, base[n])}, base, equal)
-
-    def _wholes(self, base: Weights, moved: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
-        """Give every value that was trained whole; to the bias of a module, the bias of its factors is added."""
-        values = dict(self.saved)
-        for path, layer in sorted(self.layers.items()):
-            if layer.bias is None:
-                continue
-            name = f"{path}.bias"
-            rows = found(moved(name), base)
-            if rows is None:
-                raise CheckpointError(
-                    f"{self.origin} adds to the bias of '{path}' (lora_bias), which has none in {base.origin}. "
-                    f"{self._other}"
-                )
-            bias = values[name] if name in values else base[rows.name][rows.start : rows.start + rows.height]
-            values[name] = wide(bias) + wide(layer.bias) * layer.scale
-        yield from sorted(values.items())
 
 
 def _folder(path: str | Path, revision: str) -> Path:
@@ -208,22 +235,22 @@ def _folder(path: str | Path, revision: str) -> Path:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckpointError(
-            f"{path} is no folder, and the hub gave no such adapter at revision {revision!r}: {reason}. If the hub "
+            f"{path} is not a folder, and the hub gave no such adapter at revision {revision!r}: {reason}. If the hub "
             "cannot be reached, copy the adapter to a folder and give that"
         ) from error
 
 
-def _fits_upright(layer: Layer, shape: tuple[int, ...]) -> bool:
-    return not layer.embedding and shape == (len(layer.up), *layer.down.shape[1:])
+def _fits_upright(factors: Factors, shape: tuple[int, ...]) -> bool:
+    return not factors.embedding and shape == (len(factors.up), *factors.down.shape[1:])
 
 
-def _fits_across(layer: Layer, shape: tuple[int, ...]) -> bool:
-    return layer.down.ndim == len(shape) == 2 and shape == (layer.down.shape[1], len(layer.up))
+def _fits_across(factors: Factors, shape: tuple[int, ...]) -> bool:
+    return factors.down.ndim == len(shape) == 2 and shape == (factors.down.shape[1], len(factors.up))
 
 
-def _is_turned(layer: Layer, shape: tuple[int, ...]) -> bool:
+def _is_turned(factors: Factors, shape: tuple[int, ...]) -> bool:
     """Say whether a linear layer's factors show that the base stores its weight as ``[in, out]``."""
-    return not layer.embedding and _fits_across(layer, shape) and not _fits_upright(layer, shape)
+    return not factors.embedding and _fits_across(factors, shape) and not _fits_upright(factors, shape)
 
 
 def _shape(rows: Rows, base: Weights) -> tuple[int, ...]:
@@ -246,7 +273,8 @@ def _written(value: Tensor, rows: Rows, current: Tensor) -> Tensor:
     return whole
 
 
-def _alike(a: Sequence[Piece], b: Sequence[Piece]) -> bool:
-    return len(a) == len(b) and all(
-        p.start == q.start and equal(p.left, q.left) and equal(p.right, q.right) for p, q in zip(a, b, strict=True)
-    )
+def _alike(a: Any, b: Any) -> bool:
+    """Say whether two tensors, or two lists of pieces, are equal."""
+    if isinstance(a, Tensor):
+        return equal(a, b)
+    return a == b if isinstance(a, int) else len(a) == len(b) and all(map(_alike, a, b))

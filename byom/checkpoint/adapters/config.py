@@ -1,4 +1,4 @@
-"""What a PEFT adapter's configuration says of its factors, and which configurations are no low-rank difference."""
+"""The configuration of a PEFT adapter, and the configurations that do not describe a low-rank difference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from typing import Any
 from byom.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
+SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+ROOT = "base_model.model."  # start of every name in an adapter's file
+INNER = ".base_layer"  # what PEFT calls a module within the one that adapts it
+
 MERGED = "Merge it into its base with PEFT (merge_and_unload), save that model, and give it as the expert"
 CONVERTED = "Save it again with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 REFUSED = {
@@ -23,7 +27,7 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples around the factors",
     "arrow_config": "Arrow routes between several adapters",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only",
-    "trainable_token_indices": "rows of an embedding were trained beside the factors",
+    "trainable_token_indices": "rows of an embedding were trained alongside the factors",
     "target_parameters": "it adapts parameters that are not the weight of a module",
     "layer_replication": "the adapted model repeats layers of its base",
 }
@@ -94,7 +98,7 @@ class AdapterConfig:
     def _of(cls, file: Path, settings: Mapping[str, Any]) -> AdapterConfig:
         ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
         whole = settings.get("modules_to_save") or []
-        made = cls(
+        config = cls(
             origin=str(file),
             rank=settings.get("r", 8),
             alpha=settings.get("lora_alpha", 8),
@@ -107,15 +111,15 @@ class AdapterConfig:
             base=settings.get("base_model_name_or_path"),
             version=settings.get("peft_version"),
         )
-        if not isinstance(ranks, dict) or not all(map(_is_rank, [made.rank, *ranks.values()])):
-            raise _broken(file, f"r={made.rank} and rank_pattern={ranks} must be whole numbers from 1 on")
-        if not isinstance(alphas, dict) or not all(map(_is_number, [made.alpha, *alphas.values()])):
-            raise _broken(file, f"lora_alpha={made.alpha} and alpha_pattern={alphas} must be numbers")
+        if not isinstance(ranks, dict) or not all(map(_is_rank, [config.rank, *ranks.values()])):
+            raise _broken(file, f"r={config.rank} and rank_pattern={ranks} must be whole numbers from 1 on")
+        if not isinstance(alphas, dict) or not all(map(_is_number, [config.alpha, *alphas.values()])):
+            raise _broken(file, f"lora_alpha={config.alpha} and alpha_pattern={alphas} must be numbers")
         if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-            raise _broken(file, f"modules_to_save={whole!r} is no list of names")
-        if made.bias not in ("none", "lora_only", "all"):
-            raise _broken(file, f"bias={made.bias!r} is none of none, lora_only and all")
-        return made
+            raise _broken(file, f"modules_to_save={whole!r} is not a list of names")
+        if config.bias not in ("none", "lora_only", "all"):
+            raise _broken(file, f"bias={config.bias!r} is none of none, lora_only and all")
+        return config
 
     def rank_of(self, path: str) -> int:
         """Return the rank of a module's factors."""
@@ -145,13 +149,13 @@ class AdapterConfig:
             fits = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
             return next(fits, default)
         except re.error as error:
-            raise _broken(Path(self.origin), f"a pattern is no regular expression: {error}") from error
+            raise _broken(Path(self.origin), f"a pattern is not a regular expression: {error}") from error
 
 
 def _refuse(file: Path, settings: Mapping[str, Any]) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{file}: peft_type={kind!r} is no low-rank difference; only LORA is read. {MERGED}")
+        raise CheckpointError(f"{file}: peft_type={kind!r} is not a low-rank difference; only LORA is read. {MERGED}")
     for name, why in REFUSED.items():
         if settings.get(name):
             raise CheckpointError(f"{file}: {name} is set, and {why}: no low-rank difference of the base. {MERGED}")

@@ -12,27 +12,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from byom.checkpoint.adapters.config import AdapterConfig
+from byom.checkpoint.adapters.config import INNER, PICKLED, ROOT, SAFE, AdapterConfig
 from byom.errors import CheckpointError, listed
 from byom.functional.tensors import finite
 from byom.storage import tensor_files as storage
 
-SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-ROOT = "base_model.model."
-INNER = ".base_layer"  # what PEFT calls a module within the one that adapts it
 FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<kind>weight|bias))?"  # the adapter's name, where it was left in
 )
 UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed(\.|$)")
-"""What PEFT writes and no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
+"""Entries that no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # written by PEFT where a vocabulary was resized, unasked
 _AGAIN = "Fetch or save the adapter again"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Layer(NamedTuple):
+class Factors(NamedTuple):
     """The adapter of one module: ``W + scale * up @ down``.
 
     Args:
@@ -56,7 +53,7 @@ class Layer(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an adapter's file holds.
+    """Contents of an adapter's file.
 
     Args:
         file: The file.
@@ -66,7 +63,7 @@ class Contents(NamedTuple):
     """
 
     file: Path
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, Factors]
     saved: Mapping[str, Tensor]
     parameters: int
 
@@ -112,19 +109,19 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         why = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{file} is damaged or holds more than tensors ({why}). Fetch or save it again"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file} holds something else than named tensors. Save the adapter again as {SAFE}")
-    return found
+    return tensors
 
 
 def _factor(name: str) -> tuple[str, str]:
-    """Return a factor's module, as PEFT nests it, and ``A``, ``B`` or their kin; no side for what is no factor."""
+    """Return a factor's module, as PEFT nests it, and ``A``, ``B`` or their kin; no side for other tensors."""
     match = FACTOR.fullmatch(name)
     if not match:
         return "", ""
@@ -142,24 +139,24 @@ def _put(file: Path, where: dict[str, Tensor], name: str, key: str, tensor: Tens
     if name in where and not equal(where[name], tensor):  # a trained bias may be written under two names
         raise CheckpointError(
             f"{file}: '{key}' is there twice with different values, once under another adapter's name. "
-            "Save one adapter a file"
+            "Save one adapter per file"
         )
     where[name] = tensor
 
 
-def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> dict[str, Layer]:
-    layers: dict[str, Layer] = {}
-    for module, found in parts.items():
+def _layers(file: Path, parts: Mapping[str, Mapping[str, Tensor]], config: AdapterConfig) -> dict[str, Factors]:
+    layers: dict[str, Factors] = {}
+    for module, sides in parts.items():
         path = module.replace(f"{INNER}.", ".")
         if path in layers:
-            raise CheckpointError(f"{file} adapts '{path}' twice. Save one adapter a file")
-        layers[path] = _layer(f"{file}: '{path}'", found, config, module)
+            raise CheckpointError(f"{file} adapts '{path}' twice. Save one adapter per file")
+        layers[path] = _layer(f"{file}: '{path}'", sides, config, module)
     if not layers:
         raise CheckpointError(f"{file} holds no LoRA factors (lora_A, lora_B). Give a LoRA adapter")
     return layers
 
 
-def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, module: str) -> Layer:
+def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, module: str) -> Factors:
     path, within, _ = module.partition(f"{INNER}.")  # attention as one module names its output projection's rank, too
     embedding = any(side.startswith("embedding") for side in parts)
     names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
@@ -179,7 +176,7 @@ def _layer(where: str, parts: Mapping[str, Tensor], config: AdapterConfig, modul
         )
     # PEFT computes, and so trains, with twice the difference of an output projection within attention as one module
     scale = config.scale_of(path) * (config.doubled(path) if within else 1)
-    return Layer(down, up, parts.get("bias"), scale, embedding)
+    return Factors(down, up, parts.get("bias"), scale, embedding)
 
 
 def _require_factors(where: str, down: Tensor, up: Tensor) -> None:
@@ -204,7 +201,7 @@ def _require_finite(file: Path, key: str, tensor: Tensor) -> None:
         )
 
 
-def _known(name: str, config: AdapterConfig, layers: Mapping[str, Layer]) -> bool:
+def _known(name: str, config: AdapterConfig, layers: Mapping[str, Factors]) -> bool:
     module, _, kind = name.rpartition(".")
     if (kind == "bias" and config.bias != "none") or (kind == "weight" and module in layers):
         return True

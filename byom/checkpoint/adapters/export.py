@@ -1,4 +1,4 @@
-"""Tasks as PEFT adapters: one folder a task that PEFT, and servers that read its adapters, load onto one model.
+"""Tasks as PEFT adapters: one folder per task that PEFT, and servers that read its adapters, load onto one model.
 
 A plain model loads a task as any other adapter (`transformers`, and ``encoder.visual`` of an image encoder alike)::
 
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from byom.checkpoint.adapters.modules import Layer, Layout, Plan, idle, plan
+from byom.checkpoint.adapters.config import CONFIG, INNER, ROOT, SAFE
+from byom.checkpoint.adapters.modules import Modules, SiteFactors, TaskAdapter
 from byom.errors import OptionError
 from byom.storage import tensor_files as storage
 from byom.variants.base.delta import Served
@@ -33,7 +34,6 @@ from byom.weights import Spec, Weights
 if TYPE_CHECKING:
     from byom.functional.heads import Readout
 
-ROOT = "base_model.model"
 REFERENCE = "reference"
 Heads = Mapping[str, "tuple[Readout, Sequence[str]]"]
 
@@ -58,11 +58,11 @@ def adapters(
         folder: Created, or replaced as a whole if it holds an earlier export. ``reference/`` is written into it where
             differences were taken to a merged model.
         base_model: What the configurations name as the base where the reference is the pre-trained model.
-        prefix: Start of the parameters' names that the plain model has not, for example ``model.``.
+        prefix: Start of the parameters' names that the plain model does not have, for example ``model.``.
         module: The model with the names of `served`, to tell embeddings from linear layers and to write a merged
             transformers model with its configuration; None takes every matrix for a linear layer.
         heads: Task to its head and class names, written as ``<task>/head.safetensors``.
-        notes: What ``export.json`` says besides: the suite, for example.
+        notes: Further entries of ``export.json``: the suite, for example.
 
     Returns:
         The tasks' folders.
@@ -71,34 +71,34 @@ def adapters(
         OptionError: If a task cannot name a folder, or its difference is none that an adapter can hold.
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
-    folder, layout = Path(folder), Layout.of(_nameable(served), prefix, module)
+    folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module)
     merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
-    spare, written = idle(layout, served), {}
+    spare, written = modules.spare(served), {}
     with storage.replacing(folder) as partial:
         if merged:
-            _write_reference(layout, partial / REFERENCE)
+            _write_reference(modules, partial / REFERENCE)
         for task, delta in served.deltas.items():
             weights = served.weights(task)
-            found = plan(layout, delta, weights, spare)
-            written[task] = _write_adapter(layout, found, weights, partial / task, base)
+            adapter = modules.adapter(modules.factors(delta) or spare, delta, weights)
+            written[task] = _write_adapter(modules, adapter, weights, partial / task, base)
         for task, (head, classes) in (heads or {}).items():
             _write_head(partial / task, head, task, classes)
         record = {"format": 1, **(notes or {}), "base_model": base, "reference": served.reference.fingerprint()}
-        record |= {"prefix": prefix, "split": layout.apart, "tasks": written}
+        record |= {"prefix": prefix, "split": modules.apart, "tasks": written}
         (partial / "export.json").write_text(json.dumps(record, indent=1))
     return [folder / task for task in served.deltas]
 
 
-def config(layout: Layout, found: Plan, base_model: str) -> dict[str, Any]:
+def config(modules: Modules, adapter: TaskAdapter, base_model: str) -> dict[str, Any]:
     """Return PEFT's ``adapter_config.json`` of one task.
 
     Args:
-        layout: The model's modules.
-        found: What the adapter holds.
+        modules: The model's modules.
+        adapter: The adapter's contents.
         base_model: Id or folder of the model that it is loaded onto.
     """
-    ranks = {path: layer.up.shape[1] for path, layer in found.layers.items()}
+    ranks = {path: factors.up.shape[1] for path, factors in adapter.factors.items()}
     rank = max(ranks.values())
     # PEFT takes the first key that ends a path, so the longest come first and none is left to the default
     pattern = {} if set(ranks.values()) == {rank} else {p: ranks[p] for p in sorted(ranks, key=lambda p: (-len(p), p))}
@@ -111,9 +111,9 @@ def config(layout: Layout, found: Plan, base_model: str) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": sorted(ranks),
-        "modules_to_save": found.saved or None,
-        "bias": "lora_only" if found.biases else "none",
-        "fan_in_fan_out": any(layout.role(layer.site) == "transposed" for layer in found.layers.values()),
+        "modules_to_save": adapter.saved or None,
+        "bias": "lora_only" if adapter.biases else "none",
+        "fan_in_fan_out": any(modules.role(each.site) == "transposed" for each in adapter.factors.values()),
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
@@ -122,43 +122,45 @@ def config(layout: Layout, found: Plan, base_model: str) -> dict[str, Any]:
     }
 
 
-def tensors(layout: Layout, found: Plan, weights: Weights) -> dict[str, Tensor]:
+def tensors(modules: Modules, adapter: TaskAdapter, weights: Weights) -> dict[str, Tensor]:
     """Return one task's tensors under PEFT's names.
 
     Args:
-        layout: The model's modules.
-        found: What the adapter holds.
+        modules: The model's modules.
+        adapter: The adapter's contents.
         weights: The task's weights, for what is kept whole.
     """
     named: dict[str, Tensor] = {}
-    for path, layer in found.layers.items():
-        named |= {f"{ROOT}.{path}.{key}": value for key, value in _factors(layout, layer).items()}
-    for site in found.biases:
-        named[f"{ROOT}.{site.path}.base_layer.bias"] = layout.value(site, weights)
-    for path in found.saved:
-        named |= {f"{ROOT}.{path}.{s.kind}": layout.value(s, weights) for s in layout.modules[path]}
+    for path, factors in adapter.factors.items():
+        named |= {f"{ROOT}{path}.{key}": value for key, value in _factors(modules, factors).items()}
+    for site in adapter.biases:
+        named[f"{ROOT}{site.path}{INNER}.bias"] = modules.value(site, weights)
+    for path in adapter.saved:
+        named |= {f"{ROOT}{path}.{s.kind}": modules.value(s, weights) for s in modules.tensors[path]}
     return named
 
 
-def _factors(layout: Layout, layer: Layer) -> dict[str, Tensor]:
+def _factors(modules: Modules, factors: SiteFactors) -> dict[str, Tensor]:
     """Return a module's factors as PEFT shapes them; embeddings and transposed layers hold ``Wᵀ = downᵀ upᵀ``."""
-    up, down, role = layer.up, layer.down, layout.role(layer.site)
+    up, down, role = factors.up, factors.down, modules.role(factors.site)
     if role == "embedding":
         return {"lora_embedding_A": up.T, "lora_embedding_B": down.T}
     if role == "transposed":
         return {"lora_A.weight": up.T, "lora_B.weight": down.T}
-    inputs = layout.reference.shape(layer.site.rows.name)[1:]
+    inputs = modules.reference.shape(factors.site.rows.name)[1:]
     ones = [1] * (len(inputs) - 1)  # a convolution's kernel is in the first factor, the second is 1 x 1
     return {"lora_A.weight": down.reshape(len(down), *inputs), "lora_B.weight": up.reshape(*up.shape, *ones)}
 
 
-def _write_adapter(layout: Layout, found: Plan, weights: Weights, folder: Path, base_model: str) -> dict[str, Any]:
+def _write_adapter(
+    modules: Modules, adapter: TaskAdapter, weights: Weights, folder: Path, base_model: str
+) -> dict[str, Any]:
     """Write one task's folder and return what `export.json` says of it."""
     folder.mkdir()
-    settings, named = config(layout, found, base_model), tensors(layout, found, weights)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
-    storage.write_file(folder / "adapter_model.safetensors", named, {"format": 1})
-    ranks = [layer.up.shape[1] for layer in found.layers.values()]
+    settings, named = config(modules, adapter, base_model), tensors(modules, adapter, weights)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2))
+    storage.write_file(folder / SAFE, named, {"format": 1})
+    ranks = [each.up.shape[1] for each in adapter.factors.values()]
     return {
         "rank": [min(ranks), max(ranks)],
         "modules": len(ranks),
@@ -167,10 +169,10 @@ def _write_adapter(layout: Layout, found: Plan, weights: Weights, folder: Path, 
     }
 
 
-def _write_reference(layout: Layout, folder: Path) -> None:
+def _write_reference(modules: Modules, folder: Path) -> None:
     """Write the merged model under the plain model's names, with its configuration if it is one of transformers."""
-    _plain(layout.reference, layout.prefix).save(folder)
-    inner = layout.module and layout.module.get_submodule(layout.prefix.rstrip("."))
+    _plain(modules.reference, modules.prefix).save(folder)
+    inner = modules.module and modules.module.get_submodule(modules.prefix.rstrip("."))
     settings: Any = getattr(inner, "config", None)
     if hasattr(settings, "save_pretrained"):
         settings.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Where the parts of a packed difference go in the modules that adapters are loaded onto."""
+"""Map packed differences to the modules of the model that a PEFT adapter is loaded onto."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Site(NamedTuple):
     rows: Rows
 
 
-class Layer(NamedTuple):
-    """The adapter of one module: ``W + up @ down``, W flattened to ``[shape[0], rest]``.
+class SiteFactors(NamedTuple):
+    """The low-rank difference of one module: ``W + up @ down``, W flattened to ``[shape[0], rest]``.
 
     Args:
-        site: What is adapted.
+        site: The tensor that is adapted.
         up: ``[m, r]``.
         down: ``[r, n]``.
     """
@@ -50,27 +50,27 @@ class Layer(NamedTuple):
     down: Tensor
 
 
-class Plan(NamedTuple):
-    """What one task's adapter holds.
+class TaskAdapter(NamedTuple):
+    """The contents of one task's adapter.
 
     Args:
-        layers: Module path to its adapter.
+        factors: Module path to its low-rank difference.
         biases: Trained biases of those modules.
-        saved: Paths of the modules that are kept whole.
+        saved: Paths of the modules that are stored whole.
     """
 
-    layers: dict[str, Layer]
+    factors: dict[str, SiteFactors]
     biases: list[Site]
     saved: list[str]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The modules of a model.
+class Modules:
+    """The modules of a model, by their paths, and the tensors of its stored weights that each of them has.
 
     Args:
         reference: The weights that differences were taken to.
-        prefix: Start of every parameter's name that the plain model has not.
+        prefix: Start of every parameter's name that is missing in the plain model's.
         module: The model, to look the types of its modules up; None takes every matrix for a linear layer.
         apart: Whether adapters go onto a model that `byom.backbone.split_attention.split` took apart.
     """
@@ -81,8 +81,8 @@ class Layout:
     apart: bool
 
     @classmethod
-    def of(cls, served: Served, prefix: str, module: nn.Module | None) -> Layout:
-        """Return the layout that fits all tasks: taken apart if attention is fused and cannot be adapted as it is."""
+    def of(cls, served: Served, prefix: str, module: nn.Module | None) -> Modules:
+        """Return modules that fit all tasks: taken apart if attention is fused and cannot be adapted as it is."""
         reference = served.reference
         fused = any(name.endswith("in_proj_weight") for name in reference)
         partial = any(
@@ -95,14 +95,14 @@ class Layout:
         return cls(reference, prefix, module, fused or partial)
 
     @cached_property
-    def modules(self) -> dict[str, list[Site]]:
+    def tensors(self) -> dict[str, list[Site]]:
         """Module path to all its tensors."""
-        found: dict[str, list[Site]] = {}
+        tensors: dict[str, list[Site]] = {}
         for name in self.reference:
             if name.startswith(self.prefix):
                 for site in self.sites(name):
-                    found.setdefault(site.path, []).append(site)
-        return found
+                    tensors.setdefault(site.path, []).append(site)
+        return tensors
 
     def sites(self, name: str) -> list[Site]:
         """Return the tensors that a parameter consists of: three where fused attention is taken apart."""
@@ -137,96 +137,102 @@ class Layout:
             raise _unadaptable(site, "a parameter of its own")
         if self.module is None and dims == 2 and "embed" in site.path:
             raise OptionError(f"'{site.path}' may be an embedding or a linear layer; give module= to tell which")
-        found = self._module(site)
-        if found is None:
-            return "linear" if dims == 2 else "conv"
-        role = _role(found)
+        if self.module is None or site.rows.height < self.reference.shape(site.rows.name)[0]:
+            return "linear" if dims == 2 else "conv"  # a third of fused attention: linear once it is taken apart
+        module = self.module.get_submodule(self.prefix + site.path)
+        role = _role(module)
         if role is None:
-            raise _unadaptable(site, f"a {type(found).__name__}")
+            raise _unadaptable(site, f"a {type(module).__name__}")
         return role
 
-    def saved(self, sites: Collection[Site], layers: Collection[str]) -> list[str]:
-        """Return the modules that have to be kept whole for some of their tensors to be kept.
-
-        PEFT finds them by the end of their path, so that others with the same end are kept with them.
+    def factors(self, delta: Delta) -> dict[str, SiteFactors]:
+        """Return a task's low-rank differences by module path, none if it has none.
 
         Raises:
-            OptionError: If a tensor lies in no module that can be kept on its own.
+            OptionError: If an adapter cannot hold the difference.
+            CheckpointError: If a value is not finite.
         """
-        wanted = {site.path for site in sites}
-        holders = {".".join(path.split(".")[:end]) for path in self.modules for end in range(1, path.count(".") + 1)}
-        odd = [s.rows.name for s in sites if s.path in holders or s.path in layers or not s.path]
+        factors: dict[str, SiteFactors] = {}
+        for name, parts in sorted(delta.parts.items()):
+            _require(self.reference, delta, name, parts)
+            factors |= self._factors(name, parts)
+        return factors
+
+    def spare(self, served: Served) -> dict[str, SiteFactors]:
+        """Return factors of rank 1 that change nothing: PEFT does not load an adapter without any.
+
+        Raises:
+            OptionError: If no task has a low-rank difference.
+        """
+        for delta in served.deltas.values():
+            for name, parts in sorted(delta.parts.items()):
+                if name in self.reference and _factored(parts):
+                    path, (site, up, down) = next(iter(self._factors(name, parts).items()))
+                    return {path: SiteFactors(site, torch.zeros_like(up[:, :1]), torch.zeros_like(down[:1]))}
+        title = next((delta.variant.title for delta in served.deltas.values()), "a bundle without tasks")
+        raise OptionError(f"{title} has no low-rank difference, which is what adapters hold; use byom=lora")
+
+    def adapter(self, factors: dict[str, SiteFactors], delta: Delta, weights: Weights) -> TaskAdapter:
+        """Return the contents of a task's adapter: its factors, and what else moved.
+
+        Args:
+            factors: Module path to its low-rank difference, at least one.
+            delta: The task's packed difference.
+            weights: The task's weights.
+
+        Raises:
+            OptionError: If an adapter cannot hold the difference.
+        """
+        wholes = [name for name, parts in sorted(delta.parts.items()) if not _factored(parts)]
+        changed = [site for name in wholes for site in self.sites(name) if self.moved(site, weights)]
+        biases = [site for site in changed if site.path in factors and site.kind == "bias"]
+        return TaskAdapter(factors, biases, self.saved([site for site in changed if site not in biases], factors))
+
+    def saved(self, sites: Collection[Site], adapted: Collection[str]) -> list[str]:
+        """Return the modules that have to be stored whole for some of their tensors to be stored.
+
+        PEFT finds them by the end of their path, so that others with the same end are stored with them.
+
+        Args:
+            sites: The tensors.
+            adapted: Paths of the modules with factors, which cannot be stored whole as well.
+
+        Raises:
+            OptionError: If a tensor does not lie in a module that can be stored on its own.
+        """
+        ends = {site.path for site in sites}
+        holders = {".".join(path.split(".")[:end]) for path in self.tensors for end in range(1, path.count(".") + 1)}
+        odd = [s.rows.name for s in sites if s.path in holders or s.path in adapted or not s.path]
         if odd:
             raise OptionError(f"PEFT keeps whole modules only and cannot hold {listed(odd)}: {REMEDY}")
-        found = {path for path in {*self.modules, *holders} if any(path.endswith(end) for end in wanted)}
-        if clash := sorted(found & (holders | set(layers))):
+        paths = {path for path in {*self.tensors, *holders} if any(path.endswith(end) for end in ends)}
+        if clash := sorted(paths & (holders | set(adapted))):
             raise OptionError(f"PEFT would take '{clash[0]}' for one of the modules kept whole, by its end: {REMEDY}")
-        return sorted(found)
+        return sorted(paths)
 
     def _fused(self, stem: str, last: str) -> bool:
         if last in ("in_proj_weight", "in_proj_bias"):
             return True
         return self.apart and stem.rpartition(".")[2] == "qkv" and last in ("weight", "bias")
 
-    def _module(self, site: Site) -> nn.Module | None:
-        if self.module is None or site.rows.height < self.reference.shape(site.rows.name)[0]:
-            return None  # a third of fused attention: a linear layer once it is taken apart
-        return self.module.get_submodule(self.prefix + site.path)
+    def _factors(self, name: str, parts: Parts) -> dict[str, SiteFactors]:
+        factors: dict[str, SiteFactors] = {}
+        for piece in pieces(parts):
+            for site in self.sites(name):
+                if (up := _cut(piece, site.rows)) is not None:
+                    self.role(site)
+                    factors[site.path] = SiteFactors(site, up, piece.right)
+        return factors
 
 
 def pieces(parts: Parts) -> list[Piece]:
     """Return the low-rank differences among the parts of one parameter, the singular values in both factors."""
-    marks = [part.removeprefix("left") for part in parts if part.startswith("left")]
-    return [_piece(parts, mark) for mark in sorted(marks)]
-
-
-def plan(layout: Layout, delta: Delta, weights: Weights, spare: Layer) -> Plan:
-    """Find what a task's adapter holds.
-
-    Args:
-        layout: The model's modules.
-        delta: The task's packed difference.
-        weights: The task's weights.
-        spare: What is adapted if nothing else is: PEFT loads no adapter without a layer.
-
-    Raises:
-        OptionError: If an adapter cannot hold the difference.
-        CheckpointError: If a value is not finite.
-    """
-    layers: dict[str, Layer] = {}
-    changed: list[Site] = []
-    for name, parts in sorted(delta.parts.items()):
-        _require(layout.reference, delta, name, parts)
-        layers |= _layers(layout, name, parts)
-        changed += [] if _factored(parts) else [site for site in layout.sites(name) if layout.moved(site, weights)]
-    layers = layers or {spare.site.path: spare}
-    biases = [site for site in changed if site.path in layers and site.kind == "bias"]
-    return Plan(layers, biases, layout.saved([s for s in changed if s not in biases], layers))
-
-
-def idle(layout: Layout, served: Served) -> Layer:
-    """Return an adapter of rank 1 that changes nothing, for tasks that the reference already serves.
-
-    Raises:
-        OptionError: If no task has a low-rank difference.
-    """
-    for delta in served.deltas.values():
-        for name, parts in sorted(delta.parts.items()):
-            if name in layout.reference and _factored(parts):
-                first = next(iter(_layers(layout, name, parts).values()))
-                return Layer(first.site, torch.zeros_like(first.up[:, :1]), torch.zeros_like(first.down[:1]))
-    title = next((delta.variant.title for delta in served.deltas.values()), "a bundle without tasks")
-    raise OptionError(f"{title} has no low-rank difference, which is what adapters hold; use byom=lora")
-
-
-def _layers(layout: Layout, name: str, parts: Parts) -> dict[str, Layer]:
-    found: dict[str, Layer] = {}
-    for piece in pieces(parts):
-        for site in layout.sites(name):
-            if (up := _cut(piece, site.rows)) is not None:
-                layout.role(site)
-                found[site.path] = Layer(site, up, piece.right)
-    return found
+    low_rank: list[Piece] = []
+    for mark in sorted(part.removeprefix("left") for part in parts if part.startswith("left")):
+        left, right = parts[f"left{mark}"], parts[f"right{mark}"]
+        root = parts[f"singular{mark}"].sqrt() if f"singular{mark}" in parts else left.new_ones(left.shape[1])
+        low_rank.append(Piece(int(mark.removeprefix("@") or 0), left * root, root[:, None] * right))
+    return low_rank
 
 
 def _cut(piece: Piece, rows: Rows) -> Tensor | None:
@@ -236,14 +242,8 @@ def _cut(piece: Piece, rows: Rows) -> Tensor | None:
         return None
     if first < 0 or last > len(piece.left):
         end = piece.start + len(piece.left)
-        raise OptionError(f"rows {piece.start} to {end} of '{rows.name}' are no module's own; {REMEDY}")
+        raise OptionError(f"rows {piece.start} to {end} of '{rows.name}' are not a module's own; {REMEDY}")
     return piece.left[first:last]
-
-
-def _piece(parts: Parts, mark: str) -> Piece:
-    left, right = parts[f"left{mark}"], parts[f"right{mark}"]
-    root = parts[f"singular{mark}"].sqrt() if f"singular{mark}" in parts else left.new_ones(left.shape[1])
-    return Piece(int(mark.removeprefix("@") or 0), left * root, root[:, None] * right)
 
 
 def _require(reference: Weights, delta: Delta, name: str, parts: Mapping[str, Tensor]) -> None:

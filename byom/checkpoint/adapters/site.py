@@ -1,4 +1,4 @@
-"""Where the modules of an adapter lie in a base whose names start differently."""
+"""Places of an adapter's modules in a base whose names start differently."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def shift(paths: Sequence[str], base: Weights, origin: str, remedy: str) -> Shif
         if fits:
             return fits[0]
     lost = [path for path in paths if not site(path, base)]
-    raise CheckpointError(f"{origin} adapts modules that {base.origin} has not: {listed(lost)}. {remedy}")
+    raise CheckpointError(f"{origin} adapts modules that {base.origin} does not have: {listed(lost)}. {remedy}")
 
 
 def _starts(paths: Sequence[str]) -> Iterator[str]:

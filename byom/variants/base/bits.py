@@ -1,4 +1,4 @@
-"""Masks and signs as bits: one bit a place, lowest bit first."""
+"""Masks and signs as bits: one bit per place, lowest bit first."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from byom.errors import CheckpointError
+from byom.variants.base.delta import Parts
 
 GROUP = 4  # places that share one bit saying whether any of them is set
-Parts = dict[str, Tensor]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ def unpack(data: Tensor, numel: int) -> Tensor:
 
 
 def pack_signs(signs: Tensor) -> Parts:
-    """Write values -1, 0 and 1: which places are not 0, in the smaller of two forms, and one bit a sign.
+    """Write values -1, 0 and 1: which places are not 0, in the smaller of two forms, and one bit per sign.
 
-    `bitmap` has one bit a place. `group4` has one bit a group of four places, the last group filled up with zeros,
+    `bitmap` has one bit per place. `group4` has one bit per group of four places, the last one filled up with zeros,
     and four more for every group that is not all 0; it is the smaller below about 29 % of places not 0.
 
     Args:
@@ -69,7 +69,7 @@ def unpack_signs(parts: Parts, numel: int) -> Tensor:
     """Read signs back.
 
     Args:
-        parts: What `pack_signs` returned; other parts may lie beside.
+        parts: What `pack_signs` returned; other parts are ignored.
         numel: Number of places (n).
 
     Returns:

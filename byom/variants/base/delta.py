@@ -1,4 +1,4 @@
-"""What a variant stores: one packed difference a task, and the models that all tasks share."""
+"""Stored results of a variant: one packed difference per task, and the models that all tasks share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from byom.weights import Weights
 
 Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
 READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
-WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts beside each parameter's own
+WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts next to each parameter's own
 
 
 class Shared(NamedTuple):
@@ -36,9 +36,9 @@ class Unpacker(ABC):
     on: ClassVar[Literal["merged", "pretrained"]]
     """The model that differences are taken to: the merged one, or the pre-trained one, with no part for merging."""
     shares_reference: ClassVar[bool] = True
-    """Whether that model has to be stored alongside the packed differences."""
+    """True if that model has to be stored alongside the packed differences."""
     shares_base: ClassVar[bool] = False
-    """Whether a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
+    """True if a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
     title: ClassVar[str]
     """Name in tables."""
 
@@ -89,7 +89,7 @@ class Delta:
         """
         names, whole = self.parts.keys() - {READOUT, WHOLE}, self.parts.get(WHOLE, {})
         if unknown := sorted(names - set(reference)):
-            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} has not")
+            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} does not have")
         if odd := [n for n, shape in sorted(self.shapes.items()) if tuple(shape) != reference.shape(n)]:
             raise CheckpointError(
                 f"the packed difference was taken to another model: '{odd[0]}' was {tuple(self.shapes[odd[0]])}, and "
@@ -146,7 +146,7 @@ class Delta:
             The packed difference.
 
         Raises:
-            CheckpointError: If the file is damaged or is no packed difference.
+            CheckpointError: If the file is damaged or is not a packed difference.
         """
         notes = storage.read_notes(Path(path))
         if "variant" not in notes:
@@ -161,13 +161,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class Served:
-    """What serves all tasks: shared models, and one packed difference a task.
+    """Shared models and one packed difference per task, which serve all tasks.
 
     Args:
         reference: The model that differences were taken to.
         deltas: Task name to packed difference.
-        base: The second shared model, where there is one: theta_0 beside a merged reference, or the unified task
-            vector of EMR-Merging beside theta_0.
+        base: The second shared model, where there is one: theta_0 alongside a merged reference, or the unified
+            task vector of EMR-Merging alongside theta_0.
     """
 
     reference: Weights
@@ -192,7 +192,7 @@ class Served:
 
 
 def require_base(variant: Unpacker, base: Weights | None) -> None:
-    """Refuse to go on without the second shared model where a variant needs one beside the reference."""
+    """Refuse to go on without the second shared model where a variant needs one alongside the reference."""
     if variant.shares_base and base is None:
         raise OptionError(f"{variant.title} puts weights together from two shared models; give base= (Served.base)")
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from byom.errors import CheckpointError
 from byom.functional.linalg import truncated_svd
-
-Parts = dict[str, Tensor]
+from byom.variants.base.delta import Parts
 
 
 def factor(delta: Tensor, rank: int) -> Parts:

@@ -1,4 +1,4 @@
-"""Positions of kept entries as bytes: one byte a gap or one bit a place, whichever is smaller."""
+"""Positions of kept entries as bytes: one byte per gap or one bit per place, whichever is smaller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode(indices: Tensor, numel: int) -> tuple[str, Tensor]:
     """Write sorted positions in the smaller of two byte forms.
 
     Kinds: `gap8` holds the distance to the previous position less one, in base-255 steps (254 is ``[254]``,
-    255 is ``[255, 0]``); `bitmap` holds one bit a place, lowest bit first; `all` and `none` hold nothing.
+    255 is ``[255, 0]``); `bitmap` holds one bit per place, lowest bit first; `all` and `none` hold nothing.
 
     Args:
         indices: Flat positions, int64 [k], strictly ascending, in [0, numel).

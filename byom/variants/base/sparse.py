@@ -58,8 +58,7 @@ class SparseVariant(PackingVariant):
             name: The parameter's name.
             target: ``[*shape]`` fine-tuned values.
             reference: ``[*shape]`` values of theta_merged or theta_0.
-            plan: What `plan` returned: whatever has to be known about the whole difference, None unless it is
-                overridden.
+            plan: What `plan` returned: knowledge about the whole difference, None unless `plan` is overridden.
 
         Returns:
             Bool ``[*shape]``.

@@ -1,4 +1,4 @@
-"""What a BYOM variant is: a way to pack one task's difference to a reference, and to put it back."""
+"""The interface of BYOM variants: pack one task's difference to a reference, and put it back."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Variant(Unpacker):
     """A frozen dataclass of hyperparameters that turns N models into shared ones and a little of each task."""
 
     stores: ClassVar[str]
-    """What is stored a task, in words, for the README's table."""
+    """Contents of what is stored for each task, in words, for the table of variants."""
 
     @property
     def needs(self) -> Needs:
-        """What it cannot work without besides weights."""
+        """Requirements besides weights."""
         return Needs()
 
     @property
     def before(self) -> Preparation | None:
-        """What is done to the fine-tuned models before they are merged; None leaves them alone."""
+        """Preparation of the fine-tuned models before they are merged; None leaves them alone."""
         return None
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Variant(Unpacker):
             reference: The merged model, or theta_0, as `on` says.
 
         Returns:
-            Shared models and one packed difference a task.
+            Shared models and one packed difference per task.
 
         Raises:
             OptionError: If the problem lacks what the variant needs.
