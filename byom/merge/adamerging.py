@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction, one_of
 from byom.functional.deltas import agreeing, elect_sign
 from byom.functional.heads import require_classes
 from byom.merge.base import Group, PlannedMethod, Problem
@@ -79,8 +79,7 @@ class AdaMerging(PlannedMethod):
     title = "AdaMerging"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "task"):
-            raise OptionError(f"merge.granularity={self.granularity} is not known; use layer or task")
+        one_of("merge.granularity", self.granularity, ("layer", "task"))
         fraction("merge.density", self.density)
         fraction("merge.scale", self.scale)
         require_unlabelled("merge", self.inputs)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import at_least, fraction, one_of, whole
 from byom.functional.deltas import tall_mask
 from byom.merge.base import Group, PlannedMethod, Problem, TensorwiseMethod
 from byom.merge.task_arithmetic import TaskArithmetic
@@ -57,12 +57,9 @@ class ConsensusMerging(PlannedMethod):
     grid: ClassVar = {"mask_scale": (0.2, 0.4, 0.6), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_scale < float("inf"):
-            raise OptionError(f"merge.mask_scale={self.mask_scale} is not a number of at least 0, such as 0.4")
-        if not isinstance(self.agreement, int) or self.agreement < 0:
-            raise OptionError(f"merge.agreement={self.agreement} is not a number of tasks; use 0, 1, 2, ...")
-        if self.unified not in ("sum", "ties"):
-            raise OptionError(f"merge.unified={self.unified} is not known; use sum or ties")
+        at_least("merge.mask_scale", self.mask_scale, 0, "0.4")
+        whole("merge.agreement", self.agreement, 0)
+        one_of("merge.unified", self.unified, get_args(Unified))
         fraction("merge.density", self.density)
 
     def plan(self, problem: Problem) -> Any:

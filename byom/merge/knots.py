@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from byom.errors import OptionError
+from byom.errors import OptionError, one_of
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
@@ -90,12 +90,10 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.scale, int | float) or not isfinite(self.scale):
             raise OptionError(f"merge.scale={self.scale} is not a finite number; the authors take 0.5 to 0.7")
-        if self.concat not in ("output", "input"):
-            raise OptionError(f"merge.concat={self.concat} is not known; use output or input")
+        one_of("merge.concat", self.concat, ("output", "input"))
         if not isinstance(self.rtol, int | float) or not 0 <= self.rtol < 1:
             raise OptionError(f"merge.rtol={self.rtol} is not in [0, 1); it is relative, try 1e-6")
-        if self.rest not in ("pretrained", "merged"):
-            raise OptionError(f"merge.rest={self.rest} is not known; use pretrained or merged")
+        one_of("merge.rest", self.rest, ("pretrained", "merged"))
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
         if self.then.needs != Needs():
             raise OptionError(

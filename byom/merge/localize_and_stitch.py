@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from byom.errors import OptionError, fraction
+from byom.errors import at_least, fraction, one_of
 from byom.functional.deltas import total
 from byom.functional.heads import loss
 from byom.functional.selection import Part, kept, locate
@@ -91,10 +91,8 @@ class LocalizeAndStitch(PlannedMethod):
     def __post_init__(self) -> None:
         fraction("merge.density", self.density)
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
-        if self.masks not in ("dataless", "learned"):
-            raise OptionError(f"merge.masks={self.masks} is not known; use dataless or learned")
-        if not 0 <= self.penalty < float("inf"):
-            raise OptionError(f"merge.penalty={self.penalty} must be 0 or more, and finite")
+        one_of("merge.masks", self.masks, ("dataless", "learned"))
+        at_least("merge.penalty", self.penalty, 0, "1")
         require("merge", self.steps, self.learning_rate, shots=self.shots, batch_size=self.batch_size)
 
     @property

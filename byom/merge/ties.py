@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction, one_of
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.weights.cuts import Cuts, Located, cuts
+from byom.weights.cuts import Cuts, Located, Scope, cuts, require_scope
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Ties(PlannedMethod):
         scale: Scaling coefficient (lambda).
         combine: ``mean`` over the agreeing tasks (the authors' ``dis-mean``) or ``sum`` (``dis-sum``, used with
             scale 0.3 in the CLIP tables since AdaMerging).
-        scope: ``global`` ranks all parameters of a task together, ``tensor`` each tensor on its own.
+        scope: ``global`` ranks all parameters of a task together, ``tensor`` each tensor on its own, ``row`` each row
+            along a tensor's last axis on its own.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -54,17 +55,15 @@ class Ties(PlannedMethod):
     density: float = 0.2
     scale: float = 1.0
     combine: Literal["mean", "sum"] = "mean"
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     title = "TIES"
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
 
     def __post_init__(self) -> None:
         fraction("merge.density", self.density)
-        if self.combine not in ("mean", "sum"):
-            raise OptionError(f"merge.combine={self.combine} is not known; use mean or sum")
-        if self.scope not in ("global", "tensor"):
-            raise OptionError(f"merge.scope={self.scope} is not known; use global or tensor")
+        one_of("merge.combine", self.combine, ("mean", "sum"))
+        require_scope("merge.scope", self.scope)
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
