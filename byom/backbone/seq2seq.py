@@ -16,7 +16,7 @@ from byom.backbone.transformer import Pretrained
 from byom.data.source.package import Package
 from byom.data.splits import Split
 from byom.data.suite import Task
-from byom.errors import DataError, OptionError, suggest
+from byom.errors import DataError, OptionError, positive, suggest, whole
 from byom.functional.heads import Answers
 
 NO_TOKEN = -100
@@ -134,8 +134,9 @@ class Seq2Seq(Pretrained):
     def __post_init__(self) -> None:
         if self.answer not in KINDS:
             raise OptionError(f"backbone.answer={self.answer!r}; {suggest(self.answer, KINDS)}")
-        if min(self.max_length, self.max_new_tokens) < 1 or self.learning_rate <= 0:
-            raise OptionError(f"backbone options out of range: {self}; lengths and learning rate must be positive")
+        whole("backbone.max_length", self.max_length, 1)
+        whole("backbone.max_new_tokens", self.max_new_tokens, 1)
+        positive("backbone.learning_rate", self.learning_rate, "1e-4")
 
     @property
     def encoding(self) -> dict[str, Any]:

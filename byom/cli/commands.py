@@ -224,13 +224,18 @@ def _job(settings: Any) -> float:
 
 
 def _cells(every: Sequence[list[str]]) -> list[tuple[list[str], Exception]]:
+    from byom.weights import cuts
+
     failures: list[tuple[list[str], Exception]] = []
     start = time.monotonic()
+    given = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
+    densities = [float(value) for value in given if value.replace(".", "", 1).isdigit()]
     for number, cell in enumerate(every, 1):
         sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
         sys.stdout.flush()
         try:
-            _job(config.settings(cell))
+            with cuts.sweep(densities):
+                _job(config.settings(cell))
         except Exception as error:  # marked in its own record; the other cells still run
             failures.append((cell, error))
     return failures

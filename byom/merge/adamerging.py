@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
-from byom.errors import OptionError, fraction
-from byom.functional.deltas import agreeing, elect_sign
+from byom.errors import fraction, one_of
 from byom.functional.heads import require_classes
 from byom.merge.base import Group, PlannedMethod, Problem
 from byom.merge.base.descent import Blend, Vectors, blended, encoded, require, require_unlabelled, unchanged
@@ -79,8 +78,7 @@ class AdaMerging(PlannedMethod):
     title = "AdaMerging"
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "task"):
-            raise OptionError(f"merge.granularity={self.granularity} is not known; use layer or task")
+        one_of("merge.granularity", self.granularity, ("layer", "task"))
         fraction("merge.density", self.density)
         fraction("merge.scale", self.scale)
         require_unlabelled("merge", self.inputs)
@@ -93,7 +91,7 @@ class AdaMerging(PlannedMethod):
 
     def plan(self, problem: Problem) -> Learnt:
         """Learn the coefficients."""
-        vectors = elected(problem, self.density) if self.plus_plus else unchanged
+        vectors = Ties(density=self.density).plan(problem).agreeing if self.plus_plus else unchanged
         blend = Blend(problem, self.inputs, vectors)
         learnt = blend.start(self.scale, None if self.granularity == "layer" else 1)
         self._descend(problem, blend, learnt)
@@ -115,25 +113,6 @@ class AdaMerging(PlannedMethod):
             optimizer.zero_grad()
             blend.backward(coefficients, thetas)
             optimizer.step()
-
-
-def elected(problem: Problem, density: float) -> Vectors:
-    """Return what trimming and sign election leave of each task vector.
-
-    Args:
-        problem: The models.
-        density: Fraction of entries kept per task (K).
-    """
-    plan = Ties(density=density).plan(problem)
-
-    def vectors(group: Group, start: int = 0) -> Tensor:
-        deltas = group.deltas
-        for row, cut in zip(deltas, plan.cuts, strict=True):
-            threshold, offset = cut[group.name]
-            row.mul_(threshold.mask(row, offset + start))
-        return agreeing(deltas, elect_sign(deltas, plan.majority))
-
-    return vectors
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import OptionError, at_least, one_of, positive, whole
 from byom.functional.deltas import inner_products, total
 from byom.functional.linalg import VANISHING
 from byom.functional.tensors import wide
@@ -20,7 +20,6 @@ from byom.merge.base.needs import Needs
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 
-Scope = Literal["global", "tensor"]
 ROUNDING = 1e-12  # a loss is lower by more than this, or not at all
 
 
@@ -61,20 +60,16 @@ class AdaptiveWeightDisentanglement(MergeMethod):
     penalty: float = 0.1
     rate: float = 0.01
     steps: int = 300
-    scope: Scope = "global"
+    scope: Literal["global", "tensor"] = "global"
 
     title = "AWD"
     grid: ClassVar = {}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < float("inf"):
-            raise OptionError(f"merge.penalty={self.penalty} is not a number of at least 0, such as 0.1")
-        if not 0 < self.rate < float("inf"):
-            raise OptionError(f"merge.rate={self.rate} is not a number above 0, such as 0.01")
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise OptionError(f"merge.steps={self.steps} is not a number of steps; use 0, 1, 2, ...")
-        if self.scope not in ("global", "tensor"):
-            raise OptionError(f"merge.scope={self.scope} is not known; use global or tensor")
+        at_least("merge.penalty", self.penalty, 0, "0.1")
+        positive("merge.rate", self.rate, "0.01")
+        whole("merge.steps", self.steps, 0)
+        one_of("merge.scope", self.scope, ("global", "tensor"))
         require_experts(self.then)
 
     @property

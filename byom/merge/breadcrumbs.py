@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import OptionError, fraction, one_of
 from byom.functional.deltas import total
 from byom.functional.rows import leading
 from byom.functional.selection import Part, kept, locate
@@ -65,8 +65,7 @@ class ModelBreadcrumbs(TensorwiseMethod):
                 f"merge.keep={self.keep} and merge.remove_top={self.remove_top} are more than all entries together; "
                 "lower one of them"
             )
-        if self.granularity not in ("per_row", "per_tensor"):
-            raise OptionError(f"merge.granularity={self.granularity} is not known; use per_row or per_tensor")
+        one_of("merge.granularity", self.granularity, get_args(Granularity))
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled sum of what is neither large nor small."""

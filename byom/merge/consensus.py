@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
-from byom.functional.deltas import tall_mask
-from byom.merge.base import Group, PlannedMethod, Problem, TensorwiseMethod
-from byom.merge.task_arithmetic import TaskArithmetic
-from byom.merge.ties import Ties
+from byom.errors import at_least, fraction, one_of, whole
+from byom.functional.deltas import tall_mask, total
+from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.merge.ties import Ties, Trimming
 
 Unified = Literal["sum", "ties"]
 
@@ -57,31 +56,25 @@ class ConsensusMerging(PlannedMethod):
     grid: ClassVar = {"mask_scale": (0.2, 0.4, 0.6), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_scale < float("inf"):
-            raise OptionError(f"merge.mask_scale={self.mask_scale} is not a number of at least 0, such as 0.4")
-        if not isinstance(self.agreement, int) or self.agreement < 0:
-            raise OptionError(f"merge.agreement={self.agreement} is not a number of tasks; use 0, 1, 2, ...")
-        if self.unified not in ("sum", "ties"):
-            raise OptionError(f"merge.unified={self.unified} is not known; use sum or ties")
+        at_least("merge.mask_scale", self.mask_scale, 0, "0.4")
+        whole("merge.agreement", self.agreement, 0)
+        one_of("merge.unified", self.unified, get_args(Unified))
         fraction("merge.density", self.density)
 
-    def plan(self, problem: Problem) -> Any:
-        """Plan TIES; the sum needs nothing."""
-        return self._ties.plan(problem) if self.unified == "ties" else None
+    def plan(self, problem: Problem) -> Trimming | None:
+        """Trim as TIES does where it is asked for; the sum needs nothing."""
+        return Ties(self.density).plan(problem) if self.unified == "ties" else None
 
-    def merge(self, group: Group, plan: Any) -> Tensor:
-        """Return ``theta_0`` plus what the tasks agree on of the scaled multi-task vector."""
-        deltas = group.deltas
-        changes = Group(group.name, torch.zeros_like(deltas[0]), tuple(deltas))  # around zero nothing is rounded
-        unified = self._ties.merge(changes, plan) if plan else _SUM.merge(changes)
-        return group.pretrained + self.scale * unified * consensus(deltas, unified, self.mask_scale, self.agreement)
+    def merge(self, group: Group, plan: Trimming | None) -> Tensor:
+        """Return ``theta_0`` plus what the tasks agree on of the scaled multi-task vector, block by block."""
 
-    @property
-    def _ties(self) -> Ties:
-        return Ties(self.density, 1.0, "sum")
+        def merged(start: int, piece: Group) -> Tensor:
+            deltas = piece.deltas
+            unified = total(plan.agreeing(piece, start) if plan else deltas) + 0.0  # a sum of -0.0 alone moves nothing
+            agreed = consensus(deltas, unified, self.mask_scale, self.agreement)
+            return piece.pretrained + self.scale * unified * agreed
 
-
-_SUM: TensorwiseMethod = TaskArithmetic(1.0)
+        return blockwise(group, merged)
 
 
 def consensus(deltas: Tensor, unified: Tensor, mask_scale: float, agreement: int) -> Tensor:

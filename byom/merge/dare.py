@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import fraction, one_of
 from byom.functional.seeding import keyed
 from byom.functional.selection import top_mask
 from byom.functional.tensors import wide
@@ -63,10 +63,8 @@ class Dare(MergeMethod):
     grid: ClassVar = {"drop": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1:
-            raise OptionError(f"merge.drop={self.drop} is not in [0, 1); write 90 % as merge.drop=0.9")
-        if self.select not in ("random", "magnitude"):
-            raise OptionError(f"merge.select={self.select} is not known; use random or magnitude")
+        fraction("merge.drop", self.drop, below=1)
+        one_of("merge.select", self.select, get_args(Select))
         require_experts(self.then)
 
     @property

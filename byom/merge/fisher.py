@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import one_of, positive
 from byom.functional.means import precision_mean, weighted_mean
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.checks import require_shape, require_weights, task_weights
@@ -49,10 +49,8 @@ class FisherMerging(PlannedMethod):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
-        if not self.floor > 0:
-            raise OptionError(f"merge.floor={self.floor} is not above 0; use e.g. 1e-6")
-        if self.normalise not in ("none", "global"):
-            raise OptionError(f"merge.normalise={self.normalise} is not known; use none or global")
+        positive("merge.floor", self.floor, "1e-6")
+        one_of("merge.normalise", self.normalise, ("none", "global"))
         require_weights(self.weights)
 
     @property

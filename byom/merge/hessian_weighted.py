@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import at_least, one_of
 from byom.functional.means import precision_mean, weighted_mean
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.checks import require_shape, require_weights, task_weights
@@ -91,10 +91,8 @@ def require_posterior(posterior: str, prior: float) -> None:
     Raises:
         OptionError: Naming the option.
     """
-    if posterior not in POSTERIORS:
-        raise OptionError(f"merge.posterior={posterior} is not known; use {' or '.join(POSTERIORS)}")
-    if not 0 <= prior < float("inf"):
-        raise OptionError(f"merge.prior={prior} must be at least 0 and finite; use e.g. 1e-12")
+    one_of("merge.posterior", posterior, POSTERIORS)
+    at_least("merge.prior", prior, 0, "1e-12")
 
 
 def posterior_needs(posterior: str, members: int = 1) -> Needs:

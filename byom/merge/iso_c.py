@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import one_of
 from byom.functional.deltas import total
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.merge.base import Group, TensorwiseMethod
@@ -56,8 +56,7 @@ class IsotropicMergingCommon(TensorwiseMethod):
     grid: ClassVar = {"scale": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)}
 
     def __post_init__(self) -> None:
-        if self.rank not in ("numerical", "full"):
-            raise OptionError(f"merge.rank={self.rank} is not known; use numerical or full")
+        one_of("merge.rank", self.rank, get_args(Rank))
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
     def merge(self, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction, one_of
 from byom.functional.deltas import total
 from byom.functional.linalg import VANISHING, polar, thin_svd, truncated_svd
 from byom.functional.selection import kept as floored
@@ -62,8 +62,7 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
 
     def __post_init__(self) -> None:
         fraction("merge.common", self.common)
-        if self.rank not in ("numerical", "full"):
-            raise OptionError(f"merge.rank={self.rank} is not known; use numerical or full")
+        one_of("merge.rank", self.rank, ("numerical", "full"))
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
     def merge(self, group: Group) -> Tensor:

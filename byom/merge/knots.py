@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import isfinite
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from byom.errors import OptionError
+from byom.errors import OptionError, one_of
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
@@ -23,6 +23,7 @@ from byom.weights import Spec, Weights
 from byom.weights.lowrank import Adapted, Piece
 
 Chain = Sequence[Tensor]  # matrices whose product is meant: a change itself, or the two factors of a low-rank one
+Changes = Callable[[str, str], Chain]  # (task, parameter) -> the change
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,10 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.scale, int | float) or not isfinite(self.scale):
             raise OptionError(f"merge.scale={self.scale} is not a finite number; the authors take 0.5 to 0.7")
-        if self.concat not in ("output", "input"):
-            raise OptionError(f"merge.concat={self.concat} is not known; use output or input")
+        one_of("merge.concat", self.concat, ("output", "input"))
         if not isinstance(self.rtol, int | float) or not 0 <= self.rtol < 1:
             raise OptionError(f"merge.rtol={self.rtol} is not in [0, 1); it is relative, try 1e-6")
-        if self.rest not in ("pretrained", "merged"):
-            raise OptionError(f"merge.rest={self.rest} is not known; use pretrained or merged")
+        one_of("merge.rest", self.rest, ("pretrained", "merged"))
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
         if self.then.needs != Needs():
             raise OptionError(
@@ -109,13 +108,16 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
 
     def plan(self, problem: Problem) -> SharedBases:
         """Find the bases, and let the wrapped method plan for the coordinates."""
-        base = problem.pretrained
-        thin = all(isinstance(expert, Adapted) and expert.on(base) for expert in problem.finetuned.values())
-        changes = Changes(problem, thin, self.concat == "input")
-        names = [name for name in base.mergeable() if self._applies(base, name)]
-        bases = {name: changes.basis(name, self.rtol) for name in names}
-        merged = self.then(changes.coordinates(bases))
-        return SharedBases(bases, merged, self._rest(problem))
+        base, experts = problem.pretrained, problem.finetuned
+        low_rank = {t: e for t, e in experts.items() if isinstance(e, Adapted) and e.on(base)}
+        changes = LowRank(base, low_rank) if len(low_rank) == len(experts) else Dense(base, experts)
+        of = changes.of if self.concat == "output" else _transposed(changes.of)
+        bases, widths = {}, {}
+        for name in (name for name in base.mergeable() if self._applies(base, name)):
+            dtype = problem.group(name).deltas.dtype  # reading the group refuses what is not finite
+            chains = [of(task, name) for task in problem.tasks]
+            bases[name], widths[name] = basis(chains, self.rtol).to(dtype), chains[0][-1].shape[1]
+        return SharedBases(bases, self.then(coordinates(problem, of, bases, widths)), self._rest(problem))
 
     def merge(self, group: Group, plan: SharedBases) -> Tensor:
         """Return ``theta_0 + scale * U R`` for a matrix, and what `rest` says for other tensors."""
@@ -141,48 +143,66 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
 
 
 @dataclass(frozen=True)
-class Changes:
-    """The changes of every task, as products where they are known as such.
+class Dense:
+    """Changes as matrices.
 
     Args:
-        problem: The models.
-        thin: Whether every expert is an `Adapted` of the pre-trained model.
-        turned: Whether every matrix is transposed.
+        base: theta_0.
+        experts: Task name to theta_t.
     """
 
-    problem: Problem
-    thin: bool
-    turned: bool
+    base: Weights
+    experts: Mapping[str, Weights]
+
+    def of(self, task: str, name: str) -> Chain:
+        """Return one change, as one matrix."""
+        return (wide(self.experts[task][name]) - wide(self.base[name]),)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Changes as products of two factors, and as one matrix where an expert was trained whole.
+
+    Args:
+        base: theta_0.
+        experts: Task name to theta_t, low-rank differences to this theta_0.
+    """
+
+    base: Weights
+    experts: Mapping[str, Adapted]
 
     def of(self, task: str, name: str) -> Chain:
         """Return one change, as one matrix or two."""
-        base, expert = self.problem.pretrained, self.problem.finetuned[task]
-        if self.thin and isinstance(expert, Adapted) and name not in expert.replaced:
-            chain = stacked(expert.pieces(name), base.shape(name))
-        else:
-            chain = (wide(expert[name]) - wide(base[name]),)
-        return [factor.T for factor in reversed(chain)] if self.turned else chain
+        expert = self.experts[task]
+        if name in expert.replaced:
+            return Dense(self.base, self.experts).of(task, name)
+        return stacked(expert.pieces(name), self.base.shape(name))
 
-    def basis(self, name: str, rtol: float) -> Tensor:
-        """Return the shared basis ``[m, k]`` of one matrix, in the precision of the task vectors."""
-        dtype = self.problem.group(name).deltas.dtype  # reading the group refuses what is not finite
-        return basis([self.of(task, name) for task in self.problem.tasks], rtol).to(dtype)
 
-    def coordinates(self, bases: Mapping[str, Tensor]) -> Problem:
-        """Return the problem of merging the ``R_t``, read when asked for."""
-        base = self.problem.pretrained
-        width = {name: base.shape(name)[0 if self.turned else 1] for name in bases}
-        specs = {name: Spec((u.shape[1], width[name]), u.dtype) for name, u in bases.items()}
-        zero = Weights(specs, lambda name: torch.zeros(specs[name].shape, dtype=specs[name].dtype), origin="zero")
+def _transposed(of: Changes) -> Changes:
+    return lambda task, name: [factor.T for factor in reversed(of(task, name))]
 
-        def of(task: str) -> Weights:
-            def read(name: str) -> Tensor:
-                chain = [factor.to(specs[name].dtype) for factor in self.of(task, name)]
-                return reduce(torch.matmul, chain, bases[name].T)
 
-            return zero.derived(read, self.problem.finetuned[task].origin)
+def coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], widths: Mapping[str, int]) -> Problem:
+    """Return the problem of merging the ``R_t``, read when asked for.
 
-        return Problem(zero, {task: of(task) for task in self.problem.tasks})
+    Args:
+        problem: The models.
+        of: The changes.
+        bases: Parameter name to the shared basis ``[m, k]``.
+        widths: Parameter name to the number of columns of its changes.
+    """
+    specs = {name: Spec((u.shape[1], widths[name]), u.dtype) for name, u in bases.items()}
+    zero = Weights(specs, lambda name: torch.zeros(specs[name].shape, dtype=specs[name].dtype), origin="zero")
+
+    def expert(task: str) -> Weights:
+        def read(name: str) -> Tensor:
+            chain = [factor.to(specs[name].dtype) for factor in of(task, name)]
+            return reduce(torch.matmul, chain, bases[name].T)
+
+        return zero.derived(read, problem.finetuned[task].origin)
+
+    return Problem(zero, {task: expert(task) for task in problem.tasks})
 
 
 def stacked(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -214,12 +234,16 @@ def basis(chains: Sequence[Chain], rtol: float) -> Tensor:
         ``[m, k]`` in fp64: the left singular vectors of all matrices side by side, by descending value.
     """
     firsts = torch.cat([chain[0].double() for chain in chains], 1)
+    sizes = [chain[0].shape[1] for chain in chains]
+    outside = None
     if firsts.shape[0] > firsts.shape[1]:
-        inside, small = torch.linalg.qr(firsts)
-        parts = small.split([chain[0].shape[1] for chain in chains], 1)
-        return inside @ basis([[part, *chain[1:]] for part, chain in zip(parts, chains, strict=True)], rtol)
-    matrix = torch.cat([reduce(torch.matmul, [factor.double() for factor in chain]) for chain in chains], 1)
-    return left_singular(matrix, rtol)
+        outside, firsts = torch.linalg.qr(firsts)
+    products = [
+        reduce(torch.matmul, [first, *(factor.double() for factor in chain[1:])])
+        for first, chain in zip(firsts.split(sizes, 1), chains, strict=True)
+    ]
+    left = left_singular(torch.cat(products, 1), rtol)
+    return left if outside is None else outside @ left
 
 
 def left_singular(matrix: Tensor, rtol: float) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from byom.errors import OptionError, fraction
+from byom.errors import at_least, fraction, one_of
 from byom.functional.deltas import total
 from byom.functional.heads import loss
 from byom.functional.selection import Part, kept, locate
@@ -27,7 +27,6 @@ from byom.weights import Weights
 from byom.weights.cuts import Cuts, cuts
 
 START = 5.0  # magnitude of every score before learning: sigmoid(5) = 0.993
-Mask = Callable[[str, Tensor, int], Tensor]  # (parameter, piece of a task vector, its flat offset) -> bool
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,8 @@ class LocalizeAndStitch(PlannedMethod):
     def __post_init__(self) -> None:
         fraction("merge.density", self.density)
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
-        if self.masks not in ("dataless", "learned"):
-            raise OptionError(f"merge.masks={self.masks} is not known; use dataless or learned")
-        if not 0 <= self.penalty < float("inf"):
-            raise OptionError(f"merge.penalty={self.penalty} must be 0 or more, and finite")
+        one_of("merge.masks", self.masks, ("dataless", "learned"))
+        at_least("merge.penalty", self.penalty, 0, "1")
         require("merge", self.steps, self.learning_rate, shots=self.shots, batch_size=self.batch_size)
 
     @property
@@ -105,10 +102,13 @@ class LocalizeAndStitch(PlannedMethod):
     def plan(self, problem: Problem) -> Sequence[Mask]:
         """Find each task's mask over what is not excluded."""
         base = self._included(problem.pretrained)
-        found = {t: cuts(self._included(expert), base, self.density) for t, expert in problem.finetuned.items()}
+        largest = {t: cuts(self._included(expert), base, self.density) for t, expert in problem.finetuned.items()}
         if self.masks == "dataless":
-            return [_above(cut) for cut in found.values()]
-        return [_held(self._learn(problem, task, cut)) for task, cut in found.items()]
+            return [Largest(cuts) for cuts in largest.values()]
+        learning = Learning(
+            self.density, self.shots, self.penalty, self.learning_rate, self.steps, self.batch_size, self.seed
+        )
+        return [learning.mask(problem, task, start) for task, start in largest.items()]
 
     def merge(self, group: Group, plan: Sequence[Mask]) -> Tensor:
         """Return the stitched parameter, block by block; an excluded one as it was pre-trained."""
@@ -117,29 +117,10 @@ class LocalizeAndStitch(PlannedMethod):
 
         def stitched(start: int, piece: Group) -> Tensor:
             deltas = piece.deltas
-            masks = [mask(group.name, delta, start) for mask, delta in zip(plan, deltas, strict=True)]
+            masks = [mask.of(group.name, delta, start) for mask, delta in zip(plan, deltas, strict=True)]
             return piece.pretrained + stitch(deltas, torch.stack(masks))
 
         return blockwise(group, stitched)
-
-    def _learn(self, problem: Problem, task: str, start: Cuts) -> dict[str, Tensor]:
-        """Return a task's learned masks by parameter."""
-        if not start:
-            return {}
-        scored = Scored(problem, task, start)
-        wanted = kept(self.density, sum(score.numel() for score in scored.scores.values()))
-        optimizer = torch.optim.Adam(scored.scores.values(), lr=self.learning_rate)
-        for batch in self._batches(problem, task):
-            scored.backward(problem, task, batch, wanted, self.penalty)
-            optimizer.step()
-        return top({name: score.detach() for name, score in scored.scores.items()}, wanted)
-
-    def _batches(self, problem: Problem, task: str) -> Iterator[Batch]:
-        probe = problem.inputs()
-        places = probe.shots(task, "train", self.shots, self.seed)
-        order = shuffled(len(places), self.batch_size, self.seed, task, "localize")
-        for _ in tqdm(range(self.steps), desc=f"localize {task}", unit="step", leave=False, mininterval=1):
-            yield probe.take(task, "train", places[next(order)])
 
     def _excluded(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
@@ -148,6 +129,84 @@ class LocalizeAndStitch(PlannedMethod):
         """Leave the excluded out; the weights themselves, with the checksums of their file, if there are none."""
         touched = any(self._excluded(name) for name in weights)
         return weights.select(lambda name: not self._excluded(name)) if touched else weights
+
+
+class Mask(Protocol):
+    """The entries of one task that matter."""
+
+    def of(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """Return the mask of a piece of a parameter.
+
+        Args:
+            name: The parameter.
+            delta: ``[n]``, a piece of its task vector.
+            start: Flat offset of the piece.
+
+        Returns:
+            Bool ``[n]``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The entries above a cut in magnitude."""
+
+    cuts: Cuts
+
+    def of(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """Return the mask of a piece; see `Mask`."""
+        cut, offset = self.cuts[name]
+        return cut.mask(delta, offset + start)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Masks by parameter, in memory."""
+
+    masks: Mapping[str, Tensor]
+
+    def of(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """Return the mask of a piece; see `Mask`."""
+        return self.masks[name].reshape(-1)[start : start + delta.numel()].reshape(delta.shape)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Learns a task's mask from labelled training examples; `LocalizeAndStitch` explains the options."""
+
+    density: float
+    shots: int
+    penalty: float
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int
+
+    def mask(self, problem: Problem, task: str, start: Cuts) -> Learnt:
+        """Return a task's mask.
+
+        Args:
+            problem: The models, and the probe.
+            task: The task.
+            start: Which entries start at a score of +5; the others start at -5.
+        """
+        if not start:
+            return Learnt({})
+        scored = Scored(problem, task, start)
+        count = kept(self.density, sum(score.numel() for score in scored.scores.values()))
+        optimizer = torch.optim.Adam(scored.scores.values(), lr=self.learning_rate)
+        for batch in self._batches(problem, task):
+            scored.backward(problem, task, batch, count, self.penalty)
+            optimizer.step()
+        return Learnt(top({name: score.detach() for name, score in scored.scores.items()}, count))
+
+    def _batches(self, problem: Problem, task: str) -> Iterator[Batch]:
+        probe = problem.inputs()
+        places = probe.shots(task, "train", self.shots, self.seed)
+        order = shuffled(len(places), self.batch_size, self.seed, task, "localize")
+        for _ in tqdm(range(self.steps), desc=f"localize {task}", unit="step", leave=False, mininterval=1):
+            yield probe.take(task, "train", places[next(order)])
 
 
 class Scored:
@@ -168,8 +227,8 @@ class Scored:
         self.delta = {name: delta.float().to(device) for name, delta in deltas.items()}
         self.scores = {name: (mask.float() * 2 - 1).mul_(START).to(device) for name, mask in masks.items()}
 
-    def backward(self, problem: Problem, task: str, batch: Batch, wanted: int, penalty: float) -> None:
-        """Give the scores the gradient of ``wanted * loss + penalty * sum(sigmoid(S))``."""
+    def backward(self, problem: Problem, task: str, batch: Batch, count: int, penalty: float) -> None:
+        """Give the scores the gradient of ``count * loss + penalty * sum(sigmoid(S))``."""
         probe = problem.inputs()
         shares = {name: score.sigmoid() for name, score in self.scores.items()}
         state = {name: torch.addcmul(self.base[name], shares[name], self.delta[name]) for name in shares}
@@ -179,7 +238,7 @@ class Scored:
         loss(head, logits, batch.labels.to(logits.device)).backward()
         for name, share in shares.items():
             gradient = state[name].grad
-            slope = penalty if gradient is None else (wanted * gradient).mul_(self.delta[name]).add_(penalty)
+            slope = penalty if gradient is None else (count * gradient).mul_(self.delta[name]).add_(penalty)
             self.scores[name].grad = (1 - share).mul_(share).mul_(slope)
 
 
@@ -198,21 +257,6 @@ def top(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     (cut,) = locate([Part.of(size) for size in sizes], [count])
     offsets = accumulate((size.numel() for size in sizes), initial=0)
     return {name: cut.mask(size, offset) for name, size, offset in zip(names, sizes, offsets, strict=False)}
-
-
-def _above(found: Cuts) -> Mask:
-    """Return the mask of what lies above a cut in magnitude."""
-
-    def mask(name: str, delta: Tensor, start: int) -> Tensor:
-        cut, offset = found[name]
-        return cut.mask(delta, offset + start)
-
-    return mask
-
-
-def _held(masks: Mapping[str, Tensor]) -> Mask:
-    """Return a mask that is in memory."""
-    return lambda name, delta, start: masks[name].reshape(-1)[start : start + delta.numel()].reshape(delta.shape)
 
 
 def stitch(deltas: Tensor, masks: Tensor) -> Tensor:

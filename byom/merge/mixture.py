@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import OptionError, positive, whole
 from byom.functional.means import precision_mean
 from byom.merge.base import Group, Member, PlannedMethod, Problem
 from byom.merge.base.checks import require_shape, require_weights, task_weights
@@ -72,12 +72,9 @@ class MixtureOfGaussians(PlannedMethod):
         object.__setattr__(self, "weights", tuple(self.weights))
         require_posterior(self.posterior, self.prior)
         require_weights(self.weights)
-        if self.members < 1 or self.steps < 0:
-            raise OptionError(
-                f"merge.members={self.members} must be at least 1 and merge.steps={self.steps} at least 0"
-            )
-        if not 0 < self.temperature < float("inf"):
-            raise OptionError(f"merge.temperature={self.temperature} must be above 0 and finite; 1 is the formula's")
+        whole("merge.members", self.members, 1)
+        whole("merge.steps", self.steps, 0)
+        positive("merge.temperature", self.temperature, "1, the formula's")
 
     @property
     def needs(self) -> Needs:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from byom.errors import OptionError
 from byom.merge.base import MergeMethod, Problem
+from byom.merge.base.checks import require_weights
 from byom.merge.base.needs import Needs
 from byom.weights import Weights
 
@@ -33,8 +34,7 @@ class JointFineTuning(MergeMethod):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
-        if self.weights and (min(self.weights) < 0 or max(self.weights) == 0):
-            raise OptionError(f"merge.weights={list(self.weights)} must be 0 or more, and one of them positive")
+        require_weights(self.weights)
 
     @property
     def needs(self) -> Needs:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction
 from byom.functional.deltas import total
 from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
@@ -74,8 +74,7 @@ class ParameterCompetitionBalancing(PlannedMethod):
 
     def __post_init__(self) -> None:
         fraction("merge.density", self.density)
-        if not 0 <= self.clip < 0.5:
-            raise OptionError(f"merge.clip={self.clip} is not in [0, 0.5); write 1 % as merge.clip=0.01")
+        fraction("merge.clip", self.clip, below=0.5)
 
     def plan(self, problem: Problem) -> Ranges:
         """Find the bounds of each task's sizes, then of its scores."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError, fraction
+from byom.errors import CheckpointError, at_least, fraction
 from byom.functional.deltas import total
 from byom.functional.linalg import weighted_solve
 from byom.merge.base import Group, Problem, TensorwiseMethod
@@ -107,5 +107,4 @@ def require_options(off_diagonal: float, ridge: float) -> None:
         OptionError: Naming the option.
     """
     fraction("merge.off_diagonal", off_diagonal)
-    if not 0 <= ridge < float("inf"):
-        raise OptionError(f"merge.ridge={ridge} must be at least 0 and finite; use e.g. 1e-6")
+    at_least("merge.ridge", ridge, 0, "1e-6")

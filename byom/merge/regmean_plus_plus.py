@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from byom.errors import OptionError
+from byom.errors import whole
 from byom.functional.deltas import total
 from byom.merge.base import Group, PlannedMethod, Problem
 from byom.merge.base.needs import Needs
@@ -65,8 +65,7 @@ class RegMeanPlusPlus(PlannedMethod):
 
     def __post_init__(self) -> None:
         require_options(self.off_diagonal, self.ridge)
-        if self.examples < 1:
-            raise OptionError(f"merge.examples={self.examples} is no number of examples; use at least 1, e.g. 256")
+        whole("merge.examples", self.examples, 1)
 
     @property
     def needs(self) -> Needs:

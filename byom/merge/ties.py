@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError, fraction
+from byom.errors import fraction, one_of
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.weights.cuts import Cuts, Located, cuts
+from byom.weights.cuts import Cuts, Scope, cuts, require_scope
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,31 @@ class Trimming:
 
     cuts: Sequence[Cuts]
     majority: float
+
+    def agreeing(self, piece: Group, start: int) -> Tensor:
+        """Return what trimming and sign election leave of the task vectors.
+
+        Args:
+            piece: A flat piece of a parameter.
+            start: Its flat offset in the parameter.
+
+        Returns:
+            ``[T, n]``.
+        """
+        deltas = self._trimmed(piece, start)
+        return agreeing(deltas, elect_sign(deltas, self.majority))
+
+    def votes(self, group: Group) -> int:
+        """Return how many coordinates of a parameter elect a plus, less those that elect a minus."""
+        signs = (elect_sign(self._trimmed(piece, start)) for start, piece in group.blocks())
+        return sum(int(sign.sum(dtype=torch.float64)) for sign in signs)
+
+    def _trimmed(self, piece: Group, start: int) -> Tensor:
+        deltas = piece.deltas
+        for row, cut in zip(deltas, self.cuts, strict=True):
+            threshold, offset = cut[piece.name]
+            row.mul_(threshold.mask(row, offset + start))
+        return deltas
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,8 @@ class Ties(PlannedMethod):
         scale: Scaling coefficient (lambda).
         combine: ``mean`` over the agreeing tasks (the authors' ``dis-mean``) or ``sum`` (``dis-sum``, used with
             scale 0.3 in the CLIP tables since AdaMerging).
-        scope: ``global`` ranks all parameters of a task together, ``tensor`` each tensor on its own.
+        scope: ``global`` ranks all parameters of a task together, ``tensor`` each tensor on its own, ``row`` each row
+            along a tensor's last axis on its own.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -54,44 +80,26 @@ class Ties(PlannedMethod):
     density: float = 0.2
     scale: float = 1.0
     combine: Literal["mean", "sum"] = "mean"
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     title = "TIES"
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
 
     def __post_init__(self) -> None:
         fraction("merge.density", self.density)
-        if self.combine not in ("mean", "sum"):
-            raise OptionError(f"merge.combine={self.combine} is not known; use mean or sum")
-        if self.scope not in ("global", "tensor"):
-            raise OptionError(f"merge.scope={self.scope} is not known; use global or tensor")
+        one_of("merge.combine", self.combine, ("mean", "sum"))
+        require_scope("merge.scope", self.scope)
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
-        found = [cuts(expert, problem.pretrained, self.density, self.scope) for expert in problem.finetuned.values()]
-        undecided = Trimming(found, 0.0)
-        votes = sum(self._votes(problem.group(name), undecided) for name in problem.pretrained.mergeable())
+        by_task = [cuts(expert, problem.pretrained, self.density, self.scope) for expert in problem.finetuned.values()]
+        undecided = Trimming(by_task, 0.0)
+        votes = sum(undecided.votes(problem.group(name)) for name in problem.pretrained.mergeable())
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))
 
     def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""
-        return blockwise(group, lambda start, piece: self._merge(piece, start, plan, group.name))
-
-    def _merge(self, piece: Group, start: int, plan: Trimming, name: str) -> Tensor:
-        trimmed = _trim(piece, start, [cut[name] for cut in plan.cuts])
-        kept = agreeing(trimmed, elect_sign(trimmed, plan.majority))
-        merged = disjoint_mean(kept) if self.combine == "mean" else total(kept)
-        return piece.pretrained + self.scale * merged
-
-    def _votes(self, group: Group, plan: Trimming) -> int:
-        cut = [cut[group.name] for cut in plan.cuts]
-        return sum(
-            int(elect_sign(_trim(piece, start, cut)).sum(dtype=torch.float64)) for start, piece in group.blocks()
+        combine = disjoint_mean if self.combine == "mean" else total
+        return blockwise(
+            group, lambda start, piece: piece.pretrained + self.scale * combine(plan.agreeing(piece, start))
         )
-
-
-def _trim(piece: Group, start: int, cut: Sequence[Located]) -> Tensor:
-    deltas = piece.deltas
-    for row, (threshold, offset) in zip(deltas, cut, strict=True):
-        row.mul_(threshold.mask(row, offset + start))
-    return deltas

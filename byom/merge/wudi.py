@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.linalg import weighted_solve
 from byom.functional.tensors import wide
@@ -63,15 +62,11 @@ class Wudi(TensorwiseMethod):
     title = "WUDI"
 
     def __post_init__(self) -> None:
-        if self.solver not in ("adam", "closed_form"):
-            raise OptionError(f"merge.solver={self.solver} is not known; use adam or closed_form")
-        if self.rest not in ("pretrained", "mean"):
-            raise OptionError(f"merge.rest={self.rest} is not known; use pretrained or mean")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise OptionError(f"merge.steps={self.steps} is not a positive integer; the authors take 300")
-        for name, default in (("learning_rate", "1e-5"), ("ridge", "1e-6")):
-            if not 0 < getattr(self, name) < inf:
-                raise OptionError(f"merge.{name}={getattr(self, name)} is not a positive number; try {default}")
+        one_of("merge.solver", self.solver, ("adam", "closed_form"))
+        one_of("merge.rest", self.rest, ("pretrained", "mean"))
+        whole("merge.steps", self.steps, 1)
+        positive("merge.learning_rate", self.learning_rate, "1e-5")
+        positive("merge.ridge", self.ridge, "1e-6")
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
     def merge(self, group: Group) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from byom.data.splits import Split
-from byom.errors import OptionError
+from byom.errors import OptionError, whole
 from byom.functional.heads import Readout
 from byom.merge.base.probe import Batch
 
@@ -44,8 +44,7 @@ class Statistic(ABC):
     split: str = "train"
 
     def __post_init__(self) -> None:
-        if self.examples < 1:
-            raise OptionError(f"statistic.examples={self.examples} is no number of examples; use at least 1, e.g. 256")
+        whole("statistic.examples", self.examples, 1)
         if self.split not in ("train", "validation"):
             raise OptionError(f"statistic.split={self.split} may not be looked at; use train or validation")
 

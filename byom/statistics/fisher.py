@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from byom.errors import OptionError
+from byom.errors import one_of, whole
 from byom.functional.heads import Readout
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
@@ -59,10 +59,8 @@ class Fisher(Statistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimate not in ESTIMATES:
-            raise OptionError(f"statistic.estimate={self.estimate} is not known; use one of {', '.join(ESTIMATES)}")
-        if self.samples < 1:
-            raise OptionError(f"statistic.samples={self.samples} draws no label; use at least 1")
+        one_of("statistic.estimate", self.estimate, ESTIMATES)
+        whole("statistic.samples", self.samples, 1)
 
     def start(self, encoder: nn.Module, head: Readout) -> Fitter:
         """Begin to fit; see `Statistic.start`."""

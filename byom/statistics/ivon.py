@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from byom.errors import OptionError
+from byom.errors import OptionError, at_least, fraction, positive, whole
 from byom.functional.heads import Readout, loss
 from byom.functional.seeding import keyed
 from byom.merge.base.probe import Batch
@@ -59,13 +59,12 @@ class Ivon(Statistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.steps, self.batch_size) < 1:
-            raise OptionError("statistic.steps and statistic.batch_size must be at least 1")
-        if not (min(self.ess, self.initial) > 0 and self.weight_decay >= 0 and 0 <= self.retention < 1):
-            raise OptionError(
-                "statistic.ess and statistic.initial must be above 0, statistic.weight_decay at least 0, and "
-                "statistic.retention in [0, 1)"
-            )
+        whole("statistic.steps", self.steps, 1)
+        whole("statistic.batch_size", self.batch_size, 1)
+        positive("statistic.ess", self.ess, "1e7")
+        positive("statistic.initial", self.initial, "0.1")
+        fraction("statistic.retention", self.retention, below=1)
+        at_least("statistic.weight_decay", self.weight_decay, 0, "1e-4")
 
     def start(self, encoder: nn.Module, head: Readout) -> Fitter:
         """Begin to fit; see `Statistic.start`.

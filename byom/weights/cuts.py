@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -15,7 +18,6 @@ from byom.functional.selection import Cut, Part, kept, locate
 from byom.functional.tensors import wide
 from byom.weights.weights import Weights
 
-SWEEP = (0.01, 0.05, 0.1, 0.2)  # densities of the benchmark tables: one pass finds them all
 Scope = Literal["global", "tensor", "row"]
 """Entries that are ranked together: those of the whole model, of one tensor, or of one row along its last axis."""
 Located = tuple[Cut | RowCut, int]  # a cut, and the flat offset of a parameter in the stream that was cut
@@ -35,8 +37,31 @@ def require_scope(option: str, scope: str) -> None:
     one_of(option, scope, get_args(Scope))
 
 
-def cuts(target: Weights, reference: Weights, density: float, scope: str = "global") -> Cuts:
+_HELD: WeakKeyDictionary[Weights, dict[tuple[str, Scope], dict[float, Cuts]]] = WeakKeyDictionary()
+"""Cuts by target, reference (its fingerprint) and scope; those of a target end with it."""
+_SWEEP: ContextVar[tuple[float, ...]] = ContextVar("densities of a sweep", default=())
+
+
+@contextmanager
+def sweep(densities: Iterable[float]) -> Iterator[None]:
+    """Say which densities are going to be asked for, so that one pass over a difference finds all of them.
+
+    Args:
+        densities: Fractions of entries kept; those of another block around this one are added.
+    """
+    token = _SWEEP.set((*_SWEEP.get(), *densities))
+    try:
+        yield
+    finally:
+        _SWEEP.reset(token)
+
+
+def cuts(
+    target: Weights, reference: Weights, density: float, scope: Scope = "global", densities: Iterable[float] = ()
+) -> Cuts:
     """Find which entries of ``target - reference`` are the largest in magnitude.
+
+    They are kept as long as the target, so that a density that an earlier pass found costs nothing.
 
     Args:
         target: theta_t.
@@ -44,6 +69,7 @@ def cuts(target: Weights, reference: Weights, density: float, scope: str = "glob
         density: Fraction of entries kept, in [0, 1].
         scope: ``global`` ranks all parameters together, ``tensor`` each on its own, ``row`` each vector along the
             last axis of a parameter on its own.
+        densities: Others that the same pass finds, for later calls; see `sweep`.
 
     Returns:
         For every mergeable parameter its cut, and the parameter's offset in the stream that was cut.
@@ -52,18 +78,13 @@ def cuts(target: Weights, reference: Weights, density: float, scope: str = "glob
         OptionError: If the scope is not known or the density is not a fraction.
     """
     require_scope("scope", scope)
-    known = _known(target.fingerprint(), reference.fingerprint(), scope)
-    if density not in known:
-        known.update(cuts_at(target, reference, tuple(sorted({*SWEEP, density})), scope))
-    return known[density]
+    held = _HELD.setdefault(target, {}).setdefault((reference.fingerprint(), scope), {})
+    if density not in held:
+        held.update(cuts_at(target, reference, sorted({density, *densities, *_SWEEP.get()}), scope))
+    return held[density]
 
 
-@lru_cache(maxsize=256)  # small, and keyed by content: one entry a (task, reference)
-def _known(target: str, reference: str, scope: str) -> dict[float, Cuts]:
-    return {}
-
-
-def cuts_at(target: Weights, reference: Weights, densities: Sequence[float], scope: str) -> dict[float, Cuts]:
+def cuts_at(target: Weights, reference: Weights, densities: Sequence[float], scope: Scope) -> dict[float, Cuts]:
     """Find the cuts of several densities in one pass over the difference; see `cuts`."""
     require_scope("scope", scope)
     names = target.mergeable()
@@ -76,7 +97,7 @@ def cuts_at(target: Weights, reference: Weights, densities: Sequence[float], sco
         widths = [(target.shape(name) or (1,))[-1] for name in names]
         counts = [[kept(m, width) for m in densities] for width in widths]
         by_density = _apart(list(map(row_cuts, parts, widths, counts)), densities)
-    return {density: dict(zip(names, found, strict=True)) for density, found in zip(densities, by_density, strict=True)}
+    return {density: dict(zip(names, row, strict=True)) for density, row in zip(densities, by_density, strict=True)}
 
 
 def difference(target: Weights, reference: Weights, name: str) -> Part:
@@ -100,8 +121,7 @@ def _flat(weights: Weights, name: str) -> Callable[[], Tensor]:
 def _global(parts: Sequence[Part], densities: Sequence[float]) -> list[list[Located]]:
     total = sum(part.numel for part in parts)
     offsets = [0, *accumulate(part.numel for part in parts)][: len(parts)]
-    found = locate(parts, [kept(density, total) for density in densities])
-    return [[(cut, offset) for offset in offsets] for cut in found]
+    return [[(cut, offset) for offset in offsets] for cut in locate(parts, [kept(m, total) for m in densities])]
 
 
 def _apart(by_parameter: Sequence[Sequence[Cut | RowCut]], densities: Sequence[float]) -> list[list[Located]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError, listed
+from byom.errors import CheckpointError, OptionError, listed, whole
 from byom.functional.linalg import product_svd
 from byom.functional.tensors import wide
 from byom.weights.weights import Spec, Weights
@@ -145,8 +145,7 @@ def truncated(adapted: Adapted, rank: int) -> Adapted:
         PEFT's ``svd`` (0.21.2) is this after `cat`, from the dense sum. Earlier versions multiply by ``s_t`` twice,
         which matters where ``s_t = alpha / r`` is not 1. Its ``svd_clamp`` has no counterpart.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise OptionError(f"rank={rank} must be a whole number from 1 on")
+    whole("rank", rank, 1)
     factored = {name: [_cut(piece, rank) for piece in pieces] for name, pieces in adapted.factored.items()}
     return Adapted(adapted.base, factored, adapted.replaced, f"{adapted.origin} at rank {rank}")
 

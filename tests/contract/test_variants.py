@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import get_args
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -83,7 +84,6 @@ def dtype(request):
 
 @pytest.fixture(autouse=True)
 def forget():
-    trim._known.cache_clear()
     trim._read.cache_clear()
 
 
@@ -279,7 +279,6 @@ def test_disk_and_memory_give_the_same_bits(variant, dtype, tmp_path):
         return Weights.open(weights.save(tmp_path / weights.origin, shard_bytes=90))
 
     opened = posed(stored(given.pretrained), {t: stored(w) for t, w in given.finetuned.items()})
-    trim._known.cache_clear()
     served = variant.serve(opened, stored(reference))
     assert all(same(served.weights(task), expected.weights(task)) for task in given.tasks)
 
@@ -360,12 +359,15 @@ def test_identical_tasks_are_served_alike_and_finite(variant, dtype, tasks):
 
 def test_every_density_of_a_sweep_comes_from_one_pass(ranked):
     (target, reads), (reference, _) = (counted(weights, checksums=True) for weights in pair())
-    densities = trim.SWEEP
-    at(ranked, densities[0]).plan(target, reference)
+    densities = (0.01, 0.05, 0.1, 0.2)
+    with trim.sweep(densities):
+        at(ranked, densities[0]).plan(target, reference)
     first = len(reads)
     for density in densities:
         at(ranked, density).plan(target, reference)
     assert 0 < first == len(reads)
+    at(ranked, 0.3).plan(target, reference)
+    assert len(reads) > first
 
 
 def test_a_plan_is_not_reused_for_other_values_or_another_scope(ranked):
@@ -375,7 +377,7 @@ def test_a_plan_is_not_reused_for_other_values_or_another_scope(ranked):
         variant = replace(ranked, scope=scope)
         cached = variant.delta(other, reference).apply(reference)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trim, "_known", lambda *_: {})
+            patch.setattr(trim, "_HELD", WeakKeyDictionary())
             assert same(cached, variant.delta(other, reference).apply(reference))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import OptionError
-from byom.merge.adamerging import AdaMerging, elected, entropies, entropy
+from byom.merge.adamerging import AdaMerging, entropies, entropy
 from byom.merge.awd import AdaptiveWeightDisentanglement
 from byom.merge.base import Problem
 from byom.merge.base.descent import JOINED, Blend, blended, encoded, unchanged
@@ -71,7 +71,7 @@ def test_plus_plus_without_steps_is_ties_with_sums(density):
 
 def test_elected_vectors_are_entries_of_the_task_vectors_that_share_one_sign():
     held = problem(*models(5))
-    vectors = elected(held, 0.5)
+    vectors = Ties(density=0.5).plan(held).agreeing
     for name in held.pretrained.mergeable():
         group = held.group(name)
         found = vectors(group, 0)

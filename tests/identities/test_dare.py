@@ -150,7 +150,7 @@ def test_the_wrapped_method_is_an_option(nested):
 
 @pytest.mark.parametrize("drop", [1, 1.5, -0.1, float("nan")])
 def test_a_share_out_of_range_is_refused(drop):
-    with pytest.raises(OptionError, match=rf"merge\.drop={drop} is not in \[0, 1\)"):
+    with pytest.raises(OptionError, match=rf"merge\.drop={drop} is not a fraction in \[0, 1\)"):
         Dare(drop=drop)
 
 

@@ -121,8 +121,8 @@ def test_nobody_takes_part_in_a_model_too_small():
     ("values", "said"),
     [
         ({"density": 1.5}, r"merge\.density=1\.5 is not a fraction"),
-        ({"clip": 0.5}, r"merge\.clip=0\.5 is not in \[0, 0\.5\)"),
-        ({"clip": -0.1}, r"merge\.clip=-0\.1 is not in \[0, 0\.5\)"),
+        ({"clip": 0.5}, r"merge\.clip=0\.5 is not a fraction in \[0, 0\.5\)"),
+        ({"clip": -0.1}, r"merge\.clip=-0\.1 is not a fraction in \[0, 0\.5\)"),
     ],
     ids=str,
 )

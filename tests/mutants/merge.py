@@ -20,8 +20,8 @@ MERGE = (
     Mutant(
         "ties-forgets-where-a-piece-begins",
         "merge",
-        "(threshold, offset) in zip(deltas, cut, strict=True):\n        row.mul_(threshold.mask(row, offset + start))",
-        "(threshold, offset) in zip(deltas, cut, strict=True):\n        row.mul_(threshold.mask(row, offset))",
+        "row.mul_(threshold.mask(row, offset + start))",
+        "row.mul_(threshold.mask(row, offset))",
         ("tests/unit/test_identities.py -k ties", "tests/contract/test_merge.py -k 'blocks and ties'"),
     ),
     Mutant(
@@ -41,8 +41,8 @@ MERGE = (
     Mutant(
         "breadcrumbs-keeps-all-ties",
         "merge",
-        "ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))",
-        "ties & (ties.cumsum(-1) <= count)",
+        "ties & (ties.cumsum(dim) <= count - above.sum(dim, keepdim=True))",
+        "ties & (ties.cumsum(dim) <= count)",
         ("tests/identities/test_breadcrumbs.py",),
     ),
     Mutant(

@@ -76,15 +76,15 @@ WEIGHTS = (
     Mutant(
         "cuts-of-one-scope-serve-the-other",
         "weights",
-        "_known(target.fingerprint(), reference.fingerprint(), scope)",
-        '_known(target.fingerprint(), reference.fingerprint(), "global")',
+        "setdefault((reference.fingerprint(), scope), {})",
+        'setdefault((reference.fingerprint(), "global"), {})',
         ("tests/contract/test_variants.py -k scope",),
     ),
     Mutant(
         "cuts-of-one-reference-serve-another",
         "weights",
-        "_known(target.fingerprint(), reference.fingerprint(), scope)",
-        "_known(target.fingerprint(), target.fingerprint(), scope)",
+        "setdefault((reference.fingerprint(), scope), {})",
+        "setdefault((target.fingerprint(), scope), {})",
         ("tests/contract/test_variants.py -k 'plan or reference'",),
     ),
     Mutant(

@@ -1,12 +1,17 @@
 """Cuts of the difference between two sets of weights, in every scope."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 
 from byom.errors import OptionError
 from byom.functional.selection import top_mask
 from byom.weights import Weights
-from byom.weights.cuts import cuts, cuts_at, require_scope
+from byom.weights.cuts import _HELD as held
+from byom.weights.cuts import cuts, cuts_at, require_scope, sweep
+from tests.problems import counted
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 3, 4), "e": (0, 2)}
 
@@ -32,6 +37,33 @@ def test_every_scope_keeps_the_largest_of_what_it_ranks_together(density):
     for scope, dim in {"tensor": None, "row": -1}.items():
         for name, mask in masks(target, reference, density, scope).items():
             assert torch.equal(mask, top_mask(deltas[name], density, dim)), (scope, name)
+
+
+def test_densities_that_are_said_come_from_one_pass_and_are_the_same():
+    (target, reads), reference = counted(weights(1), checksums=True), weights(2)
+    both = cuts_at(weights(1), reference, [0.1, 0.5], "global")
+    assert cuts(target, reference, 0.1, densities=[0.5]) == both[0.1]
+    first = len(reads)
+    assert cuts(target, reference, 0.5) == both[0.5] and len(reads) == first
+    with sweep([0.2]), sweep([0.3]):
+        cuts(target, reference, 0.4)
+    second = len(reads)
+    for density in (0.2, 0.3):
+        assert cuts(target, reference, density) == cuts_at(weights(1), reference, [density], "global")[density]
+    assert len(reads) == second > first
+    cuts(target, reference, 0.6)
+    assert len(reads) > second
+
+
+def test_cuts_end_with_their_target():
+    target = weights(1)
+    cuts(target, weights(2), 0.1)
+    alive = ref(target)
+    assert alive() in held
+    del target
+    cuts(last := weights(4), last, 0.1)  # what was read last is still held
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("scope", ["rows", "layer", "", "Global"])

@@ -20,7 +20,6 @@ from byom.merge.ties import Ties
 from byom.variants.fft import ByomFft
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
-from byom.weights import cuts as trim
 
 ZERO = [0.0, 0.0, 0.0, 0.0]
 ONE = [1.0, 0.0, 0.5, -2.0]
@@ -261,7 +260,6 @@ def states(draw, count):
 
 def small_blocks(patch):
     """Stream in pieces of a few elements, with a sample so poor that brackets miss."""
-    trim._known.cache_clear()
     patch.setattr(merging, "BLOCK", 3)
     for name, value in {"BLOCK": 4, "SAMPLE": 5, "MARGIN": 0.0}.items():
         patch.setattr(stream if name == "BLOCK" else selection, name, value)

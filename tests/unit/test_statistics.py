@@ -471,7 +471,7 @@ def test_the_yaml_states_every_field_with_the_default_of_the_class(name):
     [
         (lambda: Gram(0), "statistic.examples=0"),
         (lambda: Gram(split="test"), "may not be looked at"),
-        (lambda: Fisher(estimate="sqrt"), "one of exact, sampled, empirical"),
+        (lambda: Fisher(estimate="sqrt"), "exact, sampled or empirical"),
         (lambda: Fisher(samples=0), "statistic.samples=0"),
         (lambda: Ivon(steps=0), "statistic.steps"),
         (lambda: Ivon(ess=0), "statistic.ess"),

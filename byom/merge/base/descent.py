@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from byom.errors import OptionError
+from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
 from byom.merge.base.probe import Batch, Probe
@@ -161,8 +161,7 @@ def require_unlabelled(group: str, inputs: str) -> None:
     Raises:
         OptionError: If it is neither ``test`` nor ``validation``.
     """
-    if inputs not in ("test", "validation"):
-        raise OptionError(f"{group}.inputs={inputs} is not known; use test (flagged in tables) or validation")
+    one_of(f"{group}.inputs", inputs, ("test", "validation"))
 
 
 def require(group: str, steps: int, learning_rate: float, **sizes: int) -> None:
@@ -177,13 +176,10 @@ def require(group: str, steps: int, learning_rate: float, **sizes: int) -> None:
     Raises:
         OptionError: Naming the option and what it may be.
     """
-    if steps < 0:
-        raise OptionError(f"{group}.steps={steps} is negative; 0 adapts nothing")
-    if not 0 < learning_rate < float("inf"):
-        raise OptionError(f"{group}.learning_rate={learning_rate} must be positive and finite, such as 0.001")
-    if small := {name: size for name, size in sizes.items() if size < 1}:
-        name, size = next(iter(small.items()))
-        raise OptionError(f"{group}.{name}={size} must be at least 1")
+    whole(f"{group}.steps", steps, 0)
+    positive(f"{group}.learning_rate", learning_rate, "0.001")
+    for name, size in sizes.items():
+        whole(f"{group}.{name}", size, 1)
 
 
 def merged(problem: Problem, coefficients: Mapping[str, Tensor]) -> Weights:
