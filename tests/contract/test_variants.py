@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields, replace
+from functools import cache
 from itertools import pairwise
 from typing import get_args
 from weakref import WeakKeyDictionary
@@ -108,9 +109,21 @@ def merged(variant, given):
     return given, reference
 
 
+@cache
+def usual(variant, dtype=torch.float32):
+    """Return the usual problem, its reference, and how a variant serves it; made once for laws that only read."""
+    given, reference = setting(variant, dtype)
+    return given, reference, variant.serve(given, reference)
+
+
 def alone(target, reference):
     """Return a problem of one task whose pre-trained model is the reference itself."""
     return posed(reference, {"task1": target}), reference
+
+
+def each(variant, *densities):
+    """Return a variant at some densities, or itself where it has none."""
+    return [replace(variant, density=density) for density in densities] if hasattr(variant, "density") else [variant]
 
 
 def at(variant, density):
@@ -159,10 +172,13 @@ def test_nothing_kept_is_the_reference(sparse, dtype):
     assert delta.nbytes == delta.stored_parameters == 0
 
 
-@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("values", [grid, None], ids=["ties", "normal"])
-def test_exactly_the_kept_entries_are_the_target_and_the_rest_the_reference(sparse, density, values, dtype):
-    target, reference = pair(dtype, **({"values": values} if values else {}))
+def test_exactly_the_kept_entries_are_the_target_and_the_rest_the_reference(sparse, values, dtype):
+    for density in DENSITIES:
+        _are_kept(sparse, density, *pair(dtype, **({"values": values} if values else {})))
+
+
+def _are_kept(sparse, density, target, reference):
     delta = at(sparse, density).delta(target, reference)
     put_back = delta.apply(reference)
     for name in FLOATS:
@@ -173,22 +189,25 @@ def test_exactly_the_kept_entries_are_the_target_and_the_rest_the_reference(spar
         assert int((got != base).sum()) <= len(stored)
 
 
-@pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("values", [grid, None], ids=["ties", "normal"])
-def test_of_what_is_ranked_together_exactly_the_density_is_kept(ranked, density, values, dtype):
+def test_of_what_is_ranked_together_exactly_the_density_is_kept(ranked, values, dtype):
     target, reference = pair(dtype, **({"values": values} if values else {}))
-    delta = at(ranked, density).delta(target, reference)
-    counts = [kept(density, len(group)) for group in groups(ranked, {name: target[name] for name in FLOATS})]
-    assert delta.stored_parameters == sum(counts)
     distinct = {name: torch.arange(1.0, 1 + target[name].numel()).reshape(target.shape(name)) for name in FLOATS}
     zeros = Weights.of({name: torch.zeros_like(value) for name, value in distinct.items()})
-    put_back = at(ranked, density).delta(Weights.of(distinct), zeros).apply(zeros)
-    assert [int((group != 0).sum()) for group in groups(ranked, put_back)] == counts
+    for density in DENSITIES:
+        delta = at(ranked, density).delta(target, reference)
+        counts = [kept(density, len(group)) for group in groups(ranked, {name: target[name] for name in FLOATS})]
+        assert delta.stored_parameters == sum(counts), density
+        put_back = at(ranked, density).delta(Weights.of(distinct), zeros).apply(zeros)
+        assert [int((group != 0).sum()) for group in groups(ranked, put_back)] == counts, density
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-def test_no_other_choice_of_as_many_entries_is_nearer(ranked, density):
-    target, reference = pair(torch.float64)
+def test_no_other_choice_of_as_many_entries_is_nearer(ranked):
+    for density in DENSITIES:
+        _is_nearest(ranked, density, *pair(torch.float64))
+
+
+def _is_nearest(ranked, density, target, reference):
     delta = at(ranked, density).delta(target, reference)
     differences = groups(ranked, {name: (target[name] - reference[name]).abs() for name in FLOATS})
     best = float(torch.cat([d.sort().values[: len(d) - kept(density, len(d))] for d in differences]).norm())
@@ -272,8 +291,7 @@ def test_packing_and_putting_back_are_pure(variant, dtype):
 
 
 def test_disk_and_memory_give_the_same_bits(variant, dtype, tmp_path):
-    given, reference = setting(variant, dtype)
-    expected = variant.serve(given, reference)
+    given, reference, expected = usual(variant, dtype)
 
     def stored(weights):
         return Weights.open(weights.save(tmp_path / weights.origin, shard_bytes=90))
@@ -284,7 +302,7 @@ def test_disk_and_memory_give_the_same_bits(variant, dtype, tmp_path):
 
 
 def test_the_size_of_blocks_does_not_matter(variant, monkeypatch):
-    expected = [contents(delta) for delta in variant.serve(*setting(variant)).deltas.values()]
+    expected = [contents(delta) for delta in usual(variant)[2].deltas.values()]
     monkeypatch.setattr(merging, "BLOCK", 5)
     served = variant.serve(*setting(variant))
     assert [contents(delta) for delta in served.deltas.values()] == expected
@@ -299,8 +317,7 @@ def test_the_order_of_tasks_does_not_matter(variant):
 
 
 def test_buffers_and_ties_are_those_of_the_reference(variant):
-    given, reference = setting(variant)
-    served = variant.serve(given, reference)
+    given, reference, served = usual(variant)
     for task in given.tasks:
         put_back = served.weights(task)
         assert all(bits(put_back[name]) == bits(reference[name]) for name in BUFFERS)
@@ -308,15 +325,14 @@ def test_buffers_and_ties_are_those_of_the_reference(variant):
 
 
 def test_dtypes_and_shapes_are_those_of_the_reference(variant, dtype):
-    given, reference = setting(variant, dtype)
-    served = variant.serve(given, reference)
+    given, reference, served = usual(variant, dtype)
     for task in given.tasks:
         for name, tensor in served.weights(task).state().items():
             assert (tensor.dtype, tensor.shape) == (reference.dtype(name), reference.shape(name))
 
 
 def test_putting_back_is_lazy(variant):
-    served = variant.serve(*setting(variant))
+    served = usual(variant)[2]
     watched, reads = counted(served.reference)
     put_back = served.deltas["task1"].apply(watched, served.base)
     assert not reads
@@ -384,9 +400,10 @@ def test_a_plan_is_not_reused_for_other_values_or_another_scope(ranked):
 # what is stored
 
 
-@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-def test_reported_sizes_are_those_of_the_tensors(variant, density, dtype, tmp_path):
-    for task, delta in at(variant, density).serve(*setting(variant, dtype)).deltas.items():
+def test_reported_sizes_are_those_of_the_tensors(variant, dtype, tmp_path):
+    given, reference, _ = usual(variant, dtype)
+    served = [one.serve(given, reference) for one in each(variant, 0.0, 0.1, 0.5, 1.0)]
+    for task, delta in (item for one in served for item in one.deltas.items()):
         stored = load_file(delta.save(tmp_path / f"{task}.safetensors"))
         assert delta.nbytes == sum(tensor.nbytes for tensor in stored.values())
         floating = [tensor for tensor in stored.values() if tensor.is_floating_point()]
@@ -395,19 +412,19 @@ def test_reported_sizes_are_those_of_the_tensors(variant, density, dtype, tmp_pa
         assert {tensor.dtype for key, tensor in stored.items() if key.endswith("//values")} <= {dtype}
 
 
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-def test_a_delta_comes_back_from_disk(variant, density, dtype, tmp_path):
-    served = at(variant, density).serve(*setting(variant, dtype))
-    delta = served.deltas["task2"]
-    opened = Delta.open(delta.save(tmp_path / "delta.safetensors"))
-    assert opened.variant == delta.variant and opened.nbytes == delta.nbytes
-    assert contents(opened) == contents(delta) and dict(opened.shapes) == dict(delta.shapes)
-    assert same(opened.apply(served.reference, served.base), served.weights("task2"))
+def test_a_delta_comes_back_from_disk(variant, dtype, tmp_path):
+    given, reference, _ = usual(variant, dtype)
+    for one in each(variant, 0.0, 0.1, 1.0):
+        served = one.serve(given, reference)
+        delta = served.deltas["task2"]
+        opened = Delta.open(delta.save(tmp_path / "delta.safetensors"))
+        assert opened.variant == delta.variant and opened.nbytes == delta.nbytes
+        assert contents(opened) == contents(delta) and dict(opened.shapes) == dict(delta.shapes)
+        assert same(opened.apply(served.reference, served.base), served.weights("task2"))
 
 
 def test_what_is_stored_is_accounted_for(variant, dtype):
-    given, reference = setting(variant, dtype)
-    served = variant.serve(given, reference)
+    given, reference, served = usual(variant, dtype)
     said = measure.stored(served, given)
     models_ = [[w[name] for name in w.mergeable()] for w in served.shared]
     packed = [tensor for delta in served.deltas.values() for tensor in tensors(delta)]
@@ -457,7 +474,7 @@ def test_another_architecture_is_refused(variant):
 
 
 def test_a_second_shared_model_cannot_be_left_out(variant):
-    served = variant.serve(*setting(variant))
+    served = usual(variant)[2]
     if not variant.shares_base:
         assert served.base is None
         return
@@ -515,7 +532,7 @@ def test_every_option_is_titled_frozen_and_says_its_reference(variant):
 
 @pytest.fixture
 def bundle(variant):
-    served = variant.serve(*setting(variant))
+    served = usual(variant)[2]
     return Bundle(served.reference, served.deltas, served.base)
 
 

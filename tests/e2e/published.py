@@ -1,19 +1,22 @@
-"""What the tests of published experiments share: a hub of tiny data and models, and one run of an experiment."""
+"""What the tests of published experiments share: one run of an experiment on tiny data, and what it must leave."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from byom.__main__ import main
 from byom.cli import config, sweeps
-from tests.hub import build, tasks, visit
-from tests.published_models import add_experts
+from tests.hub import visit
 from tests.tiny_clip import tiny_clip
 
 NOTE = "NOT A RESULT: tiny data in the hubs' own schema"
-SHORTER = {"adamerging": "merge.steps=2", "wudi": "merge.steps=3"}
+SHORTER = {"merge=adamerging": "merge.steps=2", "merge=wudi": "merge.steps=3", "byom=surgery": "byom.steps=2"}
+PLACES = ("backbone", "experts", "results")
+Cells = list[list[str]]
 
 
 def plan(name: str) -> dict:
@@ -26,20 +29,19 @@ def chosen(name: str, group: str) -> str | None:
     return next((o.partition("=")[2] for o in plan(name)["common"] if o.startswith(f"{group}=")), None)
 
 
-IMAGES = [n for n in config.options("experiment") if chosen(n, "experts") and chosen(n, "suite").startswith("vision")]
+def cells(name: str) -> Cells:
+    """Return the overrides of an experiment's cells."""
+    return sweeps.cells(plan(name)["rows"], plan(name)["common"])
 
 
-def add_images(home: Path, names: list[str]) -> Path:
-    """Make a folder the hub of some experiments on images: their data sets and experts."""
-    wanted = {(chosen(name, "experts"), chosen(name, "suite")) for name in names}
-    build(home, sorted({suite for _, suite in wanted}))
-    for option in sorted({option for option, _ in wanted if not option.startswith("task_vectors")}):
-        largest = max((suite for each, suite in wanted if each == option), key=lambda suite: len(tasks(suite)))
-        add_experts(home, option, largest, home / "work")
-    return home
+def kind(cell: list[str]) -> tuple[str, ...]:
+    """Return a cell without its numbers and without the names of its backbone, experts and results."""
+    return tuple(sorted(re.sub(r"=[\d.]+$", "=#", o) for o in cell if o.partition("=")[0] not in PLACES))
 
 
-def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
+def run(
+    name: str, home: Path, patch, *extra: str, select: Callable[[Cells], Cells] = lambda every: every
+) -> tuple[int, Path]:
     """Run an experiment on tiny data, training methods cut to a few steps, numbers of tasks to the first and last two.
 
     Returns:
@@ -48,12 +50,12 @@ def run(name: str, home: Path, patch, *extra: str) -> tuple[int, Path]:
     expand = sweeps.cells
 
     def shorter(rows, common):
-        cells = [c for c in expand(rows, common) if not {"suite.size=4", "suite.size=8", "suite.size=12"} & set(c)]
-        return [[*c, *(v for k, v in SHORTER.items() if f"merge={k}" in c)] for c in cells]
+        every = [c for c in expand(rows, common) if not {"suite.size=4", "suite.size=8", "suite.size=12"} & set(c)]
+        return [[*c, *(v for k, v in SHORTER.items() if k in c)] for c in select(every)]
 
     folder = home / "made" / chosen(name, "results")
     results = folder / "results" / "scratch"
-    overrides = [f"results={results}", f"cache={folder}/cache", f'note="{NOTE}"', "device=cpu", *extra]
+    overrides = [f"results={results}", f"cache={home}/cache", f'note="{NOTE}"', "device=cpu", *extra]
     if (chosen(name, "backbone") or "clip").startswith("clip") and chosen(name, "suite").startswith("vision"):
         overrides += [f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
     with visit(home, patch), patch.context() as undo:
