@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import OverrideType
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+import byom
 from byom.cli.tree import explained, folder, options, parsed
 from byom.errors import OptionError
 
@@ -204,12 +205,21 @@ def made(node: Any) -> Any:
         return {name: made(value) for name, value in node.items()}
     with explained():
         if HYDRAS_OWN & set(node):
-            return instantiate(node, _convert_="all")
-        target = get_object(node["_target_"])
+            return instantiate(_moved(node), _convert_="all")
+        target = get_object(byom.moved(node["_target_"]))
     try:
         return target(**{name: made(value) for name, value in node.items() if name != "_target_"})
     except TypeError as error:
         raise OptionError(f"{node['_target_']} cannot be made of {sorted(node)[1:]}: {error}") from error
+
+
+def _moved(node: Any) -> Any:
+    """Return a configuration in which every ``_target_`` is the present name of what it names."""
+    if isinstance(node, list):
+        return [_moved(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: byom.moved(v) if k == "_target_" else _moved(v) for k, v in node.items()}
 
 
 def option(group: str, name: str) -> Any:
