@@ -83,15 +83,15 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     sweep = [a for a in arguments if a not in ("-m", "--multirun")]
-    return _command("sweep")(sweep) if len(sweep) < len(arguments) else _command("run")(arguments)
+    return _command("sweep", "run")(sweep) if len(sweep) < len(arguments) else _command("command", "run")(arguments)
 
 
-def _command(name: str, module: str = "commands") -> Callable[[list[str]], int]:
-    """Return a function of a module of byom that is imported only when it is called."""
+def _command(name: str, module: str = "") -> Callable[[list[str]], int]:
+    """Return a function of a module of `byom.cli`, by default of its own name, which is imported when it is called."""
 
     def call(arguments: list[str]) -> int:
         _quiet()
-        return getattr(import_module(f"byom.cli.{module}"), name)(arguments)
+        return getattr(import_module(f"byom.cli.{module or name}"), name)(arguments)
 
     return call
 
@@ -104,8 +104,10 @@ def _quiet() -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
-    **{name: _command(name) for name in ("table", "report", "preview", "statistics", "export", "pack")},
-    "list": _command("list_options"),
+    **{name: _command(name) for name in ("table", "preview", "statistics")},
+    "report": _command("report", "table"),
+    **{name: _command(name, "serve") for name in ("export", "pack")},
+    "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
 }

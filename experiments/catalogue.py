@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from byom.cli import config, tables
+from byom.cli import config, table
 from byom.report import published
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def sources() -> str:
     parts = ["# Published numbers\n\nGenerated from `conf/published` by `python -m experiments.catalogue`. "]
     parts.append("Values are per cent unless a table says otherwise. Numbers of different checkpoint families are not ")
     parts.append("interchangeable.\n")
-    return "".join([*parts, *(_table(each) for each in tables.published_tables(config.options("published")))])
+    return "".join([*parts, *(_table(each) for each in table.published_tables(config.options("published")))])
 
 
 def _table(table: published.Published) -> str:

@@ -97,6 +97,11 @@ class Backbone(ABC):
             OptionError: If they are.
         """
 
+    @property
+    def hub_name(self) -> str:
+        """The name of its model on hubs, which exported adapters give as the model to load them onto."""
+        return type(self).__name__
+
     def downloads(self) -> Iterator[Download]:
         """Say what would have to be fetched from a hub; nothing where the weights are on this machine."""
         yield from ()

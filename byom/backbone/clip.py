@@ -51,6 +51,11 @@ class Clip(Backbone):
         """The model's own resize and crop."""
         return {"kind": "clip", "model": self.model}
 
+    @property
+    def hub_name(self) -> str:
+        """The name of the model in open_clip."""
+        return self.model
+
     def encode(self, inputs: Sequence[Image.Image], task: Task | None = None) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``: shorter side resized, centre cropped."""
         from open_clip import get_model_config, image_transform

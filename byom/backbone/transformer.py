@@ -31,6 +31,12 @@ class Pretrained(Backbone):
         if where := self._repository():
             hub.fetch(where, hub.WEIGHTS)
 
+    @property
+    def hub_name(self) -> str:
+        """The checkpoint; a model inside a data package is called as the package is."""
+        place = self.checkpoint
+        return f"{place.name}=={place.version}" if isinstance(place, Package) else place
+
     def _repository(self) -> hub.Repository | None:
         if isinstance(self.checkpoint, Package) or Path(self.checkpoint).is_dir():
             return None

@@ -70,6 +70,11 @@ class Vit(Backbone):
         """Square size and resampling."""
         return {"kind": "pixels", "image_size": self.image_size, "resample": "bicubic"}
 
+    @property
+    def hub_name(self) -> str:
+        """The name of the model in timm."""
+        return self.model
+
     def encode(self, inputs: Sequence[Image.Image], task: Task | None = None) -> dict[str, Tensor]:
         """Return ``pixels`` uint8 ``[N, 3, S, S]``."""
         side = (self.image_size, self.image_size)

@@ -1,45 +1,32 @@
-"""Configuration: the only module that knows Hydra. Composes options, builds plain objects, explains mistakes."""
+"""Configuration: composes options with Hydra, and builds plain objects of them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 import byom
-from byom.errors import ByomError, OptionError, suggest
+from byom.cli.tree import explained, folder, options, parsed
+from byom.errors import OptionError
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
 
+__all__ = ["build", "compose", "folder", "made", "option", "options", "plain", "resolve", "settings"]
+
 PLACES = ("results", "cache")
-PLUGINS = ("hydra/launcher", "hydra/sweeper")
 ALONE = ("merge", "byom", "router", "tune", "evaluate", "finetune")  # options that depend on no other option
 HYDRAS_OWN = {"_args_", "_convert_", "_partial_", "_recursive_"}
-
-
-def folder() -> Path:
-    """Return the Hydra tree: inside this package in a wheel, next to byom in a source tree."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(byom.__file__).parent.parent / "conf"
-
-
-def options(group: str) -> list[str]:
-    """Return the names of a group's options."""
-    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
 
 
 def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
@@ -55,7 +42,7 @@ def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
     Raises:
         OptionError: If a group, option or key does not exist.
     """
-    with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+    with explained(overrides, primary), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
         return hydra.compose(primary, list(overrides), return_hydra_config=True)
 
 
@@ -232,12 +219,21 @@ def made(node: Any) -> Any:
         return {name: made(value) for name, value in node.items()}
     with explained():
         if HYDRAS_OWN & set(node):
-            return instantiate(node, _convert_="all")
-        target = get_object(node["_target_"])
+            return instantiate(_moved(node), _convert_="all")
+        target = get_object(byom.moved(node["_target_"]))
     try:
         return target(**{name: made(value) for name, value in node.items() if name != "_target_"})
     except TypeError as error:
         raise OptionError(f"{node['_target_']} cannot be made of {sorted(node)[1:]}: {error}") from error
+
+
+def _moved(node: Any) -> Any:
+    """Return a configuration in which every ``_target_`` is the present name of what it names."""
+    if isinstance(node, list):
+        return [_moved(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: byom.moved(v) if k == "_target_" else _moved(v) for k, v in node.items()}
 
 
 def option(group: str, name: str) -> Any:
@@ -257,44 +253,3 @@ def option(group: str, name: str) -> Any:
 
 GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate", "logger")
 BUILT = (*GROUPS, "statistics")
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's errors into sentences with the nearest names."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, ByomError):
-            raise cause from error
-        raise OptionError(_sentence(error)) from error
-
-
-def parsed(overrides: Sequence[str]) -> list[Any]:
-    """Return Hydra's view of some overrides."""
-    with explained():
-        return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    if match := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
-        group, given = match.groups()
-        hint = "; others need a plugin of Hydra's (pip install 'byom[sweeps]' has ours)" if group in PLUGINS else ""
-        return f"there is no {group}={given}; {suggest(given, options(group.split('@')[0]))}{hint}"
-    if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
-        return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return f"there is no option '{match[1]}'; {_nearest(match[1])}"
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _nearest(key: str) -> str:
-    """Suggest keys near one that does not exist, from the default configuration."""
-    group, _, name = key.rpartition(".")
-    with hydra.initialize_config_dir(str(folder()), version_base="1.3"):
-        default = hydra.compose("run")
-    known = OmegaConf.select(default, group) if group else default
-    keys = [str(k) for k in known if not str(k).startswith("_")] if isinstance(known, DictConfig) else GROUPS
-    return suggest(name, keys)

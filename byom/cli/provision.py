@@ -1,19 +1,22 @@
-"""The commands that look ahead: what an experiment needs and costs, bringing it, and converting checkpoints."""
+"""``byom plan``, ``byom fetch`` and ``byom convert``: costs, downloads and checkpoints, before anything runs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from byom.cli import config, sweeps
 from byom.errors import OptionError, suggest
 from byom.weights import Weights
 
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
+
 
 def plan(arguments: Sequence[str]) -> int:
-    """Say which cells are finished, and what the others cost, before anything starts."""
+    """Print which cells are finished, and what the others cost, before anything starts."""
     from byom.pipeline import plan as plans
 
     name, cells = _settings(arguments)
@@ -22,7 +25,7 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def fetch(arguments: Sequence[str]) -> int:
-    """Bring what an experiment needs from hubs, for machines that will have no network."""
+    """Bring everything that an experiment needs from hubs, for machines that will have no network."""
     from byom.pipeline import plan as plans
 
     _, cells = _settings(arguments)
@@ -32,32 +35,16 @@ def fetch(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(arguments: Sequence[str]) -> tuple[str, list[Any]]:
+def _settings(arguments: Sequence[str]) -> tuple[str, list[Settings]]:
     """Return the runs of an experiment, or the one run that overrides alone describe."""
     if arguments and "=" not in arguments[0]:
-        every = cells(arguments[0], arguments[1:])
-        return arguments[0], [config.settings(cell) for cell in every]
+        name, extra = arguments[0], arguments[1:]
+        return name, [config.settings(cell) for cell in sweeps.experiment(name).cells(extra)]
     return "run", [config.settings(list(arguments))]
 
 
-def cells(name: str, extra: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of every cell of an experiment.
-
-    Args:
-        name: An option of ``conf/experiment``.
-        extra: Further overrides, of all cells.
-    """
-    return sweeps.cells(*plain(name, extra))
-
-
-def plain(name: str, extra: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return an experiment's sweep lines, and what is common to them."""
-    found = config.resolve([f"experiment={name}"], "table").values["experiment"]
-    return found["rows"], [*found["common"], *extra]
-
-
 def convert(arguments: Sequence[str]) -> int:
-    """Read a checkpoint of any format and write it as safetensors, then say what it was."""
+    """Read a checkpoint of any format and write it as safetensors, then print what it was."""
     places = [a for a in arguments if "=" not in a]
     if len(places) != 2:
         raise OptionError("byom convert SOURCE TARGET [like=BACKBONE] [to=safetensors|openclip|huggingface]")

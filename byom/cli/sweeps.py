@@ -8,9 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -22,8 +23,45 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from byom.cli.config import GROUPS, PLUGINS, build, compose, explained, folder, options, parsed, plain
-from byom.errors import OptionError
+from byom.cli.config import GROUPS, build, compose, plain, resolve
+from byom.cli.tree import PLUGINS, choices, explained, folder, options, parsed
+from byom.errors import OptionError, suggest
+
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
+
+Job = Callable[["Settings"], float]
+"""Runs one cell and returns its metric."""
+
+
+class Experiment(NamedTuple):
+    """An experiment: its cells, and the published tables that stand next to its own."""
+
+    rows: list[str]
+    """Sweep lines."""
+    common: list[str]
+    """Overrides of every line; they may sweep as well."""
+    published: list[str]
+
+    def cells(self, extra: Sequence[str] = ()) -> list[list[str]]:
+        """Return the overrides of every cell, with further ones for all of them."""
+        return cells(self.rows, [*self.common, *extra])
+
+
+def experiment(name: str) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        name: An option of ``conf/experiment``.
+
+    Raises:
+        OptionError: If it does not exist.
+    """
+    if name not in (known := options("experiment")):
+        raise OptionError(f"there is no experiment={name}; {suggest(name, known)}")
+    values = resolve([f"experiment={name}"], "table").values["experiment"]
+    return Experiment(list(values["rows"]), list(values["common"]), list(values.get("published") or ()))
+
 
 Fields = Callable[[str, str], set[str] | None]
 """The fields of a group's option; None where there is no such option."""
@@ -41,18 +79,18 @@ def _split(overrides: list[str], group: str, values: Callable[[str], list[str]],
     Returns:
         Overrides of one or more sweeps that together cover it; a field that no option has stays in all.
     """
-    given = {o: o.partition("=")[0].removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")}
+    named = {o: o.partition("=")[0].removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")}
     swept = next((o for o in overrides if o.startswith(f"{group}=") and "," in o), None)
-    if swept is None or not given:
+    if swept is None or not named:
         return [overrides]
     by_fields: dict[tuple[str, ...], list[str]] = {}
     for option in values(swept):
         known = fields(group, option)
-        had = (o for o, name in given.items() if known is None or name.partition(".")[0] in known)
+        had = (o for o, name in named.items() if known is None or name.partition(".")[0] in known)
         by_fields.setdefault(tuple(had), []).append(option)
-    nobody = [o for o in given if not any(o in had for had in by_fields)]
-    rest = [o for o in overrides if o not in given and o != swept]
-    return [[*rest, f"{group}={','.join(names)}", *had, *nobody] for had, names in by_fields.items()]
+    unknown = [o for o in named if not any(o in had for had in by_fields)]
+    rest = [o for o in overrides if o not in named and o != swept]
+    return [[*rest, f"{group}={','.join(names)}", *had, *unknown] for had, names in by_fields.items()]
 
 
 def for_hydra(override: str) -> bool:
@@ -64,7 +102,7 @@ def shared(part: int = 0) -> list[str]:
     """Return overrides that give all jobs of a sweep one folder and one name, in whatever process they run.
 
     Args:
-        part: Which of several sweeps that were asked for together.
+        part: The number of this sweep among several that were given together.
     """
     name = os.environ.get("BYOM_SWEEP", "unnamed")
     where = f"{name}-{part}" if part else name
@@ -83,10 +121,10 @@ def installed(target: str) -> bool:
 
 
 @contextmanager
-def command_line(given: Sequence[str]) -> Iterator[None]:
+def command_line(arguments: Sequence[str]) -> Iterator[None]:
     """Give Hydra the command line it insists on reading itself, and let its errors reach us."""
     argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *given]
+    sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -95,11 +133,11 @@ def command_line(given: Sequence[str]) -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
 
 
-def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> list[Path]:
+def multirun(overrides: Sequence[str], job: Job) -> list[Path]:
     """Run a sweep through Hydra's own sweeper and launcher.
 
     Args:
-        overrides: Hydra overrides with comma-separated or other
+        overrides: Hydra overrides, with sweeps such as ``merge=average,ties`` or ``choice(...)``.
         job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
 
     Returns:
@@ -109,16 +147,16 @@ def multirun(overrides: Sequence[str], job: Callable[[Any], float]) -> list[Path
         OptionError: If a launcher or sweeper is not installed, or one that searches would see the test score.
     """
     _require_plugins(overrides)
-    found: list[Path] = []
+    results: list[Path] = []
     for number, sweep in enumerate(fitting(overrides)):
         arguments = [*shared(number), *sweep]
-        with explained(), command_line(["-m", *arguments]):
+        with explained(sweep), command_line(["-m", *arguments]):
             hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
-        found += _searched(arguments)
-    return found
+        results += _searched(arguments)
+    return results
 
 
-def launch(cells: Sequence[Sequence[str]], job: Callable[[Any], float], overrides: Sequence[str]) -> list[Any]:
+def launch(cells: Sequence[Sequence[str]], job: Job, overrides: Sequence[str]) -> list[Exception | None]:
     """Run cells, which need not have anything in common, through one of Hydra's launchers.
 
     Args:
@@ -138,29 +176,45 @@ def launch(cells: Sequence[Sequence[str]], job: Callable[[Any], float], override
     with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
         core: Any = GlobalHydra.instance().hydra
         config = core.compose_config("run", [*own, *overrides], RunMode.MULTIRUN, with_log_configuration=False)
-        context = HydraContext(core.config_loader, Callbacks(config))
+        context = HydraContext(core.config_loader, Callbacks(config))  # it needs one, and no public name makes any
         launcher = Plugins.instance().instantiate_launcher(context, _task(job), config)
         return [_raised(done) for done in launcher.launch(cells, initial_job_idx=0)]
 
 
 def _require_plugins(overrides: Sequence[str]) -> None:
-    """Refuse a launcher or sweeper that is not installed, and let our presets stand for those that are."""
-    Plugins.instance()  # they store their own configurations, which Hydra would mix with presets of the same name
-    stored = ConfigStore.instance().repo["hydra"]
+    """Refuse a launcher or sweeper that is not installed.
+
+    Raises:
+        OptionError: Naming the extra that brings it.
+    """
+    _prefer_presets()
     for group in PLUGINS:
         for name in options(group):
-            stored[group.partition("/")[2]].pop(f"{name}.yaml", None)
             target = OmegaConf.select(OmegaConf.load(folder() / group / f"{name}.yaml"), "_target_")
             if f"{group}={name}" in overrides and not installed(target):
                 raise OptionError(f"{group}={name} needs a package that is not installed: pip install 'byom[sweeps]'")
 
 
-def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
+@cache
+def _prefer_presets() -> None:
+    """Let our presets of launchers and sweepers stand for those that the plugins store, once per process.
+
+    Plugins put their configurations into Hydra's store when they are loaded, and Hydra merges a stored configuration
+    with a file of the same name; it has no option for one to replace the other, so the stored one is taken out.
+    """
+    Plugins.instance()
+    stored = ConfigStore.instance().repo["hydra"]
+    for group in PLUGINS:
+        for name in options(group):
+            stored[group.partition("/")[2]].pop(f"{name}.yaml", None)
+
+
+def _task(job: Job) -> Callable[[DictConfig], float]:
     def task(config: DictConfig) -> float:
         own = HydraConfig.get()
-        choices = own.runtime.choices
-        cell = build(plain(config), choices, own.overrides.task)
-        if choices["hydra/sweeper"] != "basic" and "validation" not in cell.evaluate.splits:
+        names = own.runtime.choices
+        cell = build(plain(config), names, own.overrides.task)
+        if names["hydra/sweeper"] != "basic" and "validation" not in cell.evaluate.splits:
             raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
         return job(cell)
 
@@ -168,9 +222,9 @@ def _task(job: Callable[[Any], float]) -> Callable[[DictConfig], float]:
 
 
 def _searched(arguments: Sequence[str]) -> list[Path]:
-    asked = compose([o for o in arguments if for_hydra(o) or o.startswith("results=")])
-    file = Path(asked.hydra.sweep.dir) / "optimization_results.yaml"
-    return [file] if asked.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
+    sweep = compose([o for o in arguments if for_hydra(o) or o.startswith("results=")])
+    file = Path(sweep.hydra.sweep.dir) / "optimization_results.yaml"
+    return [file] if sweep.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
 
 
 def _raised(done: JobReturn) -> Exception | None:
@@ -192,11 +246,10 @@ def fitting(overrides: Sequence[str]) -> list[list[str]]:
     Returns:
         Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
     """
-    found = [list(overrides)]
+    parts = [list(overrides)]
     for group in GROUPS:
-        parts = [_split(each, group, _values, _fields) for each in found]
-        found = [part for some in parts for part in some]
-    return found
+        parts = [part for each in parts for part in _split(each, group, _values, _fields)]
+    return parts
 
 
 def _values(override: str) -> list[str]:
@@ -221,7 +274,7 @@ def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
         common: Overrides added to every line; they may sweep as well.
 
     Returns:
-        One list of overrides a cell, in order, without repetitions.
+        One list of overrides per cell, in order, without repetitions.
     """
     outer = _expand(common)  # outermost, so that neighbouring cells share their seed and its experts
     expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
@@ -229,10 +282,4 @@ def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
 
 
 def _expand(overrides: Sequence[str]) -> list[list[str]]:
-    return [list(cell) for cell in product(*map(_choices, parsed(overrides)))]
-
-
-def _choices(override: Any) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    return [list(cell) for cell in product(*map(choices, parsed(overrides)))]

@@ -1,7 +1,8 @@
-"""Repositories of a model or data hub: what they hold, what is here already, and bringing it."""
+"""Repositories of a model or data hub: their files, those of them on this machine, and bringing them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -13,8 +14,10 @@ from byom.errors import CheckpointError, DataError
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.txt")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
-
-_UNREACHABLE: list[str] = []
+PATIENCE = 60.0
+"""Seconds for which a hub that did not answer is not asked for sizes again."""
+_silent: dict[str, float] = {}
+"""Hub to the time (`time.monotonic`) at which it did not answer."""
 
 
 class Repository(NamedTuple):
@@ -38,8 +41,8 @@ class Download(NamedTuple):
     """Something that a run needs and that may have to be fetched.
 
     Args:
-        what: What it is.
-        place: Where it comes from.
+        what: A name for people, such as ``expert mnist``.
+        place: The repository or folder that it comes from.
         local: Whether it is on this machine.
         bytes: Its size where it is known: of what is here, or as the hub says.
     """
@@ -74,8 +77,8 @@ def fetch(repository: Repository, patterns: Sequence[str]) -> Path:
     """Bring a repository's files to this machine, if they are not here.
 
     Args:
-        repository: Which.
-        patterns: Which of its files.
+        repository: The repository.
+        patterns: Shell-style patterns of the files that are needed.
 
     Returns:
         The folder that holds them.
@@ -108,21 +111,22 @@ def _fetched(repository: Repository, patterns: tuple[str, ...], cache: str) -> P
 
 
 def size(repository: Repository, patterns: Sequence[str]) -> int | None:
-    """Return the bytes of a repository's files: of those that are here, or as the hub says; None if nobody says."""
+    """Return the bytes of a repository's files: of those that are here, or as the hub says; None if it is unknown."""
     folder = local(repository, patterns)
     if folder:
         return sum(path.stat().st_size for path in _held(folder, patterns))
-    if _UNREACHABLE:
-        return None
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
+    hub = constants.ENDPOINT
+    if time.monotonic() < _silent.get(hub, -PATIENCE) + PATIENCE:
+        return None
     try:
         info = HfApi().repo_info(
             repository.name, revision=repository.revision, repo_type=repository.kind, files_metadata=True, timeout=10
         )
     except Exception as error:  # whatever keeps the hub from answering, the size stays unknown
-        if getattr(error, "response", None) is None:  # nobody answered, and nobody will the next time
-            _UNREACHABLE.append(str(error))
+        if getattr(error, "response", None) is None:  # no answer: each further question would wait for its time-out
+            _silent[hub] = time.monotonic()
         return None
     siblings: Any = getattr(info, "siblings", None) or ()
     files = [file for file in siblings if _matches(file.rfilename, patterns)]

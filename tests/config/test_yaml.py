@@ -151,6 +151,10 @@ def test_the_headline_rows_are_rows_of_the_full_table():
         (["byom=ftt"], "did you mean 'fft'"),
         (["merge.scal=1"], "did you mean 'scale'"),
         (["seeed=1"], "did you mean 'seed'"),
+        (["merge=ties", "merge.densty=0.1"], "did you mean 'density'"),
+        (["byom=lora", "byom.rnk=4"], "did you mean 'rank'"),
+        (["merge.densty=0.1", "merge=dare", "seed=3"], "Known: .*drop"),
+        (["merge.densty=0.1"], "Known: scale$"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(overrides, said):
@@ -182,7 +186,8 @@ def test_public_names_are_importable():
     import byom
 
     for name in byom.__all__:
-        assert getattr(byom, name) is getattr(import_module(byom._WHERE[name]), name)
+        module, _, attribute = byom._WHERE[name].partition(":")
+        assert getattr(byom, name) is getattr(import_module(module), attribute or name)
     with pytest.raises(AttributeError):
         _ = byom.Nothing
 

@@ -134,11 +134,11 @@ def test_a_new_merge_method_is_one_python_file_and_one_yaml(tmp_path):
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     experiment = "vision8_offline_headline"
     options = [experiment, *overrides(tmp_path), "tune=none"]
-    monkeypatch.setattr("byom.cli.commands._job", _stop_after(3))
+    monkeypatch.setattr("byom.cli.run.job", _stop_after(3))
     with pytest.raises(KeyboardInterrupt):
-        from byom.cli import commands
+        from byom.cli import table
 
-        commands.table(options)
+        table.table(options)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("runs/**/*.json")}
     assert len(kept) == 3
     monkeypatch.undo()
@@ -150,9 +150,9 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 def _stop_after(cells):
-    from byom.cli import commands
+    from byom.cli import run
 
-    original, seen = commands._job, []
+    original, seen = run.job, []
 
     def job(settings):
         if len(seen) == cells:

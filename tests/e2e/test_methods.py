@@ -126,11 +126,11 @@ def test_what_was_made_before_keeps_its_cost(cell, settings, folder):
 
 
 def test_statistics_are_made_ahead_and_found_again(settings, cell, capsys):
-    from byom.cli import commands
+    from byom.cli import statistics
 
     made = settings("merge=regmean", "byom=none")
     lab = laboratory(made)
-    assert commands._fit_statistics(made, {"gram": made.statistics["gram"]}) == 0
+    assert statistics.fit(made, {"gram": made.statistics["gram"]}) == 0
     shown = capsys.readouterr().out
     assert all(task in shown for task in KEPT) and "gram" in shown
     first = lab.statistics("mnist", {"gram": made.statistics["gram"]})["gram"]

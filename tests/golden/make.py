@@ -5,8 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from byom.cli import config
-from byom.pipeline.run import run
+import byom
 from byom.storage.place import write_json
 from tests.e2e.tiny import overrides
 
@@ -28,7 +27,7 @@ def scores(cell):
 def main() -> None:
     """Run the rows in a temporary folder and write the file."""
     with tempfile.TemporaryDirectory() as folder:
-        found = scores(lambda *options: run(config.settings([*overrides(Path(folder)), *options])))
+        found = scores(lambda *options: byom.run([*overrides(Path(folder)), *options]))
     write_json(Path(__file__).with_name("tiny_vision.json"), found)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from byom.cli import config
-from byom.cli.tables import published_tables
+from byom.cli.table import published_tables
 from byom.errors import OptionError
 from byom.report.figures.published import ours_against_published
 from byom.report.figures.style import save

@@ -1,13 +1,14 @@
-"""Several processes for one command (``accelerate launch``): the first runs it, the others help it train."""
+"""Several processes for one command (``accelerate launch``): the first runs it, the others take part in training."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from byom.errors import OptionError
 
@@ -40,11 +41,8 @@ class Alone:
         clip_grad_norm_(parameters, largest)
 
 
-class _State:
-    """Where this process stands; commands and training share it."""
-
-    leads: ClassVar[bool] = False
-    team: ClassVar[Alone | Accelerator] = Alone()
+_leads: ContextVar[bool] = ContextVar("leads", default=False)
+_team: ContextVar[Alone | Accelerator] = ContextVar("team", default=Alone())  # noqa: B039 - it holds no state
 
 
 def count() -> int:
@@ -53,18 +51,18 @@ def count() -> int:
 
 
 def team() -> Alone | Accelerator:
-    """Return those who do the present work: all processes inside `together`, this one elsewhere."""
-    return _State.team
+    """Return the accelerator for the current work: all processes inside `together`, otherwise this one."""
+    return _team.get()
 
 
 def led(command: Command) -> Command:
-    """Let the first process run a command, cache and records included, while the others wait to help.
+    """Let the first process run a command, cache and records included, while the others wait for work.
 
     Args:
         command: A command that may train.
 
     Returns:
-        The command; in the other processes it does what `together` asks for, and returns 0 when the first is done.
+        The command; in the other processes it does the work of `together`, and returns 0 when the first is done.
     """
 
     @wraps(command)
@@ -74,30 +72,31 @@ def led(command: Command) -> Command:
         if not _accelerator().is_main_process:
             return _follow()
         _control()
-        _State.leads = True
+        leads = _leads.set(True)
         try:
             return command(arguments)
         finally:
-            if isinstance(_State.team, Alone):  # otherwise the others are stuck in work that failed here
+            _leads.reset(leads)
+            if isinstance(team(), Alone):  # otherwise the others are stuck in work that failed here
                 _tell(None)
 
     return run
 
 
 def together(work: Callable[..., None], through: Path, *arguments: Any) -> None:
-    """Call a function in every process of a command with equal arguments; `team` tells it who takes part.
+    """Call a function in every process of a command with equal arguments; `team` returns the processes that take part.
 
     Args:
         work: A function of a module, so that all processes can import it.
         through: A folder that all processes can read.
-        arguments: What the function takes; the other processes get copies, on their own device.
+        arguments: Those of the function; the other processes get copies, on their own device.
 
     Raises:
         SystemExit: If it fails while others take part: they cannot be called back, so the command ends.
     """
     import torch
 
-    if not _State.leads:
+    if not _leads.get():
         return work(*arguments)
     through.mkdir(parents=True, exist_ok=True)
     file = through / "together.pt"
@@ -111,9 +110,9 @@ def together(work: Callable[..., None], through: Path, *arguments: Any) -> None:
 
 
 def _take_part(work: Callable[..., None], arguments: Sequence[Any]) -> None:
-    _State.team = _accelerator()
+    alone = _team.set(_accelerator())
     work(*arguments)
-    _State.team = Alone()
+    _team.reset(alone)  # not where work fails: `led` sees from it that the others cannot be called back
     _accelerator().free_memory()  # it holds on to every model and optimizer that it prepared
 
 
@@ -124,7 +123,7 @@ def require_device(encoder: nn.Module) -> None:
         OptionError: Saying how to launch them.
     """
     here = next(encoder.parameters()).device.type
-    if _State.leads and here != _accelerator().device.type:
+    if _leads.get() and here != _accelerator().device.type:
         raise OptionError(
             f"the model is on {here}, and the processes were launched for {_accelerator().device.type}: use "
             "device=auto, or set ACCELERATE_USE_CPU=true to train on CPUs"
@@ -142,7 +141,7 @@ def _follow() -> int:
 
 
 def _tell(file: str | None = None) -> str | None:
-    """Send the first process's word to the others, who give none and return it."""
+    """Broadcast a file's name, or None for the end, from the first process to the others; all return it."""
     from torch.distributed import broadcast_object_list
 
     word = [file]
@@ -156,14 +155,14 @@ def _accelerator() -> Accelerator:
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     # some encoders have parameters that no output depends on
-    made = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    plain = made.mixed_precision == "no" and made.gradient_accumulation_steps == 1
-    if not plain or made.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    plain = accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 1
+    if not plain or accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise OptionError(
             "byom divides batches among processes and changes nothing else: launch with --multi_gpu "
             "--mixed_precision no --gradient_accumulation_steps 1, without FSDP or DeepSpeed"
         )
-    return made
+    return accelerator
 
 
 @cache

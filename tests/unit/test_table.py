@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from byom.cli import tables
+from byom.cli import config, table
 from byom.errors import DataError
 from tests.unit import synthetic_runs as synthetic
 
@@ -16,7 +16,8 @@ def cell(results, *options):
 def test_a_suite_without_a_finished_cell_costs_no_other_suite_its_table(tmp_path, capsys):
     results = tmp_path / "scratch"  # a tree with changes writes nowhere else
     synthetic.write(results, synthetic.records())
-    tables.write_all([cell(results, "suite.only=[chess,mnist]"), cell(results)], ())
+    cells = [cell(results, "suite.only=[chess,mnist]"), cell(results)]
+    table.write_all(table.places(cells, lambda *one: config.settings(one)), ())
     said = capsys.readouterr()
     assert f"no table of {SUITE}-chess-mnist with {BACKBONE}: none of its cells has finished" in said.err
     assert said.err.count("\n") == 1 and f"{SUITE}--{BACKBONE}.md" in said.out
@@ -25,7 +26,7 @@ def test_a_suite_without_a_finished_cell_costs_no_other_suite_its_table(tmp_path
 def test_every_reason_of_a_failure_is_said_once_with_the_cells_it_ended():
     every = [["suite=s", f"merge=m{number}"] for number in range(9)]
     failed = [(each, DataError("no such file")) for each in every[:7]] + [(every[8], KeyError("x"))]
-    assert tables.failures(every, failed).splitlines() == [
+    assert table.failures(every, failed).splitlines() == [
         "byom: 7 of 9 cells failed: no such file",
         *(f"    merge=m{number}" for number in range(5)),
         "    and 2 more",
@@ -35,5 +36,5 @@ def test_every_reason_of_a_failure_is_said_once_with_the_cells_it_ended():
 
 
 def test_a_single_cell_is_named_whole_and_no_failure_says_nothing():
-    assert tables.failures([["a=1", "b=2"]], [(["a=1", "b=2"], DataError("gone"))]).endswith("    a=1 b=2\n")
-    assert tables.failures([["a=1"]], []) == ""
+    assert table.failures([["a=1", "b=2"]], [(["a=1", "b=2"], DataError("gone"))]).endswith("    a=1 b=2\n")
+    assert table.failures([["a=1"]], []) == ""

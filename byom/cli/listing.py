@@ -1,0 +1,27 @@
+"""``byom list``: the options of every group, and the experts in the cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from byom.cli import config
+
+GROUPS = (
+    "merge", "byom", "router", "statistic", "suite", "backbone", "finetune", "experts", "tune", "logger", "experiment",
+)  # fmt: skip
+
+
+def list_options(arguments: Sequence[str]) -> int:
+    """List the options of every group (or of those named) and the experts in the cache."""
+    for group in [a for a in arguments if a in GROUPS] or GROUPS:
+        sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")
+    cache = Path(config.resolve([]).values["cache"]).expanduser()
+    files = sorted((cache / "experts").glob("*/training.json"))
+    rows = [(json.loads(file.read_text()), file.parent.name) for file in files]
+    lines = [f"{row['task']:<18} seed {row['seed']}  {row.get('backbone', ''):<10} {name}" for row, name in rows]
+    for line in (f"experts in {cache}: {len(lines)}", *sorted(lines)):
+        sys.stdout.write(f"  {line}\n")
+    return 0

@@ -1,0 +1,64 @@
+"""``byom export`` and ``byom pack``: writing the models that serve the tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byom.cli import config
+from byom.errors import OptionError
+from byom.experts.finetune.processes import led
+
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
+
+
+@led
+def export(arguments: Sequence[str]) -> int:
+    """Write every task as a PEFT adapter, then print a line for each."""
+    from byom.checkpoint.adapters import export as adapters
+    from byom.pipeline.cell import Cell
+
+    folder, settings = _folder("export", arguments)
+    cell = Cell(settings)
+    adapters.adapters(
+        cell.served,
+        folder,
+        base_model=settings.backbone.hub_name,
+        prefix=settings.backbone.inner,
+        module=cell.lab.encoder,
+        heads={name: (cell.lab.head(name), task.classes) for name, task in cell.lab.tasks.items()},
+        notes={"suite": settings.suite.name, **{k: v for k, v in settings.titles().items() if v}},
+    )
+    for task, notes in json.loads((folder / "export.json").read_text())["tasks"].items():
+        ranks = "-".join(str(rank) for rank in dict.fromkeys(notes["rank"]))
+        size = f"{notes['parameters']:>11,} parameters {notes['bytes']:>12,} bytes"
+        sys.stdout.write(f"{task:<18} rank {ranks:<7} {size}  {folder / task}\n")
+    return 0
+
+
+@led
+def pack(arguments: Sequence[str]) -> int:
+    """Save the shared models and packed differences as a bundle, then print a line for each task."""
+    from byom.checkpoint.bundle import Bundle
+    from byom.pipeline.cell import Cell
+    from byom.variants.base.delta import Delta
+
+    folder, settings = _folder("pack", arguments)
+    served = Cell(settings).streamed
+    Bundle(served.reference, served.deltas, served.base).save(folder)
+    for task in served.deltas:
+        delta = Delta.open(folder / f"{task}.safetensors")
+        size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
+        sys.stdout.write(f"{task:<18} {size}  {folder / task}.safetensors\n")
+    return 0
+
+
+def _folder(command: str, arguments: Sequence[str]) -> tuple[Path, Settings]:
+    """Return where a command writes, its first argument, and the settings that the others make."""
+    if not arguments or "=" in arguments[0]:
+        raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
+    return Path(arguments[0]).expanduser(), config.settings(list(arguments[1:]))

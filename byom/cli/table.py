@@ -1,0 +1,233 @@
+"""``byom table`` and ``byom report``: the missing cells of an experiment, and the tables of finished ones."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from byom.cli import config, run, sweeps
+from byom.errors import ByomError, NothingFinished, OptionError, suggest
+from byom.experts.finetune.processes import led
+
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
+    from byom.report.published import Published
+
+REPORTED = ("suite", "backbone", "results", "suite.size", "suite.draw", "suite.only")
+"""Options that say which table a record belongs to."""
+
+LISTED = 5
+"""Cells that are named for each reason of a failure."""
+
+MANY = 3
+"""From more suites than this on, their common table is printed in place of one each."""
+
+Failures = list[tuple[list[str], Exception]]
+"""The overrides of cells that failed, and what they raised."""
+
+Composed = Callable[..., "Settings"]
+"""Gives the settings of a cell's overrides, composed once however often they are asked for."""
+
+
+@led
+def table(arguments: Sequence[str]) -> int:
+    """Run the missing cells of an experiment, then write its table and figures."""
+    if not arguments or "=" in arguments[0]:
+        raise OptionError(f"which table? byom table NAME, one of: {', '.join(config.options('experiment'))}")
+    name, extra = arguments[0], list(arguments[1:])
+    experiment = sweeps.experiment(name)
+    launcher = [o for o in extra if sweeps.for_hydra(o)]
+    every = experiment.cells([o for o in extra if o not in launcher])
+    run.name_sweep()
+
+    @cache
+    def composed(*cell: str) -> Settings:
+        return config.settings(cell)
+
+    with run.keeper():
+        failed = _launched(every, composed, launcher) if launcher else _in_turn(every, composed)
+    try:
+        write_all(places(every, composed), experiment.published)
+    finally:  # a table that cannot be written must not hide why
+        sys.stderr.write(failures(every, failed))
+    return 1 if failed else 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write tables and figures from records alone; only suite, backbone and results say which."""
+    for argument in arguments:
+        if argument.split("=")[0] not in REPORTED:
+            raise OptionError(f"byom report knows no '{argument}'; {suggest(argument.split('=')[0], REPORTED)}")
+    values, names = config.resolve(arguments)
+    suite = config.made(values["suite"]).name
+    write(Place(Path(values["results"]), suite, names["backbone"], suite))
+    return 0
+
+
+def _in_turn(every: Sequence[list[str]], composed: Composed) -> Failures:
+    """Run cells one after another in this process; those that failed do not keep the others from running."""
+    from byom.weights import cuts
+
+    failed: Failures = []
+    start = time.monotonic()
+    given = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
+    densities = [float(value) for value in given if value.replace(".", "", 1).isdigit()]
+    for number, cell in enumerate(every, 1):
+        sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
+        sys.stdout.flush()
+        try:
+            with cuts.sweep(densities):
+                run.job(composed(*cell))
+        except Exception as error:  # marked in its own record; the other cells still run
+            failed.append((cell, error))
+    return failed
+
+
+def _launched(every: Sequence[list[str]], composed: Composed, launcher: Sequence[str]) -> Failures:
+    """Hand the cells without a record to one of Hydra's launchers, and return those that still have none."""
+    if any(o.startswith("hydra/sweeper=") for o in launcher):
+        raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
+    missing = [cell for cell in every if not _finished(cell, composed)]
+    sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
+    sys.stdout.flush()
+    try:
+        raised = sweeps.launch(missing, run.job, launcher) if missing else []
+    except ByomError:
+        raise
+    except Exception as error:  # a job that vanished takes the launcher along; what has a record is kept
+        raised = [error] * len(missing)
+    pairs = zip(missing, raised, strict=True)
+    return [(cell, error) for cell, error in pairs if error and not _finished(cell, composed)]
+
+
+def _finished(cell: Sequence[str], composed: Composed) -> bool:
+    try:
+        return composed(*cell).place().finished() is not None
+    except ByomError:  # the cell's own job says it
+        return False
+
+
+def _left(start: float, done: int, total: int) -> str:
+    """Return the time that is left, from the cells so far; blank before the first has finished."""
+    if not done:
+        return " " * 13
+    seconds = (time.monotonic() - start) / done * (total - done)
+    return f"{int(seconds // 60):>3}:{int(seconds % 60):02d} left "
+
+
+class Place(NamedTuple):
+    """What a table is of: a results folder, a suite and a backbone."""
+
+    results: Path
+    suite: str
+    backbone: str
+    whole: str
+    """The suite that this one is a subset of; its own name if of none."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Place:
+        """Return what table a run belongs to."""
+        whole = settings.resolved["suite"]["name"]
+        return cls(settings.place().root, settings.suite.name, settings.names["backbone"], whole)
+
+
+def places(every: Iterable[Sequence[str]], composed: Composed) -> list[Place]:
+    """Return what tables some cells belong to; cells that do not compose belong to none."""
+    seen: dict[Place, None] = {}
+    for cell in every:
+        try:
+            seen[Place.of(composed(*cell))] = None
+        except ByomError:  # the failure of the cell says it
+            continue
+    return list(seen)
+
+
+def write_all(places: Sequence[Place], published: Sequence[str]) -> None:
+    """Write and print tables.
+
+    Args:
+        places: What they are of; one without a finished cell has no table, which is said.
+        published: Published tables to stand next to ours.
+    """
+    begun = [place for place in places if _begun(place)]
+    groups: dict[tuple[Path, str, str], list[str]] = {}
+    for each in begun:
+        groups.setdefault((each.results, each.backbone, each.whole), []).append(each.suite)
+    for each in begun:
+        if len(groups[each.results, each.backbone, each.whole]) <= MANY:
+            write(each, published)
+    for (results, backbone, whole), suites in groups.items():
+        if len(suites) > 1:
+            from byom.report import scaling
+
+            _print(*scaling.generate(results, backbone, suites, whole))
+
+
+def _begun(of: Place) -> bool:
+    """Return whether any cell of a table has finished, and say so if none has."""
+    from byom.report.runs import read_runs
+
+    try:
+        read_runs(of.results, of.suite, of.backbone)
+    except NothingFinished:
+        sys.stderr.write(f"byom: no table of {of.suite} with {of.backbone}: none of its cells has finished\n")
+        return False
+    return True
+
+
+def failures(cells: Sequence[Sequence[str]], failed: Sequence[tuple[Sequence[str], Exception]]) -> str:
+    """Return which cells failed and why, every reason once.
+
+    Args:
+        cells: Overrides of every cell; what all of them share is not repeated.
+        failed: Those that failed, and what they raised.
+
+    Returns:
+        Lines; the empty text if none failed.
+    """
+    shared = set(cells[0]).intersection(*cells) if len(cells) > 1 else set()
+    by_reason: dict[str, list[str]] = {}
+    for cell, error in failed:
+        reason = str(error) if isinstance(error, ByomError) else f"{type(error).__name__}: {error}"
+        by_reason.setdefault(reason, []).append(" ".join(o for o in cell if o not in shared))
+    return "".join(_failed(reason, names, len(cells)) for reason, names in by_reason.items())
+
+
+def _failed(reason: str, names: Sequence[str], total: int) -> str:
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    lines = [f"byom: {len(names)} of {total} cells failed: {reason}", *names[:LISTED], *more]
+    return "\n    ".join(lines) + "\n"
+
+
+def write(of: Place, published: Sequence[str] = ()) -> None:
+    """Write and print the tables of one suite and backbone."""
+    from byom.report.report import generate
+
+    ours = generate(of.results, of.suite, of.backbone)
+    _print(ours.text, ours.files)
+    if published:
+        from byom.report import published_table
+
+        _print(*published_table.generate(of.results, of.suite, of.backbone, published_tables(published)))
+
+
+def published_tables(names: Sequence[str]) -> list[Published]:
+    """Return published tables by their names, in order.
+
+    Raises:
+        OptionError: If there is none of a name, or one contradicts itself.
+    """
+    from byom.report.published import read
+
+    known = config.options("published")
+    if unknown := [name for name in names if name not in known]:
+        raise OptionError(f"there is no published table '{unknown[0]}'; {suggest(unknown[0], known)}")
+    return [read(config.folder() / "published" / f"{name}.yaml") for name in names]
+
+
+def _print(text: str, files: Sequence[Path]) -> None:
+    sys.stdout.write(f"\n{text}\n\n" + "".join(f"{file}\n" for file in files))

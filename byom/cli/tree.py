@@ -1,0 +1,94 @@
+"""Hydra's tree of options, overrides of it, and its errors as sentences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import byom
+from byom.errors import ByomError, OptionError, suggest
+
+PLUGINS = ("hydra/launcher", "hydra/sweeper")
+
+
+def folder() -> Path:
+    """Return the Hydra tree: inside this package in a wheel, next to byom in a source tree."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(byom.__file__).parent.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """Return the names of a group's options."""
+    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
+
+
+@contextmanager
+def explained(overrides: Sequence[str] = (), primary: str = "run") -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into sentences with the nearest names.
+
+    Args:
+        overrides: What is composed: a key that does not exist is compared with those of the options chosen there.
+        primary: The command's primary configuration.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ByomError):
+            raise cause from error
+        raise OptionError(_sentence(error, overrides, primary)) from error
+
+
+def parsed(overrides: Sequence[str]) -> list[Any]:
+    """Return Hydra's view of some overrides."""
+    with explained():
+        return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def choices(override: Any) -> list[str]:
+    """Return the overrides that a parsed one stands for: one for each value that it sweeps over."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _sentence(error: Exception, overrides: Sequence[str], primary: str) -> str:
+    text = str(error)
+    if match := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
+        group, name = match.groups()
+        hint = "; others need a plugin of Hydra's (pip install 'byom[sweeps]' has ours)" if group in PLUGINS else ""
+        return f"there is no {group}={name}; {suggest(name, options(group.split('@')[0]))}{hint}"
+    if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
+        return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no option '{match[1]}'; {_nearest(match[1], overrides, primary)}"
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _nearest(key: str, overrides: Sequence[str], primary: str) -> str:
+    """Suggest keys near one that does not exist: those of the options that were chosen for its group."""
+    group, _, name = key.rpartition(".")
+    chosen = parsed([o for o in overrides if group and o.partition("=")[0] == group.partition(".")[0]])
+    alternatives = [[choice] for override in chosen for choice in choices(override)] or [[]]
+    known = {key for each in alternatives for key in _keys(group, each, primary)}
+    return suggest(name, known)
+
+
+def _keys(group: str, overrides: list[str], primary: str) -> set[str]:
+    """Return the keys of a group in a composed configuration; none where it does not compose or has no keys."""
+    try:
+        with hydra.initialize_config_dir(str(folder()), version_base="1.3"):
+            config = hydra.compose(primary, overrides)
+    except HydraException:
+        return set()
+    node = OmegaConf.select(config, group) if group else config
+    return {str(key) for key in node if not str(key).startswith("_")} if isinstance(node, DictConfig) else set()
