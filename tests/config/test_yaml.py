@@ -171,7 +171,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(overrides, said):
         (["byom.density=ten"], "is not a fraction"),
         (["merge=ties", "merge.density=20"], "merge.density=20 is not a fraction"),
         (["merge=ties", "merge.combine=median"], "use mean or sum"),
-        (["byom.scope=layer"], "use global or tensor"),
+        (["byom.scope=layer"], "use global, tensor or row"),
         (["finetune.epochs=0"], "out of range"),
         (["evaluate.splits=[train]"], "must name some of"),
         (["logger=wandb", "logger.mode=off"], "use online or offline"),
