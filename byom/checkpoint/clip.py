@@ -55,10 +55,10 @@ def hugging_face_names(name: str) -> Source | None:
         return Source((PROJECTION,), transposed=True)
     if name in TOP:
         return Source((TOP[name],))
-    if found := FUSED.fullmatch(name):
-        return Source(tuple(f"encoder.layers.{found[1]}.self_attn.{part}.{found[2]}" for part in PARTS))
-    if (found := RESBLOCK.fullmatch(name)) and found[2] in BLOCK:
-        return Source((f"encoder.layers.{found[1]}.{BLOCK[found[2]]}.{found[3]}",))
+    if match := FUSED.fullmatch(name):
+        return Source(tuple(f"encoder.layers.{match[1]}.self_attn.{part}.{match[2]}" for part in PARTS))
+    if (match := RESBLOCK.fullmatch(name)) and match[2] in BLOCK:
+        return Source((f"encoder.layers.{match[1]}.{BLOCK[match[2]]}.{match[3]}",))
     return None
 
 
@@ -67,11 +67,11 @@ def open_clip_name(name: str) -> str:
 
     Query, key and value keep names of their own, as parts of the fused layer; other names stay as they are.
     """
-    found = THEIRS.match(name)
-    if not found:
+    match = THEIRS.match(name)
+    if not match:
         return name
-    module = next((f"{ours}{found[2].removeprefix(t)}" for ours, t in BLOCK.items() if found[2].startswith(t)), None)
-    return f"transformer.resblocks.{found[1]}.{module or found[2].replace('self_attn.', 'attn.', 1)}"
+    module = next((f"{ours}{match[2].removeprefix(t)}" for ours, t in BLOCK.items() if match[2].startswith(t)), None)
+    return f"transformer.resblocks.{match[1]}.{module or match[2].replace('self_attn.', 'attn.', 1)}"
 
 
 def from_hugging_face(raw: Weights, base: Weights, tower: str) -> tuple[Weights, list[str], list[str]]:
@@ -113,11 +113,11 @@ def from_hugging_face(raw: Weights, base: Weights, tower: str) -> tuple[Weights,
 
 def _fitting(raw: Weights, source: Source, shape: tuple[int, ...]) -> Source:
     upright = shape[::-1] if source.transposed else shape
-    wanted = (upright[0] // len(source.names), *upright[1:])
+    expected = (upright[0] // len(source.names), *upright[1:])
     for name in source.names:
-        if raw.shape(name) != wanted:
+        if raw.shape(name) != expected:
             raise CheckpointError(
-                f"{raw.origin}: '{name}' has shape {list(raw.shape(name))} where the backbone has {list(wanted)}; "
+                f"{raw.origin}: '{name}' has shape {list(raw.shape(name))} where the backbone has {list(expected)}; "
                 "choose the backbone of the same size"
             )
     return source

@@ -75,12 +75,12 @@ def _sharded(path: Path) -> Weights:
 def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read a state dict through PyTorch's own restricted reader, and whatever it refuses through ours."""
     try:
-        found = _loaded(path)
+        content = _loaded(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, ImportError):
         return read_pickled(path), "pickled module"
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{path} holds one {type(found).__name__} without a name; it is not a state dict")
-    inner = next((found[name] for name in HOLDERS if isinstance(found.get(name), Mapping)), found)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds one {type(content).__name__} without a name; it is not a state dict")
+    inner = next((content[name] for name in HOLDERS if isinstance(content.get(name), Mapping)), content)
     state = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(f"{path} holds no tensor by name; it is not a state dict")

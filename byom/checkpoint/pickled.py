@@ -137,24 +137,24 @@ def _from_zip(file: BinaryIO) -> Any:
         if order in names and archive.read(order) != b"little":
             raise CheckpointError("it was written on a big-endian machine")
         storages: dict[str, Storage] = {}
-        found = Restricted(io.BytesIO(archive.read(inner)), storages).load()
+        root = Restricted(io.BytesIO(archive.read(inner)), storages).load()
         for key, storage in storages.items():
             _fill(storage, archive.read(f"{prefix}data/{key}"))
-    return found
+    return root
 
 
 def _from_legacy(file: BinaryIO) -> Any:
     for _ in ("protocol", "system"):
         Restricted(file, {}).load()
     storages: dict[str, Storage] = {}
-    found = Restricted(file, storages).load()
+    root = Restricted(file, storages).load()
     for key in Restricted(file, {}).load():
         count = int.from_bytes(file.read(8), "little", signed=True)
         storage = storages[key]
         if count != storage.numel:
             raise CheckpointError(f"a storage of {storage.numel} values is stored as {count}; the file is damaged")
         _fill(storage, file.read(count * storage.dtype.itemsize))
-    return found
+    return root
 
 
 def _fill(storage: Storage, content: bytes) -> None:
@@ -217,10 +217,10 @@ def _rebuilt(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Vie
 
 
 def _from_bytes(content: bytes) -> Storage:
-    found = _read(io.BytesIO(content))  # by the same rules, however deep
-    if not isinstance(found, Storage):
+    storage = _read(io.BytesIO(content))  # by the same rules, however deep
+    if not isinstance(storage, Storage):
         raise CheckpointError("a storage holds something else")
-    return found
+    return storage
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -259,14 +259,14 @@ KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-def _state(found: Any) -> dict[str, Tensor]:
-    if isinstance(found, Inert):
-        state = dict(_walk(found, ""))
-    elif isinstance(found, Mapping):
-        inner = next((found[name] for name in HOLDERS if isinstance(found.get(name), Mapping | Inert)), None)
+def _state(root: Any) -> dict[str, Tensor]:
+    if isinstance(root, Inert):
+        state = dict(_walk(root, ""))
+    elif isinstance(root, Mapping):
+        inner = next((root[name] for name in HOLDERS if isinstance(root.get(name), Mapping | Inert)), None)
         if inner is not None:
             return _state(inner)
-        state = {str(name): value for name, value in found.items() if isinstance(value, View)}
+        state = {str(name): value for name, value in root.items() if isinstance(value, View)}
     else:
         state = {}
     if not state:

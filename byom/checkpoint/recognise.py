@@ -103,8 +103,8 @@ def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint
 
 
 def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
-    found, start = _places(raw, base)
-    places = {name: every[0] for name, every in found.items()}
+    matches, start = _places(raw, base)
+    places = {name: every[0] for name, every in matches.items()}
     wrong = [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]
     if wrong:
         ours, theirs = base.shape(wrong[0]), raw.shape(places[wrong[0]])
@@ -112,8 +112,8 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
             f"{raw.origin}: '{places[wrong[0]]}' has shape {list(theirs)} where the backbone has {list(ours)} "
             f"({len(wrong)} such tensors); choose the backbone of the same size"
         )
-    _require_alike(raw, found)
-    used = {theirs for every in found.values() for theirs in every}
+    _require_alike(raw, matches)
+    used = {theirs for every in matches.values() for theirs in every}
     left = [name for name in raw if name not in used and raw.ties.get(name) not in used]
     frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
     heads = [name for name in left if name not in frozen and _is_head(name)]
@@ -140,12 +140,12 @@ def _named(raw: Weights, places: Mapping[str, str]) -> Weights:
 def _places(raw: Weights, base: Weights) -> tuple[dict[str, list[str]], str]:
     """Return where every tensor of the backbone is, by one change of the names' start; and that start."""
     candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
-    wanted = base.mergeable()
-    places, added = max(candidates, key=lambda found: (len(found[0]), -len(found[1])), default=({}, ""))
-    if lost := [name for name in wanted if name not in places]:
+    names = base.mergeable()
+    places, added = max(candidates, key=lambda candidate: (len(candidate[0]), -len(candidate[1])), default=({}, ""))
+    if lost := [name for name in names if name not in places]:
         known = f"; it has, for example, {listed(raw.keys(), 3)}" if not places else ""
         raise CheckpointError(
-            f"{raw.origin} lacks {len(lost)} of {len(wanted)} tensors of {base.origin}: {listed(lost)}{known}. "
+            f"{raw.origin} lacks {len(lost)} of {len(names)} tensors of {base.origin}: {listed(lost)}{known}. "
             "Choose the backbone that it was made from"
         )
     return places, added
@@ -154,12 +154,12 @@ def _places(raw: Weights, base: Weights) -> tuple[dict[str, list[str]], str]:
 def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:
     """Return the changes of start under which some names could agree."""
     ours = {"", *(f"{name.split('.')[0]}." for name in base)}
-    found = {(dropped, "") for dropped in ours}
+    shifts = {(dropped, "") for dropped in ours}
     for name in base.mergeable()[:8]:
         for dropped in ours:
             tail = name.removeprefix(dropped)
-            found |= {(dropped, theirs.removesuffix(tail)) for theirs in raw if theirs.endswith(f".{tail}")}
-    return found
+            shifts |= {(dropped, theirs.removesuffix(tail)) for theirs in raw if theirs.endswith(f".{tail}")}
+    return shifts
 
 
 def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str, list[str]]:
@@ -167,17 +167,17 @@ def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str,
     aliases: dict[str, list[str]] = {name: [name] for name in base.canonical()}
     for alias, name in base.ties.items():
         aliases[name].append(alias)
-    found = {}
+    matches = {}
     for name, every in aliases.items():
         theirs = (added + each.removeprefix(dropped) for each in every if each.startswith(dropped))
         if present := [each for each in theirs if each in raw]:
-            found[name] = present
-    return found
+            matches[name] = present
+    return matches
 
 
-def _require_alike(raw: Weights, found: Mapping[str, list[str]]) -> None:
+def _require_alike(raw: Weights, matches: Mapping[str, list[str]]) -> None:
     """Refuse a file with several values for what is one tensor in the backbone: all but one would be lost."""
-    for first, *others in found.values():
+    for first, *others in matches.values():
         for other in others:
             one = raw.ties.get(first, first) == raw.ties.get(other, other)
             if not one and not torch.equal(raw[first], raw[other]):

@@ -32,4 +32,4 @@ def test_a_new_sparse_variant_is_one_python_file_and_one_yaml(tmp_path):
         env=environment,
     )
     assert laws.returncode == 0, laws.stdout[-3000:]
-    assert laws.stdout.count(".") > 100  # as many laws as it has options and dtypes
+    assert laws.stdout.count(".") > 50  # the laws found the option

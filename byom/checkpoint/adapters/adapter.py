@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byom.checkpoint.adapters.config import CONFIG, PICKLED, SAFE, AdapterConfig
 from byom.checkpoint.adapters.contents import Factors, equal, read
-from byom.checkpoint.adapters.site import found, shift, site, spelling
+from byom.checkpoint.adapters.site import parameter_rows, shift, site, spelling
 from byom.errors import CheckpointError
 from byom.functional.tensors import wide
 from byom.weights import Weights
@@ -125,7 +125,7 @@ class Placed:
         biases = [f"{path}.bias" for path in adapter.layers]
         self.names = {name: moved(spelled(name)) for name in (*adapter.layers, *biases, *adapter.saved)}
         for name in adapter.saved:
-            if found(self.names[name], base) is None and _within(self.names[name], base):
+            if parameter_rows(self.names[name], base) is None and _within(self.names[name], base):
                 raise CheckpointError(
                     f"{adapter.origin} holds '{name}', which {base.origin} does not have. {self._remedy}"
                 )
@@ -157,7 +157,7 @@ class Placed:
         """
         values: dict[str, Tensor] = {}
         for name, value in sorted({**self.adapter.saved, **self._biases()}.items()):
-            rows = found(self.names[name], self.base)
+            rows = parameter_rows(self.names[name], self.base)
             if rows is None:
                 continue
             if value.shape != _shape(rows, self.base):
@@ -171,7 +171,7 @@ class Placed:
     def heads(self) -> dict[str, Tensor]:
         """Return what was trained whole and is not in the base, by the adapter's names."""
         saved = self.adapter.saved
-        return {name: value for name, value in saved.items() if found(self.names[name], self.base) is None}
+        return {name: value for name, value in saved.items() if parameter_rows(self.names[name], self.base) is None}
 
     def _biases(self) -> dict[str, Tensor]:
         """Return the biases of modules whose factors have one: the trained or the base's, plus that of the factors."""
@@ -180,7 +180,7 @@ class Placed:
             if factors.bias is None:
                 continue
             name = f"{path}.bias"
-            rows = found(self.names[name], self.base)
+            rows = parameter_rows(self.names[name], self.base)
             if rows is None:
                 raise CheckpointError(
                     f"{self.adapter.origin} adds to the bias of '{path}' (lora_bias), which has none in "

@@ -40,7 +40,7 @@ def site(path: str, base: Weights) -> Rows | None:
     return Rows(fused, 0, base.shape(fused)[0]) if fused in base else located(path, base)
 
 
-def found(name: str, base: Weights) -> Rows | None:
+def parameter_rows(name: str, base: Weights) -> Rows | None:
     """Find a parameter by its name, in fused attention if need be."""
     if name in base:
         return Rows(name, 0, next(iter(base.shape(name)), 1))
