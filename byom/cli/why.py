@@ -205,7 +205,9 @@ def _differing(path: str, value: Any, today: Any) -> Iterator[str]:
             names = (name for name in config.options(group) if type(_option(group, name)).__name__ == _class(value))
             yield from (f"{group}@{path}={name}" for name in [*names][:1])
         for name in value:
-            if name != "_target_" and (name in today or _class(value) != _class(today)):
+            if name not in today and not _class(today):  # entries that a run added, such as a grid's
+                yield f"+{path}.{name}={_literal(value[name])}"
+            elif name != "_target_" and (name in today or _class(value) != _class(today)):
                 yield from _differing(f"{path}.{name}", value[name], today.get(name))
     elif value != today:
         yield f"{path}={_literal(value)}"

@@ -280,7 +280,7 @@ class _Known:
         if not file.is_file():
             head = self.served.deltas[task].readout(self.lab.head(task))
             write_json(file, self.lab.score(task, self.model(task), split, head).to_json())
-        return Score.from_json(json.loads(file.read_text()))
+        return Score.from_json(json.loads(file.read_text()), self.lab.tasks[task].metric)
 
 
 def _described(option: Any) -> Any:

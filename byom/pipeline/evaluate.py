@@ -68,9 +68,14 @@ class Score:
         return {**row, "points": self.points.tolist()}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Score:
-        """Return the score that `to_json` wrote; rows of accuracies once named no metric."""
-        name = row.get("metric", "accuracy")
+    def from_json(cls, row: Mapping[str, Any], metric: str = "accuracy") -> Score:
+        """Return the score that `to_json` wrote.
+
+        Args:
+            row: What it wrote.
+            metric: The metric of rows of the time before they named theirs.
+        """
+        name = row.get("metric", metric)
         if "points" in row:
             return cls.of(torch.tensor(row["points"], dtype=torch.float64), name)
         if "hits" in row:
