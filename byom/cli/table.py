@@ -74,8 +74,8 @@ def _in_turn(every: Sequence[list[str]], composed: Composed) -> Failures:
 
     failed: Failures = []
     start = time.monotonic()
-    given = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
-    densities = [float(value) for value in given if value.replace(".", "", 1).isdigit()]
+    values = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
+    densities = [float(value) for value in values if value.replace(".", "", 1).isdigit()]
     for number, cell in enumerate(every, 1):
         sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
         sys.stdout.flush()
