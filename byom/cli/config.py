@@ -114,7 +114,7 @@ def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 @dataclass(frozen=True)
 class _Base:
-    """What Hydra composes for some options, before values are set.
+    """The configuration that Hydra composes for some options, before values are set.
 
     Args:
         resolved: Its plain containers, shared by all cells that start from them.
@@ -164,7 +164,7 @@ def _put(leaf: _Base, group: str, name: str, base: _Base) -> _Base:
 
 
 def settings(overrides: Sequence[str], primary: str = "run") -> Settings:
-    """Build one run's plain objects from its overrides; below this line nobody sees a configuration.
+    """Build one run's plain objects from its overrides; below this line no code sees a configuration.
 
     Args:
         overrides: Hydra overrides, for example ``merge=ties``.

@@ -74,8 +74,8 @@ def _in_turn(every: Sequence[list[str]], composed: Composed) -> Failures:
 
     failed: Failures = []
     start = time.monotonic()
-    given = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
-    densities = [float(value) for value in given if value.replace(".", "", 1).isdigit()]
+    values = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
+    densities = [float(value) for value in values if value.replace(".", "", 1).isdigit()]
     for number, cell in enumerate(every, 1):
         sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
         sys.stdout.flush()
@@ -120,7 +120,7 @@ def _left(start: float, done: int, total: int) -> str:
 
 
 class Place(NamedTuple):
-    """What a table is of: a results folder, a suite and a backbone."""
+    """The subject of a table: a results folder, a suite and a backbone."""
 
     results: Path
     suite: str
@@ -130,13 +130,13 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings) -> Place:
-        """Return what table a run belongs to."""
+        """Return the subject of the table that a run belongs to."""
         whole = settings.resolved["suite"]["name"]
         return cls(settings.place().root, settings.suite.name, settings.names["backbone"], whole)
 
 
 def places(every: Iterable[Sequence[str]], composed: Composed) -> list[Place]:
-    """Return what tables some cells belong to; cells that do not compose belong to none."""
+    """Return the subjects of the tables of some cells; cells that do not compose belong to none."""
     seen: dict[Place, None] = {}
     for cell in every:
         try:
@@ -150,7 +150,7 @@ def write_all(places: Sequence[Place], published: Sequence[str]) -> None:
     """Write and print tables.
 
     Args:
-        places: What they are of; one without a finished cell has no table, which is said.
+        places: Their subjects; one without a finished cell has no table, which is said.
         published: Published tables to stand next to ours.
     """
     begun = [place for place in places if _begun(place)]

@@ -1,1 +1,1 @@
-"""Where fine-tuned weights come from: trained here, files, or a hub; one file a kind, every kind an `Experts`."""
+"""Sources of fine-tuned weights: trained here, files, or a hub; one file per kind, every kind an `Experts`."""

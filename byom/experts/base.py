@@ -1,4 +1,4 @@
-"""What gives a task's expert: a family of checkpoints, which of them is whose, and what is known of their training."""
+"""Experts: a family of checkpoints, which of them belongs to which task, and how they were trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNRELATED = 0.5
 
 
 class Host(Protocol):
-    """What experts are opened for: tasks, the encoder that they were fine-tuned from, and a place to train it."""
+    """The party that experts are opened for: tasks, the encoder they were fine-tuned from, and a place to train it."""
 
     @property
     def backbone(self) -> Backbone:
@@ -52,7 +52,7 @@ class Host(Protocol):
 
 
 class Experts(ABC):
-    """Where the fine-tuned weights of a suite's tasks come from."""
+    """A source of the fine-tuned weights of a suite's tasks."""
 
     family: str
     """Who fine-tuned them, and how; models of two families are never in one table."""
@@ -93,7 +93,7 @@ class Experts(ABC):
         return None
 
     def notes(self, host: Host) -> dict[str, Any]:
-        """Return what a record says of the experts beside their family."""
+        """Return notes on the experts, next to their family, for a record."""
         return {}
 
     def downloads(self, tasks: Iterable[Task]) -> Iterator[Download]:
@@ -101,11 +101,11 @@ class Experts(ABC):
         yield from ()
 
     def fetch(self, task: Task) -> None:  # noqa: B027 - most kinds need none
-        """Bring a task's expert to this machine; nothing where it comes from none other."""
+        """Bring a task's expert to this machine; nothing to do where it does not come from another."""
 
 
 def check_family(family: str, validation: str) -> None:
-    """Refuse experts of which nobody says where they come from.
+    """Refuse experts whose origin is not stated.
 
     Raises:
         OptionError: If the family has no name or the word for validation is unknown.
@@ -122,7 +122,7 @@ def named(names: Mapping[str, str], task: str) -> str:
 
 
 def require_related(expert: Weights, pretrained: Weights, task: str) -> Weights:
-    """Refuse weights that are no fine-tune of the pre-trained model.
+    """Refuse weights that are not a fine-tune of the pre-trained model.
 
     Returns:
         The expert.

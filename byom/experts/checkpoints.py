@@ -1,4 +1,4 @@
-"""What experts that somebody else fine-tuned have in common: reading, checking, their own heads."""
+"""Experts that were fine-tuned elsewhere: reading, checking, their own heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Checkpoints(Experts):
         """Return a task's expert; see `Experts.open`."""
         if member:
             raise OptionError(
-                f"a method asks for several experts a task, and {self.family} has one; use experts=trained for it"
+                f"a method asks for several experts per task, and {self.family} has one; use experts=trained for it"
             )
         return require_related(host.checkpoint(self.path(task)).weights, host.pretrained, task)
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Files(Checkpoints):
-    """A file or folder a task.
+    """A file or folder for each task.
 
     Args:
         family: Who fine-tuned them, and how: what tables call the checkpoints.
-        path_of: Where a task's checkpoint is, with ``{task}`` in it; ``~`` is expanded.
+        path_of: Path of a task's checkpoint, with ``{task}`` in it; ``~`` is expanded.
         names: Our name of a task to the one in the path, where they differ.
         heads: ``backbone`` makes heads from the pre-trained model, ``checkpoint`` takes those in the files.
         validation: Whether the experts were trained on the validation examples: seen, unseen or unknown.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hub(Checkpoints):
-    """A repository a task, or one repository with a file a task.
+    """A repository for each task, or one repository with a file for each.
 
     Args:
         family: Who fine-tuned them, and how: what tables call the checkpoints.

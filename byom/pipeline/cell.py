@@ -32,7 +32,7 @@ from byom.weights import Weights
 
 
 class Scores(NamedTuple):
-    """What was evaluated."""
+    """The evaluation of a cell."""
 
     scores: dict[str, dict[str, Any]]
     """Split to task to a score as JSON."""
@@ -158,7 +158,7 @@ class Cell:
 
     @property
     def streamed(self) -> Served:
-        """What `served` is, each task packed whenever its difference is asked for, as saving does once."""
+        """The same as `served`, each task packed whenever its difference is asked for, as saving does once."""
         if "variant" in self.folders:
             return self.served
         return self.settings.byom.streamed(self.problem, self.reference)

@@ -47,7 +47,7 @@ class Lab:
         seed: Draws training, validation and head examples, and orders training.
         cache: Folder for everything that can be made again.
         device: ``cpu``, ``cuda`` or ``auto``.
-        batch_size: Examples a forward pass in evaluation.
+        batch_size: Examples per forward pass in evaluation.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Lab:
 
         Args:
             task: The task.
-            wanted: Name to what is fitted.
+            wanted: Name to the statistic that is fitted.
             member: Which of the task's experts.
         """
         key = self.signature_of(task, member)

@@ -28,7 +28,7 @@ class Logger(ABC):
 
 @dataclass(frozen=True)
 class Console(Logger):
-    """Print one line a run."""
+    """Print one line per run."""
 
     def finished(self, record: Record, path: Path) -> None:
         """Print the scores and the record's path."""
@@ -38,7 +38,7 @@ class Console(Logger):
 
 @dataclass(frozen=True)
 class Wandb(Logger):
-    """Mirror each record to Weights & Biases: one run a job, grouped by sweep, always finished.
+    """Mirror each record to Weights & Biases: one run per job, grouped by sweep, always finished.
 
     Args:
         project: W&B project.

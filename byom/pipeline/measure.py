@@ -1,4 +1,4 @@
-"""What is measured of a run besides predictions: summaries, distances, storage, fingerprints."""
+"""Measurements of a run other than predictions: summaries, distances, storage, fingerprints."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def stored(
     """Account for what must be stored to serve all tasks.
 
     Args:
-        served: Shared models, and one packed difference a task.
+        served: Shared models, and one packed difference per task.
         problem: The models.
         frozen: Parameters outside the encoder that published counts include and no expert changes.
         differing: Counts the parameters in which two models differ; a lab's remembers.
 
     Returns:
         Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
-        and the density: values stored a task relative to all parameters of one model, and to those that differ
+        and the density: values stored per task relative to all parameters of one model, and to those that differ
         from the pre-trained model. Masks and signs are bytes and no values, so that the density of a variant that
         stores masks is near 0, and ``task_bytes`` says what they take. Where `frozen` is given, ``with_frozen``
         holds model parameters, parameters and density with those counted in.

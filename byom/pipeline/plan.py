@@ -1,4 +1,4 @@
-"""What an experiment will cost before anything of it starts: cells, downloads, disk, memory, time."""
+"""The cost of an experiment before anything of it starts: cells, downloads, disk, memory, time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = ("statistics", "tune", "merge", "variant", "route", "evaluate")
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found out.
+    """The cost of some runs.
 
     Args:
         cells: How many cells there are.
@@ -114,7 +114,7 @@ def _untrained(cells: Sequence[Settings]) -> set[Path]:
 
 
 def _examples(cell: Settings) -> list[int | None]:
-    """Return how many examples a cell evaluates, a number a task and split."""
+    """Return how many examples a cell evaluates, one number per task and split."""
     return [getattr(task, split) for task in cell.suite.tasks for split in cell.evaluate.splits]
 
 
@@ -185,7 +185,7 @@ def _totals(found: Plan) -> Iterator[str]:
     more = f", and {unknown} of a size that no hub could be asked for" if unknown else ""
     yield f"downloads  {_size(sum(sizes))} in {len(sizes)} places{more}"
     if found.model_bytes and unknown:
-        yield f"           a model takes {_size(found.model_bytes)} in fp32, and so does an expert that is no adapter"
+        yield f"           a model takes {_size(found.model_bytes)} in fp32, and so does each expert but adapters"
     models = f"{found.models} merged models" + (f" and {found.train} experts" if found.train else "")
     yield f"disk       {_size(found.disk)}: downloads, {models} in the cache; encoded examples come on top"
     yield f"memory     {_size(found.memory)}: {COPIES} models; examples and activations come on top"

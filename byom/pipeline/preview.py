@@ -38,7 +38,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Preview:
-    """What is previewed.
+    """The options of a preview.
 
     Args:
         tasks: Two or more of the suite's tasks; empty takes all.
@@ -46,7 +46,7 @@ class Preview:
         steps: Weights are multiples of ``1 / steps``; None takes 20 for two tasks, 8 for three, and a sample for more.
         points: Weightings drawn for four tasks or more.
         joint: Weightings at which a model is fine-tuned on all tasks together, for comparison.
-        components: Fine-tuned models a task (K) for mixtures.
+        components: Fine-tuned models per task (K) for mixtures.
         examples: At most so many examples of each split; None takes all.
 
     Raises:
@@ -134,7 +134,7 @@ def require_weighable(name: str, method: MergeMethod) -> None:
 
 @dataclass(frozen=True)
 class PreviewPlace(Place):
-    """Where a preview's record goes."""
+    """The place of a preview's record."""
 
     @property
     def _folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Where a number comes from: commit, packages, hardware, and the time and memory of each stage."""
+"""The origin of a number: commit, packages, hardware, and the time and memory of each stage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def results_root(results: Path) -> Path:
     """Return where records may go: a source tree with uncommitted changes writes to ``scratch`` only.
 
     Args:
-        results: The results folder asked for.
+        results: The results folder of the options.
 
     Returns:
         The same folder, or its ``scratch`` when the code cannot be named by a commit.

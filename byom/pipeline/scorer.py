@@ -24,7 +24,7 @@ class Job:
     """A model to be scored.
 
     Args:
-        label: Shown beside the progress bar.
+        label: Shown next to the progress bar.
         weights: Task weights, kept with the scores.
         key: What identifies the model among those of one lab.
         make: Makes it; called only if it has no score yet.

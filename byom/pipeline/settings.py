@@ -29,11 +29,11 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated.
+    """The evaluation: splits, and the size of batches.
 
     Args:
         splits: Any of ``validation`` and ``test``.
-        batch_size: Examples a forward pass.
+        batch_size: Examples per forward pass.
 
     Raises:
         OptionError: If a split is unknown.
@@ -105,7 +105,7 @@ class Settings:
 
     @property
     def needs(self) -> Needs:
-        """What the merge method, the variant and the router must be given."""
+        """Inputs that the merge method, the variant and the router must be given."""
         return self.effective()[0].needs | self.byom.needs | self.router.needs
 
     def wanted(self) -> dict[str, Statistic]:

@@ -66,7 +66,7 @@ def test_heads_come_from_checkpoints_only_where_they_hold_one(tmp_path):
 
 def test_what_a_family_cannot_give_is_said(tmp_path):
     saved(tmp_path / "a")
-    with pytest.raises(OptionError, match="several experts a task, and mine has one"):
+    with pytest.raises(OptionError, match="several experts per task, and mine has one"):
         files(tmp_path / "a").open(lab(), "cars", 1)
     with pytest.raises(OptionError, match="must have {task} in it"):
         Files("mine", "models/one.pt")

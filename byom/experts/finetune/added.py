@@ -1,4 +1,4 @@
-"""What recipes have in common that add small tensors to a frozen encoder and train those alone."""
+"""Recipes that add small tensors to a frozen encoder and train those alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Added(Recipe):
     """
 
     marker: ClassVar[str]
-    """What the names of added parameters contain."""
+    """The word that the names of added parameters contain."""
 
     @abstractmethod
     def extend(self, inner: nn.Module) -> None:
@@ -56,5 +56,5 @@ class Added(Recipe):
         """Put the trained values of what was added into the pre-trained model."""
         found = Weights.open(folder)
         if lost := [name for name in found if name not in pretrained or found.shape(name) != pretrained.shape(name)]:
-            raise CheckpointError(f"{folder} holds '{lost[0]}', which this encoder has not; delete it to train anew")
+            raise CheckpointError(f"{folder} holds '{lost[0]}', which this encoder lacks; delete it to train again")
         return Adapted(pretrained, {}, found.state(), origin=str(folder))

@@ -1,4 +1,4 @@
-"""What a recipe of fine-tuning is: what is trained, how, and how the expert is kept."""
+"""Recipes of fine-tuning: the parameters that are trained, how, and the format of the expert."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Recipe(ABC):
 
     Args:
         epochs: Passes over the training examples.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         learning_rate: Peak learning rate; None takes the backbone's own, times the recipe's `boost`.
         weight_decay: Decoupled weight decay, on matrices only.
         warmup: Fraction of the steps in which the learning rate rises linearly.
@@ -38,7 +38,7 @@ class Recipe(ABC):
     clip: float = 1.0
 
     boost: ClassVar[float] = 1.0
-    """How many times the learning rate of full fine-tuning suits this recipe."""
+    """Factor on the learning rate of full fine-tuning that suits this recipe."""
 
     def __post_init__(self) -> None:
         positive = (

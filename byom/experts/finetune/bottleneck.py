@@ -56,11 +56,11 @@ class Followed(nn.Module):
 class Bottleneck(Added):
     """Train ``h <- h + W_up gelu(W_down h + c)`` after the chosen layers, everything else frozen.
 
-    It cannot be folded into the weights: inference pays for it. ``b (2 d + 1)`` values a layer.
+    It cannot be folded into the weights: inference pays for it. ``b (2 d + 1)`` values per layer.
 
     Args:
         epochs: See `byom.experts.finetune.base.Recipe`, as for the next five.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own.
         weight_decay: On the added matrices.
         warmup: Fraction of the steps.

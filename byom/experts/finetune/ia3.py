@@ -18,7 +18,7 @@ class Ia3(Added):
 
     Args:
         epochs: See `byom.experts.finetune.base.Recipe`, as for the next five.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own.
         weight_decay: On the factors, as far as they are matrices: PEFT makes them ``[n, 1]``, so that it pulls to 0.
         warmup: Fraction of the steps.

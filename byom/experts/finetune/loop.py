@@ -30,7 +30,7 @@ class Lesson:
     Args:
         head: The task's frozen head.
         split: Training examples.
-        share: How often the task's batches come, relative to once an epoch each. A factor on the loss would do
+        share: How often the task's batches come, relative to once per epoch. A factor on the loss would do
             nothing: clipped gradients and Adam's steps forget it where a batch is of one task.
     """
 
@@ -62,7 +62,7 @@ def finetune(
         rate: Peak learning rate.
         seed: Seed.
         folder: Where the state after each epoch is kept until training ends.
-        label: Shown beside the progress bar.
+        label: Shown next to the progress bar.
     """
     processes.require_device(encoder)
     processes.together(_train, folder, encoder, lessons, recipe, rate, seed, folder, label)
@@ -129,7 +129,7 @@ def _part(inputs: dict[str, Tensor], labels: Tensor, team: Any) -> tuple[dict[st
         return inputs, labels, 1.0
     rows = torch.arange(len(labels)).tensor_split(team.num_processes)[team.process_index]
     weight = len(rows) * team.num_processes / len(labels)
-    rows = rows if len(rows) else torch.tensor([0])  # of weight 0: gradients are exchanged by all or nobody
+    rows = rows if len(rows) else torch.tensor([0])  # of weight 0: gradients are exchanged by all or by none
     return {name: value[rows] for name, value in inputs.items()}, labels[rows], weight
 
 

@@ -1,4 +1,4 @@
-"""LoRA: two thin factors a layer are trained through PEFT, and kept in PEFT's own format."""
+"""LoRA: two thin factors per layer are trained through PEFT, and kept in PEFT's own format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Lora(Recipe):
 
     Args:
         epochs: See `Recipe`, as for the next five.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own: factors start small.
         weight_decay: On the factors.
         warmup: Fraction of the steps.
@@ -43,7 +43,7 @@ class Lora(Recipe):
             paths.
         dropout: Probability in [0, 1) with which an input of A is zeroed in training.
         bias: Which biases are trained along: ``none``, ``lora_only`` (those of the adapted layers) or ``all``.
-        modules_to_save: Names of modules that are trained whole beside the factors, such as ``norm``.
+        modules_to_save: Names of modules that are trained whole alongside the factors, such as ``norm``.
 
     Raises:
         OptionError: If a value is out of range.

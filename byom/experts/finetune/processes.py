@@ -20,7 +20,7 @@ Command = Callable[[Sequence[str]], int]
 
 
 class Alone:
-    """What training asks of Accelerate, for one process: plain PyTorch."""
+    """The part of Accelerate that training uses, for one process: plain PyTorch."""
 
     is_main_process = True
     process_index = 0

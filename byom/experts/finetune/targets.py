@@ -1,4 +1,4 @@
-"""Which layers of an encoder are adapted: one vocabulary for the names of all architectures."""
+"""Layers of an encoder that are adapted: one vocabulary for the names of all architectures."""
 
 from __future__ import annotations
 
