@@ -58,3 +58,17 @@ def test_a_folder_is_replaced_only_if_the_caller_wrote_all_of_it(tmp_path):
     ):
         pass
     assert (folder / "mine.json").read_text() == "second"
+
+
+def test_a_reader_sees_the_old_file_while_the_new_one_is_written(tmp_path, monkeypatch):
+    file = write_text(tmp_path / "file", "old")
+    write, seen = type(file).write_bytes, []
+
+    def slow(path, content):
+        write(path, content[:1])
+        seen.append(file.read_text())
+        return write(path, content)
+
+    monkeypatch.setattr(type(file), "write_bytes", slow)
+    write_text(file, "new")
+    assert seen == ["old"] and file.read_text() == "new"
