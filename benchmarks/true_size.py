@@ -37,7 +37,7 @@ from byom.errors import suggest
 from byom.merge.base import MergeMethod
 from byom.merge.base.needs import Needs
 from byom.pipeline.provenance import provenance
-from byom.storage.place import write_json
+from byom.storage.atomic import write_json
 from byom.variants.base import Variant
 
 REFERENCE = "ties"

@@ -187,7 +187,8 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
     from byom.cli import config
     from byom.pipeline.labs import laboratory
     from byom.pipeline.provenance import provenance, results_root
-    from byom.storage.place import now, write_json
+    from byom.storage.atomic import write_json
+    from byom.storage.place import now
 
     settings = config.settings([f"suite={suite}", "finetune=lora", "byom=none", *overrides])
     lab = laboratory(settings)

@@ -156,7 +156,8 @@ def run(suite: str, recipe: str, overrides: Sequence[str] = ()) -> Spectrum:
     from byom.cli import config
     from byom.pipeline.labs import laboratory
     from byom.pipeline.provenance import provenance, results_root
-    from byom.storage.place import now, write_json
+    from byom.storage.atomic import write_json
+    from byom.storage.place import now
 
     settings = config.settings([f"suite={suite}", *RECIPES[recipe], "byom=none", *overrides])
     lab, start = laboratory(settings), time.perf_counter()

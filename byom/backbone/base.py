@@ -66,7 +66,7 @@ class Backbone(ABC):
         Args:
             encoder: The pre-trained encoder.
             task: The task.
-            shots: Labelled examples, at least one a class; None where `reads_shots` is False.
+            shots: Labelled examples, at least one per class; None where `reads_shots` is False.
 
         Returns:
             The head.

@@ -10,6 +10,7 @@ from pathlib import Path
 from byom.errors import CheckpointError, OptionError
 from byom.merge.base import Problem
 from byom.storage import tensor_files as storage
+from byom.storage.atomic import replacing
 from byom.variants.base import Variant
 from byom.variants.base.delta import Delta, Served
 from byom.weights import Weights
@@ -71,7 +72,7 @@ class Bundle(Served):
         """
         if nested := [task for task in self.deltas if Path(task).name != task]:
             raise OptionError(f"the task '{nested[0]}' cannot name a file of the bundle; rename it without '/'")
-        with storage.replacing(Path(folder)) as partial:
+        with replacing(Path(folder), storage.written("bundle.json")) as partial:
             for name, weights in self.models.items():
                 weights.save(partial / name)
             for task in self.deltas:  # not items(), which holds one difference while the next is packed

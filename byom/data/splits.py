@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from byom.data.draw import SPLITS, Draws
-from byom.data.source.root import write_atomically
 from byom.data.suite import Task
+from byom.storage.atomic import write_bytes
 from byom.storage.signature import describe, signature
 
 FORMAT = 1
@@ -177,7 +177,7 @@ def _signature(task: Task, backbone: Encoder, seed: int, cache: Path) -> str:
 
 def _save(path: Path, split: Split) -> None:
     tensors = {f"inputs/{key}": value.contiguous() for key, value in split.inputs.items()} | {"labels": split.labels}
-    write_atomically(path, save(tensors, metadata={"fingerprint": split.fingerprint}))
+    write_bytes(path, save(tensors, metadata={"fingerprint": split.fingerprint}))
 
 
 def _open(path: Path) -> Split | None:

@@ -29,10 +29,10 @@ def loss(head: Readout, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def require_classes(logits: Tensor, what: str) -> Tensor:
-    """Refuse logits that are no class probabilities.
+    """Refuse logits that are not class probabilities.
 
     Raises:
-        OptionError: If there is one number an example, as where labels are numbers.
+        OptionError: If there is one number per example, as where labels are numbers.
     """
     if logits.shape[-1] < 2:
         raise OptionError(
@@ -67,7 +67,7 @@ class Head:
     """A frozen cosine classifier: ``logits = temperature * normalised features @ weight.T``.
 
     Args:
-        weight: ``[C, D]`` unit rows, one a class.
+        weight: ``[C, D]`` unit rows, one per class.
         temperature: Factor on the cosine.
     """
 

@@ -165,7 +165,7 @@ def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> T
     result is that task's, up to a share ``ridge``.
 
     Args:
-        grams: One ``[n, n]`` symmetric positive semi-definite weight a task (G_t), singular ones included; read
+        grams: One ``[n, n]`` symmetric positive semi-definite weight per task (G_t), singular ones included; read
             once and summed, so a generator holds one at a time.
         matrices: ``[T, m, n]`` (W_t).
         ridge: Regularisation relative to the mean diagonal of the summed weights, at least 0.

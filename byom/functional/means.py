@@ -11,7 +11,7 @@ from byom.functional.deltas import total
 
 
 def weighted_mean(deltas: Tensor, weights: Sequence[float]) -> Tensor:
-    """Average ``[T, *shape]`` with one weight a task, whose sum need not be 1."""
+    """Average ``[T, *shape]`` with one weight per task, whose sum need not be 1."""
     whole = sum(weights)
     return total(torch.stack([weight / whole * row for weight, row in zip(weights, deltas, strict=True)]))
 
@@ -22,7 +22,7 @@ def precision_mean(deltas: Tensor, precisions: Tensor, weights: Sequence[float],
     Args:
         deltas: ``[T, *shape]`` (tau_t).
         precisions: ``[T, *shape]``, at least 0 (H_t).
-        weights: One a task (c_t).
+        weights: One per task (c_t).
         prior: Precision of tau = 0.
 
     Returns:

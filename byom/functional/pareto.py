@@ -1,4 +1,4 @@
-"""What a set of points says: which of them nothing beats, and how well they foretell other points. Pure."""
+"""What a set of points says: which of them nothing beats, and how well they predict other points. Pure."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well previewed points foretell jointly fine-tuned ones of the same weights.
+    """How well previewed points predict jointly fine-tuned ones of the same weights.
 
     Args:
         points: How many were compared (N).
-        difference: Mean over points of ``|previewed - trained|``, one a task.
-        bias: Mean over points of ``previewed - trained``, one a task.
-        rank: Spearman's correlation over points, one a task; None where it has no meaning.
+        difference: Mean over points of ``|previewed - trained|``, one per task.
+        bias: Mean over points of ``previewed - trained``, one per task.
+        rank: Spearman's correlation over points, one per task; None where it has no meaning.
         mean_difference: As `difference`, of the mean accuracy over tasks.
         mean_rank: As `rank`, of the mean accuracy over tasks.
         regret: Mean accuracy lost by training at the point whose preview is best, instead of at the best of the N.

@@ -106,7 +106,7 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
         counts: Wanted numbers of survivors, in [0, n] with n the stream's length; up to 8 share a pass.
 
     Returns:
-        One `Cut` a count, in the order given.
+        One `Cut` per count, in the order given.
 
     Raises:
         OptionError: If a count lies outside [0, n].
@@ -137,7 +137,7 @@ def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
 class _Bracket:
     """A magnitude interval that should hold the `count`-th largest, and what one pass found around it.
 
-    The edges are counted apart from the inside, a number a block: a value shared by many entries is sampled
+    The edges are counted apart from the inside, a number per block: a value shared by many entries is sampled
     often, so it becomes an edge and costs no memory.
     """
 

@@ -12,7 +12,7 @@ import numpy as np
 from byom.errors import OptionError
 from byom.functional.seeding import keyed
 
-Point = tuple[float, ...]  # one weight a task, 0 or more, with the sum 1
+Point = tuple[float, ...]  # one weight per task, 0 or more, with the sum 1
 Exact = tuple[Fraction, ...]
 
 LARGEST = 5000

@@ -66,7 +66,7 @@ class HessianWeighted(PlannedMethod):
         return problem.uncovered(self.posterior)
 
     def plan(self, problem: Problem) -> list[float]:
-        """Return one weight a task; nothing is read."""
+        """Return one weight per task; nothing is read."""
         return task_weights(self.weights, problem)
 
     def merge(self, group: Group, plan: list[float]) -> Tensor:

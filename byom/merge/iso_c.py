@@ -20,7 +20,7 @@ Rank = Literal["numerical", "full"]
 class IsotropicMergingCommon(TensorwiseMethod):
     """Sum the task vectors, then give every singular direction of a matrix the mean singular value.
 
-    With ``sum_t tau_t = U diag(s) Vt``: ``theta = theta_0 + scale * mean(s) * U Vt``. What is no matrix moves by
+    With ``sum_t tau_t = U diag(s) Vt``: ``theta = theta_0 + scale * mean(s) * U Vt``. What is not a matrix moves by
     ``scale`` times the mean of the task vectors. One task is changed as well. Nothing depends on T but the sum,
     and one decomposition a matrix is the cost.
 
@@ -32,10 +32,10 @@ class IsotropicMergingCommon(TensorwiseMethod):
             directions a sum of lower rank does not have (unused rows, low-rank updates), which LAPACK fills
             with arbitrary ones. The two are the same for a sum of full rank, and low-rank updates that were
             rounded into fp32 weights are of full rank.
-        exclude: Shell-style patterns of parameter names that are no matrices here.
+        exclude: Shell-style patterns of parameter names that are not matrices here.
 
     Raises:
-        OptionError: If `rank` is unknown or `exclude` is no list of patterns.
+        OptionError: If `rank` is unknown or `exclude` is not a list of patterns.
 
     References:
         No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, Iso-C.
@@ -60,7 +60,7 @@ class IsotropicMergingCommon(TensorwiseMethod):
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
     def merge(self, group: Group) -> Tensor:
-        """Return ``theta_0`` plus the scaled isotropic sum, or the scaled mean for what is no matrix."""
+        """Return ``theta_0`` plus the scaled isotropic sum, or the scaled mean for what is not a matrix."""
         change = total(group.deltas)
         if is_matrix(group.name, change.shape, self.exclude):
             return group.pretrained + self.scale * isotropic(change, self.rank)

@@ -26,7 +26,7 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
     Of ``r = min(m, n)`` directions each task gets ``n = round((r - floor(common * r)) / T)``, halves going to the
     even number and at most ``floor(r / T)``; the other ``r - n T`` are the leading left vectors ``U_c`` of
     ``sum_t tau_t``. A task's own are the leading ones of ``tau_t - U_c U_cᵀ tau_t``. With ``U, s, Vt`` all of
-    them side by side: ``theta = theta_0 + scale * mean(s) * polar(U) polar(Vt)``. What is no matrix moves by
+    them side by side: ``theta = theta_0 + scale * mean(s) * polar(U) polar(Vt)``. What is not a matrix moves by
     ``scale`` times the mean of the task vectors. Where n is 0 this is Iso-C; `fallbacks` names those matrices.
 
     Args:
@@ -36,10 +36,10 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
         rank: ``numerical`` leaves out what the matrices do not have: singular values below 1e-6 of their
             matrix's norm, and in the polar factors what several tasks share; ``full`` keeps all r, as in the paper,
             and lets LAPACK fill them. The two are the same for matrices of full rank.
-        exclude: Shell-style patterns of parameter names that are no matrices here.
+        exclude: Shell-style patterns of parameter names that are not matrices here.
 
     Raises:
-        OptionError: If `common` is no fraction, `rank` is unknown or `exclude` is no list of patterns.
+        OptionError: If `common` is no fraction, `rank` is unknown or `exclude` is not a list of patterns.
 
     References:
         No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, Iso-CTS.
@@ -66,7 +66,7 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
     def merge(self, group: Group) -> Tensor:
-        """Return ``theta_0`` plus the scaled isotropic change, or the scaled mean for what is no matrix."""
+        """Return ``theta_0`` plus the scaled isotropic change, or the scaled mean for what is not a matrix."""
         deltas = group.deltas
         if is_matrix(group.name, group.pretrained.shape, self.exclude):
             share = own_directions(min(group.pretrained.shape), len(deltas), self.common)

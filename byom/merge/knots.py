@@ -28,7 +28,7 @@ Changes = Callable[[str, str], Chain]  # (task, parameter) -> the change
 
 @dataclass(frozen=True)
 class SharedBases:
-    """One basis a matrix, the merged coordinates in them, and the merged changes of other tensors (None: none)."""
+    """One basis per matrix, the merged coordinates in them, and the merged changes of other tensors (None: none)."""
 
     bases: Mapping[str, Tensor]
     merged: Weights
@@ -37,7 +37,7 @@ class SharedBases:
 
 @dataclass(frozen=True)
 class KnowledgeOrientationThroughSvd(PlannedMethod):
-    """Write the changes of all tasks in one basis a matrix, and merge the coordinates by another method.
+    """Write the changes of all tasks in one basis per matrix, and merge the coordinates by another method.
 
     ``[tau_1 | ... | tau_T] = U S [V_1ᵀ | ... | V_Tᵀ]`` for every matrix, the coordinates of task t being
     ``R_t = S V_tᵀ = Uᵀ tau_t``. `then` merges the R_t of all matrices together, from an origin of zeros, and
@@ -57,8 +57,8 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
             (shared V, ``theta = theta_0 + scale * R Vᵀ``).
         rtol: Directions with a singular value of at most this share of the largest are dropped, in [0, 1). From
             1e-6 on they come from the eigenvectors; below, from a singular value decomposition in fp64.
-        rest: What tensors get that are no matrices: ``pretrained``, or ``merged`` by `then` among themselves.
-        exclude: Shell-style patterns of parameter names that are no matrices here.
+        rest: What tensors get that are not matrices: ``pretrained``, or ``merged`` by `then` among themselves.
+        exclude: Shell-style patterns of parameter names that are not matrices here.
 
     Raises:
         OptionError: If a hyperparameter is out of range, or `then` needs more than weights.
@@ -127,7 +127,7 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         return group.pretrained + self.scale * plan.rest[group.name] if plan.rest else wide(group.pretrained)
 
     def _rest(self, problem: Problem) -> Weights | None:
-        """Merge the changes of what is no matrix."""
+        """Merge the changes of what is not a matrix."""
         if self.rest == "pretrained":
             return None
         base = problem.pretrained.select(set(self.fallbacks(problem)).__contains__)

@@ -49,12 +49,12 @@ class LocalizeAndStitch(PlannedMethod):
         shots: Training examples of each class, at least 1.
         penalty: What a mask of k entries costs, in nats of the loss (mu); 0 or more.
         learning_rate: Adam's, in scores.
-        steps: Adam steps a task; 0 leaves the masks as without data.
+        steps: Adam steps per task; 0 leaves the masks as without data.
         batch_size: Examples in a batch.
         seed: Draws and orders the examples.
 
     Raises:
-        OptionError: If a hyperparameter is out of range, or `exclude` is no list of patterns.
+        OptionError: If a hyperparameter is out of range, or `exclude` is not a list of patterns.
 
     References:
         Localize-and-Stitch: Efficient Model Merging via Sparse Task Arithmetic, sections 3 and 4.

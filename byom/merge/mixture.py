@@ -31,7 +31,7 @@ class WeightedMembers:
 
 @dataclass(frozen=True)
 class MixtureOfGaussians(PlannedMethod):
-    """Preview a multi-task optimum from several fine-tuned models a task, each with a Gaussian around it.
+    """Preview a multi-task optimum from several fine-tuned models per task, each with a Gaussian around it.
 
     The posterior of a task is ``(1/K) sum_k N(theta_tk, H_tk^-1)``. A few EM steps look for the mode: the
     responsibilities ``r_tk ~ det(H_tk)^1/2 exp(-1/2 ||theta - theta_tk||^2_H_tk)``, with ``sum_k r_tk = 1``, then

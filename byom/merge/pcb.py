@@ -59,7 +59,7 @@ class ParameterCompetitionBalancing(PlannedMethod):
 
     Differences:
         The authors' code has three variants; this is the one of the file at its root. Their vision script clips 1 %,
-        takes normalised sums and 5 %; their evolutionary one searches a scale a task. They count positions with
+        takes normalised sums and 5 %; their evolutionary one searches a scale per task. They count positions with
         ``int(d * (1 - clip) - 1)``, which lowers the largest magnitude even where ``clip * d < 1``, divide 0 by 0 where
         all sizes or scores are equal, and overflow fp32 from 89 tasks on: here the exponent is ``T (b_t - 1)``, a
         factor that minmax takes out.

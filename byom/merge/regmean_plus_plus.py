@@ -32,7 +32,7 @@ class RegMeanPlusPlus(PlannedMethod):
     inputs pass through the merged layers before it and the task's own version of the layer, which gives its Grams;
     its matrices get the regression mean ``W = sum_t W_t G~_t (sum_t G~_t)^-1`` (see `byom.merge.regmean.RegMean`) and
     are merged for the layers after it.
-    Everything that is no linear map keeps the mean; `fallbacks` names it.
+    Everything that is not a linear map keeps the mean; `fallbacks` names it.
 
     A layer is what shares a name up to its first number, such as ``blocks.3.``; matrices without a number are
     layers of their own. The whole merged model is held in memory while it is planned. One pass over the examples of

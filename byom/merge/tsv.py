@@ -19,7 +19,7 @@ class TaskSingularVectors(TensorwiseMethod):
     """Keep each task's largest singular directions of every matrix, make them orthogonal across tasks, and add.
 
     With ``tau_t = U_t diag(s_t) Vt_t`` cut to ``k = floor(min(m, n) / T)`` values, and ``U, s, Vt`` all tasks'
-    pieces side by side: ``theta = theta_0 + scale * polar(U) diag(s) polar(Vt)``. What is no matrix moves by
+    pieces side by side: ``theta = theta_0 + scale * polar(U) diag(s) polar(Vt)``. What is not a matrix moves by
     ``scale`` times the mean of the task vectors, and so does a matrix with a side below T, for which k is 0;
     `fallbacks` names the latter.
 
@@ -29,10 +29,10 @@ class TaskSingularVectors(TensorwiseMethod):
 
     Args:
         scale: Scaling coefficient (alpha), any real number.
-        exclude: Shell-style patterns of parameter names that are no matrices here.
+        exclude: Shell-style patterns of parameter names that are not matrices here.
 
     Raises:
-        OptionError: If `exclude` is no list of patterns.
+        OptionError: If `exclude` is not a list of patterns.
 
     References:
         Task Singular Vectors: Reducing Task Interference in Model Merging, TSV-Merge. https://arxiv.org/abs/2412.00081

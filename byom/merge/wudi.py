@@ -33,7 +33,7 @@ class Wudi(TensorwiseMethod):
         ridge: Regularisation of the closed form relative to the mean diagonal of ``sum_t G_t``, above 0; it pulls
             toward the mean task vector.
         rest: What other tensors get: ``pretrained`` as in the authors' code, or the ``mean`` of the experts.
-        exclude: Shell-style patterns of names of matrices that are no linear layers.
+        exclude: Shell-style patterns of names of matrices that are not linear layers.
 
     Raises:
         OptionError: If a hyperparameter is unknown or out of range.

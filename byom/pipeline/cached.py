@@ -12,8 +12,8 @@ from byom.pipeline.lab import Lab
 from byom.pipeline.provenance import Stages
 from byom.pipeline.settings import Settings
 from byom.pipeline.tune import Tuner
+from byom.storage.atomic import write_json
 from byom.storage.lock import alone
-from byom.storage.place import write_json
 from byom.storage.signature import signature
 from byom.variants.base import Variant
 

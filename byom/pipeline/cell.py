@@ -25,7 +25,7 @@ from byom.pipeline.provenance import Stages
 from byom.pipeline.route import Routed
 from byom.pipeline.router.base import Routing
 from byom.pipeline.settings import Settings
-from byom.storage.place import write_json
+from byom.storage.atomic import write_json
 from byom.storage.signature import describe
 from byom.variants.base.delta import Served
 from byom.weights import Weights

@@ -30,8 +30,8 @@ from byom.merge.base.probe import Features
 from byom.pipeline.evaluate import Score, evaluate
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
+from byom.storage.atomic import write_json
 from byom.storage.lock import alone
-from byom.storage.place import write_json
 from byom.storage.signature import describe, signature
 from byom.weights import Weights
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from byom.data.splits import Split
 from byom.pipeline.evaluate import evaluate
 from byom.pipeline.lab import Lab
-from byom.storage.place import write_json
+from byom.storage.atomic import write_json
 from byom.storage.signature import signature
 from byom.weights import Weights
 

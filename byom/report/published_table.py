@@ -11,9 +11,10 @@ import pandas as pd
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
 from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, pairs, same_family, same_tasks
-from byom.report.report import Tables, write
+from byom.report.report import Tables
 from byom.report.rows import Row
 from byom.report.runs import Runs, read_runs
+from byom.storage.atomic import write_text
 
 DAGGER = "†"
 OURS, THEIRS, GAP = "ours", "published", "difference"
@@ -41,7 +42,7 @@ def generate(results: Path, suite: str, backbone: str, tables: Sequence[Publishe
         f"{stem}.csv": csv(frame),
         f"{stem}.tex": as_latex(runs, compared),
     }
-    files = [write(results / "tables" / name, text) for name, text in texts.items()]
+    files = [write_text(results / "tables" / name, text) for name, text in texts.items()]
     from byom.report.figures.published import ours_against_published
     from byom.report.figures.style import save
 

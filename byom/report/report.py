@@ -16,7 +16,7 @@ from byom.report.methods import NOTES as METHOD_NOTES
 from byom.report.methods import display_methods, methods
 from byom.report.rows import Row, rows
 from byom.report.runs import Runs, backbones, header, read_runs
-from byom.storage.lock import owner
+from byom.storage.atomic import write_text
 
 NOTES = (
     "Accuracies are in per cent on the test split, mean ± sample standard deviation over seeds.",
@@ -136,7 +136,7 @@ def write_all(tables: Tables, results: Path, suffix: str = "") -> list[Path]:
     if len(tables.methods):
         texts[f"{stem}--methods.md"] = methods_markdown(tables)
         texts[f"{stem}--methods.csv"] = csv(tables.methods)
-    files = [write(results / "tables" / name, text) for name, text in texts.items()]
+    files = [write_text(results / "tables" / name, text) for name, text in texts.items()]
     # matplotlib takes most of a second to import, and a table alone does not need it
     from byom.report.figures import suite as figures
 
@@ -147,15 +147,6 @@ def write_all(tables: Tables, results: Path, suffix: str = "") -> list[Path]:
 
         files += save(accuracy_by_method(tables.methods), results / "figures" / f"{stem}--accuracy-by-method")
     return files
-
-
-def write(path: Path, text: str) -> Path:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{owner()}")
-    fresh.write_text(text, encoding="utf-8", newline="\n")
-    fresh.replace(path)
-    return path
 
 
 def _breaks(rows: Sequence[Row]) -> list[int]:

@@ -10,8 +10,9 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
-from byom.report.report import Tables, write
+from byom.report.report import Tables
 from byom.report.runs import Runs, header, read_runs
+from byom.storage.atomic import write_text
 
 NOTES = (
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model, in per cent; mean ± "
@@ -43,7 +44,7 @@ def generate(results: Path, backbone: str, suites: Sequence[str], name: str) -> 
         f"{stem}.csv": csv(frame),
         f"{stem}.tex": render.latex(shown),
     }
-    files = [write(results / "tables" / file, text) for file, text in texts.items()]
+    files = [write_text(results / "tables" / file, text) for file, text in texts.items()]
     from byom.report.figures.scaling import accuracy_by_tasks
     from byom.report.figures.style import save
 

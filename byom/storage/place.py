@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byom.errors import OptionError
+from byom.storage.atomic import write_json
 from byom.storage.lock import owner
 
 
@@ -92,14 +93,6 @@ class Place:
         if path == self.done:
             self.failed.unlink(missing_ok=True)
         return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{owner()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def now() -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byom.errors import CheckpointError
-from byom.storage.lock import owner
+from byom.storage.atomic import drafted, replacing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# what a folder written by byom may hold beside tensors
-OWN_JSON = {INDEX, "bundle.json", "training.json", "export.json", "adapter_config.json"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -116,7 +112,7 @@ def save(
     Raises:
         CheckpointError: If the folder holds other files or cannot be written.
     """
-    with replacing(folder) as partial:
+    with replacing(folder, written()) as partial:
         shards = _shards(sizes, shard_bytes)
         for number, names in enumerate(shards):
             _write(partial / _shard_name(number, len(shards)), names, read, ties if number == 0 else {})
@@ -131,19 +127,15 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     Args:
         path: The file; replaced only when the new one is complete.
         tensors: Name to tensor.
-        notes: JSON metadata stored beside the checksums.
+        notes: JSON metadata stored next to the checksums.
     """
     tensors = _apart(tensors)
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
-    temporary = path.with_name(f".{path.name}.{owner()}")
     try:
-        save_file(tensors, temporary, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
-        _settle(temporary)
-        temporary.replace(path)
+        with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
+            save_file(tensors, draft, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}. Free space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -152,31 +144,13 @@ def read_notes(path: Path) -> dict[str, Any]:
         return json.loads((handle.metadata() or {}).get("byom", "{}"))
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
+def written(*names: str) -> Callable[[Path], bool]:
+    """Return what tells files that byom wrote: tensors with its notes, their index, and files of some names.
 
     Args:
-        folder: The folder to create or replace; it may hold only what byom writes.
-
-    Yields:
-        The scratch folder, beside it.
-
-    Raises:
-        CheckpointError: If the folder holds other files or its parent cannot be written.
+        names: Names of the files that the caller writes next to tensors.
     """
-    folder = folder.resolve()  # what a link points at is replaced, and the link stays
-    _refuse_foreign(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{owner()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
-        partial.mkdir(parents=True)
-        yield partial
-        _swap(partial, folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error}. Free space or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return lambda file: bool(read_notes(file)) if file.suffix == ".safetensors" else file.name in {INDEX, *names}
 
 
 def _files(path: Path) -> list[Path]:
@@ -260,41 +234,3 @@ def _write_index(folder: Path, shards: list[list[str]], total: int) -> None:
     where = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
-
-
-def _settle(file: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a shared cache cannot use
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _refuse_foreign(folder: Path) -> None:
-    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not _ours(f)] if folder.is_dir() else []
-    if foreign or folder.is_file():
-        raise CheckpointError(
-            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
-            "and would lose them; choose a new folder"
-        )
-
-
-def _ours(file: Path) -> bool:
-    if file.suffix == ".safetensors":
-        return bool(read_notes(file))
-    exported = file.name == "config.json" and (file.parent.parent / "export.json").is_file()
-    return exported or file.name in OWN_JSON
-
-
-def _swap(partial: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old-{owner()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    try:
-        partial.replace(folder)
-    except OSError:
-        if old.exists():
-            old.replace(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -17,8 +17,8 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.figures.style import save
-from byom.report.report import write
 from byom.report.runs import header, read_runs
+from byom.storage.atomic import write_text
 from byom.storage.record import Record
 from experiments import peft_combinations, spectra
 from experiments.lora import display as rank_display
@@ -170,7 +170,7 @@ def _write(
     page = f"# {found.suite}, {found.backbone}: {part}\n\n{_bullets(runs)}\n{text}\n{_bullets(notes)}"
     titled = [frame.assign(expert=title) if title else frame for title, frame in frames.items()]
     csv = pd.concat(titled).to_csv(index=False, lineterminator="\n")
-    return [write(folder / f"{stem}.md", page), write(folder / f"{stem}.csv", csv)]
+    return [write_text(folder / f"{stem}.md", page), write_text(folder / f"{stem}.csv", csv)]
 
 
 def _bullets(lines: Sequence[str]) -> str:
@@ -211,4 +211,4 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         found = find(results, *names)
         tables(found, results / "tables")
         figures(found, results / "figures")
-    write(page, fill(page.read_text(encoding="utf-8"), results))
+    write_text(page, fill(page.read_text(encoding="utf-8"), results))

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import byom
-from byom.storage.place import write_json
+from byom.storage.atomic import write_json
 from tests.e2e.tiny import overrides
 
 ROWS = {

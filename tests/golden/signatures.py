@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from byom.cli import config, sweeps
-from byom.storage.place import write_json
+from byom.storage.atomic import write_json
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("signatures.json")

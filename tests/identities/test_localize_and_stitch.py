@@ -180,7 +180,7 @@ def test_one_task_is_localised_the_same_with_or_without_others():
     both, one = LEARNED.plan(held)[1], LEARNED.plan(alone)[0]
     for name in held.pretrained:
         delta = held.finetuned["task2"][name] - held.pretrained[name]
-        assert torch.equal(both(name, delta, 0), one(name, delta, 0))
+        assert torch.equal(both.of(name, delta, 0), one.of(name, delta, 0))
 
 
 def test_learned_masks_leave_the_excluded_alone():

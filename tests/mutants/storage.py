@@ -6,15 +6,15 @@ STORAGE = (
     Mutant(
         "a-record-is-written-in-place",
         "storage",
-        'temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\\n")\n    temporary.replace(path)',
-        'path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\\n")',
-        ("tests/unit/test_evaluate.py", "tests/e2e/test_resume.py -k 'table and killed'"),
+        "with drafted(path) as draft:\n        draft.write_bytes(content)",
+        "path.write_bytes(content)",
+        ("tests/unit/test_atomic.py", "tests/e2e/test_resume.py -k 'table and killed'"),
     ),
     Mutant(
         "tensors-are-written-in-place",
         "storage",
-        'temporary = path.with_name(f".{path.name}.{owner()}")\n    try:\n        save_file(',
-        "temporary = path\n    try:\n        save_file(",
+        'draft = path.with_name(f".{path.name}.{owner()}")',
+        "draft = path",
         ("tests/unit/test_storage.py",),
     ),
     Mutant(
@@ -70,15 +70,15 @@ STORAGE = (
     Mutant(
         "files-are-for-their-owner-alone",
         "storage",
-        "file.chmod(0o666 & ~umask)",
-        "file.chmod(0o600)",
+        "draft.chmod(0o666 & ~umask)",
+        "draft.chmod(0o600)",
         ("tests/unit/test_storage.py",),
     ),
     Mutant(
         "safetensors-of-others-are-overwritten",
         "storage",
-        "return bool(read_notes(file))",
-        "return True",
+        "bool(read_notes(file)) if file.suffix",
+        "True if file.suffix",
         ("tests/unit/test_storage.py -k foreign",),
     ),
     Mutant(

@@ -17,9 +17,10 @@ from byom.data.source.idx import Idx
 from byom.data.source.images import ImageFolder
 from byom.data.source.package import Package, PackageMissing
 from byom.data.source.pixels import Pixels
-from byom.data.source.root import Folder, content_digest, write_atomically
+from byom.data.source.root import Folder, content_digest
 from byom.data.source.table import ImageTable, Table
 from byom.errors import DataError, OptionError
+from byom.storage.atomic import write_bytes
 from byom.storage.signature import describe, signature
 
 
@@ -308,7 +309,7 @@ def test_damaged_memory_of_a_digest_is_computed_anew(tmp_path):
 def test_digest_depends_on_names_and_bytes_but_not_on_place_or_order(tmp_path):
     for folder, names in (("p", "ab"), ("q", "ba")):
         for name in names:
-            write_atomically(tmp_path / folder / name, name.encode())
+            write_bytes(tmp_path / folder / name, name.encode())
     assert content_digest(tmp_path / "p", ["a", "b"]) == content_digest(tmp_path / "q", ["b", "a"])
     (tmp_path / "q/a").write_bytes(b"b")
     (tmp_path / "q/b").write_bytes(b"a")
@@ -333,12 +334,12 @@ def test_signature_has_the_package_and_its_digest_but_no_place():
 def test_atomic_write_follows_the_umask_and_leaves_nothing_behind(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
-    write_atomically(tmp_path / "sub/file", b"x")
+    write_bytes(tmp_path / "sub/file", b"x")
     assert (tmp_path / "sub/file").stat().st_mode == plain.stat().st_mode
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["file"]
     (tmp_path / "sub/taken").mkdir()
     with pytest.raises(OSError):
-        write_atomically(tmp_path / "sub/taken", b"x")
+        write_bytes(tmp_path / "sub/taken", b"x")
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["file", "taken"]
 
 

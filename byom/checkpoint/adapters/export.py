@@ -28,6 +28,7 @@ from byom.checkpoint.adapters.config import CONFIG, INNER, ROOT, SAFE
 from byom.checkpoint.adapters.modules import Modules, SiteFactors, TaskAdapter
 from byom.errors import OptionError
 from byom.storage import tensor_files as storage
+from byom.storage.atomic import replacing
 from byom.variants.base.delta import Served
 from byom.weights import Spec, Weights
 
@@ -75,7 +76,7 @@ def adapters(
     merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
     spare, written = modules.spare(served), {}
-    with storage.replacing(folder) as partial:
+    with replacing(folder, _exported) as partial:
         if merged:
             _write_reference(modules, partial / REFERENCE)
         for task, delta in served.deltas.items():
@@ -88,6 +89,12 @@ def adapters(
         record |= {"prefix": prefix, "split": modules.apart, "tasks": written}
         (partial / "export.json").write_text(json.dumps(record, indent=1))
     return [folder / task for task in served.deltas]
+
+
+def _exported(file: Path) -> bool:
+    """Say whether a file is one of an earlier export; a merged model has its configuration two folders below it."""
+    configuration = file.name == "config.json" and (file.parent.parent / "export.json").is_file()
+    return configuration or storage.written("export.json", "adapter_config.json")(file)
 
 
 def config(modules: Modules, adapter: TaskAdapter, base_model: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from byom.errors import DataError
-from byom.storage.lock import owner
+from byom.storage.atomic import write_bytes
 
 
 class Root(ABC):
@@ -99,24 +99,8 @@ def content_digest(folder: Path, files: Iterable[str], cache: Path | None = None
         return known
     digest = _sha256(_lines((name, hashlib.sha256(_bytes(folder / name)).hexdigest()) for name in names))
     if memo is not None:
-        write_atomically(memo, digest.encode())
+        write_bytes(memo, digest.encode())
     return digest
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or none, with the mode the umask asks for.
-
-    Args:
-        path: The file; missing folders are made.
-        content: Its bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{owner()}.tmp")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _stamp(folder: Path, names: list[str]) -> str:

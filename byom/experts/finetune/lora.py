@@ -18,7 +18,8 @@ from byom.errors import OptionError
 from byom.experts.finetune.base import Recipe
 from byom.experts.finetune.targets import checked, chosen
 from byom.functional.seeding import keyed
-from byom.storage import tensor_files as storage
+from byom.storage.atomic import replacing
+from byom.storage.tensor_files import written
 from byom.weights import Weights
 
 
@@ -89,7 +90,7 @@ class Lora(Recipe):
     def save(self, trained: nn.Module, folder: Path) -> None:
         """Write PEFT's folder: ``adapter_config.json`` and ``adapter_model.safetensors``."""
         wrapped: Any = next(child for child in trained.modules() if hasattr(child, "peft_config"))
-        with storage.replacing(folder) as partial:
+        with replacing(folder, written("adapter_config.json", "training.json")) as partial:
             wrapped.save_pretrained(str(partial), save_embedding_layers=False)
             (partial / "README.md").unlink(missing_ok=True)  # a model card to be filled in
 

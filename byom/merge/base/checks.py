@@ -20,7 +20,7 @@ def require_weights(weights: Sequence[float]) -> None:
 
 
 def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
-    """Return one weight a task, all alike with sum 1 if none are given.
+    """Return one weight per task, all alike with sum 1 if none are given.
 
     Raises:
         OptionError: If their number is not that of the tasks.

@@ -24,7 +24,7 @@ class Group:
     Args:
         name: The parameter's name.
         pretrained: ``[*shape]``.
-        experts: One ``[*shape]`` tensor a task, in the problem's task order.
+        experts: One ``[*shape]`` tensor per task, in the problem's task order.
         statistics: Statistic name to ``[T, ...]``.
     """
 

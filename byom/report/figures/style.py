@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from byom.storage.lock import owner
+from byom.storage.atomic import drafted
 
 COLUMN = 3.5
 # the width of a letter, of the axes
@@ -169,8 +169,6 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 def _save(figure: Figure, stem: Path, ending: str, stamp: str) -> Path:
     path = stem.with_name(f"{stem.name}.{ending}")
-    fresh = path.with_name(f".{path.name}.{owner()}")
-    with mpl.rc_context(STYLE):
-        figure.savefig(fresh, format=ending, metadata={stamp: None})
-    fresh.replace(path)
+    with mpl.rc_context(STYLE), drafted(path) as draft:
+        figure.savefig(draft, format=ending, metadata={stamp: None})
     return path

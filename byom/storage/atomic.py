@@ -1,0 +1,105 @@
+"""Writing that is all or nothing: a reader sees the old file or folder or the new one, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from byom.errors import CheckpointError
+from byom.storage.lock import owner
+
+
+@contextmanager
+def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
+    """Give a draft next to `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Args:
+        path: The file; missing folders are made.
+        settled: Whether the draft is given the mode that the umask asks for and is on the disk before it takes the
+            place: for large files, and for writers that choose a mode themselves.
+
+    Yields:
+        The draft's path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{owner()}")
+    try:
+        yield draft
+        if settled:
+            umask = os.umask(0)
+            os.umask(umask)
+            draft.chmod(0o666 & ~umask)
+            with draft.open("rb") as handle:
+                os.fsync(handle.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file, and return its path."""
+    with drafted(path) as draft:
+        draft.write_bytes(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file in UTF-8 with Unix line ends, and return its path."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write JSON with sorted keys, and return the file's path."""
+    return write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
+
+    Args:
+        folder: The folder to create or replace.
+        own: Says which files of an earlier folder the caller wrote; with any other file in it nothing is replaced.
+
+    Yields:
+        The scratch folder, next to it.
+
+    Raises:
+        CheckpointError: If the folder holds other files or its parent cannot be written.
+    """
+    folder = folder.resolve()  # what a link points at is replaced, and the link stays
+    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
+    if foreign or folder.is_file():
+        raise CheckpointError(
+            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
+            "and would lose them; choose a new folder"
+        )
+    partial = folder.with_name(f".{folder.name}.partial-{owner()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
+        partial.mkdir(parents=True)
+        yield partial
+        _swap(partial, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error}. Free space or choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old-{owner()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    try:
+        partial.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
