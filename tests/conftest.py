@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +44,14 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder in which all tests of a run find the tiny experts that one of them has trained."""
+    if "BYOM_TEST_EXPERTS" not in os.environ:
+        os.environ["BYOM_TEST_EXPERTS"] = folder = tempfile.mkdtemp(prefix="byom-experts-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("BYOM_TEST_EXPERTS"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
