@@ -19,13 +19,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).parents[1]
-LONGEST = (
-    "tests/e2e/test_published_images.py",
-    "tests/contract/test_merge.py",
-    "tests/e2e/test_published_text.py",
-    "tests/e2e/test_methods.py",
-)
-APART = ("tests/e2e/test_published_images.py", "tests/e2e/test_true_size.py", "tests/e2e/test_resume.py")
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "e2e/test_published_images", "e2e/test_published_text", "contract/test_merge", "e2e/test_methods",
+        "docs/test_readme", "config/test_yaml", "e2e/test_resume", "e2e/test_command", "e2e/test_launchers",
+        "e2e/test_accelerate", "contract/test_variants", "docs/test_notebooks", "e2e/test_true_size",
+        "golden/test_signatures", "e2e/test_lora", "e2e/test_preview", "e2e/test_pipeline", "unit/test_statistics",
+    )
+)  # fmt: skip
+APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
 
 
 def missing_data() -> list[str]:
