@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,13 +19,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).parents[1]
-LONGEST = (
-    "tests/e2e/test_published_images.py",
-    "tests/contract/test_merge.py",
-    "tests/e2e/test_published_text.py",
-    "tests/e2e/test_methods.py",
-)
-APART = ("tests/e2e/test_published_images.py", "tests/e2e/test_true_size.py", "tests/e2e/test_resume.py")
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "e2e/test_published_images", "e2e/test_published_text", "contract/test_merge", "e2e/test_methods",
+        "docs/test_readme", "config/test_yaml", "e2e/test_resume", "e2e/test_command", "e2e/test_launchers",
+        "e2e/test_accelerate", "contract/test_variants", "docs/test_notebooks", "e2e/test_true_size",
+        "golden/test_signatures", "e2e/test_lora", "e2e/test_preview", "e2e/test_pipeline", "unit/test_statistics",
+    )
+)  # fmt: skip
+APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
 
 
 def missing_data() -> list[str]:
@@ -42,6 +47,14 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder in which all tests of a run find the tiny experts that one of them has trained."""
+    if "BYOM_TEST_EXPERTS" not in os.environ:
+        os.environ["BYOM_TEST_EXPERTS"] = folder = tempfile.mkdtemp(prefix="byom-experts-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("BYOM_TEST_EXPERTS"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -153,6 +153,11 @@ def same(a, b):
     return sorted(a.keys()) == sorted(b.keys()) and all(bits(a[name]) == bits(b[name]) for name in a.keys())  # noqa: SIM118
 
 
+def configured(overrides):
+    """Return the merge method that some overrides configure."""
+    return config.made(config.resolve(overrides).values["merge"])
+
+
 def options(group):
     """Build every option of a group: its yaml, and its yaml with each other value of each `Literal` field."""
     built = {}

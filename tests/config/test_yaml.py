@@ -11,6 +11,7 @@ import yaml
 from hydra.utils import get_class, instantiate
 
 from byom.cli import config, sweeps
+from byom.data.suite import Suite
 from byom.errors import OptionError
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +74,8 @@ def test_one_file_one_yaml(group):
 
 @pytest.mark.parametrize("name", config.options("suite"))
 def test_a_suite_builds_and_brings_its_backbone(name):
-    settings = config.settings([f"suite={name}"])
-    suite, backbone = settings.suite, settings.backbone
+    values = config.resolve([f"suite={name}"]).values
+    suite, backbone = config.made(values["suite"]), config.made(values["backbone"])
     assert suite.name == name
     assert len(suite.tasks) == {"flan4": 4, "vision14": 14, "vision20": 20}.get(name, 8)
     for task in suite.tasks:
@@ -102,7 +103,8 @@ def test_a_task_builds(name):
 
 
 @pytest.mark.parametrize("name", config.options("experiment"))
-def test_an_experiment_expands_to_cells_that_compose_and_build(name):
+def test_an_experiment_expands_to_cells_that_compose_and_build(name, monkeypatch):
+    monkeypatch.setattr(Suite, "available", lambda suite: suite)  # whether or not the data is here
     plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
     cells = sweeps.cells(plan["rows"], [*plan["common"], "seed=0,1"])
     assert len(cells) == len({tuple(cell) for cell in cells})

@@ -25,7 +25,7 @@ def options(folder):
     """A tiny run whose last batches cannot be halved: of 3 examples, and of 1, which leaves a process nothing."""
     odd = ["suite.tasks.mnist.train=35", "suite.tasks.digits.train=33"]
     rest = ["backbone.learning_rate=2e-4", "finetune.epochs=4", "merge=fisher", "byom=none", "evaluate=test"]
-    return [*overrides(folder), *odd, *rest]
+    return [*overrides(folder, own=True), *odd, *rest, "device=cpu"]
 
 
 def run(folder, *launcher):
@@ -70,7 +70,7 @@ def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
 @pytest.mark.data
 @pytest.mark.parametrize("recipe", config.options("finetune"))
 def test_what_a_recipe_trains_can_be_sent_to_another_process(recipe, tmp_path):
-    lab = laboratory(config.settings([*overrides(tmp_path), f"finetune={recipe}"]))
+    lab = laboratory(config.settings([*overrides(tmp_path), f"finetune={recipe}", "device=cpu"]))
     trained = lab.recipe.attach(lab.encoder, lab.backbone, 0).eval()
     torch.save((trained, lab.head("digits"), lab.splits("digits")["test"]), tmp_path / "sent.pt")
     copy, head, split = torch.load(tmp_path / "sent.pt", weights_only=False, mmap=True)

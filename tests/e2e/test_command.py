@@ -15,7 +15,7 @@ import pytest
 
 from byom.__main__ import main
 from byom.cli import config
-from tests.e2e.tiny import overrides
+from tests.e2e.tiny import fewer, overrides
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,7 @@ def test_a_new_merge_method_is_one_python_file_and_one_yaml(tmp_path):
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     experiment = "vision8_offline_headline"
     options = [experiment, *overrides(tmp_path), "tune=none"]
+    fewer(monkeypatch)
     monkeypatch.setattr("byom.cli.run.job", _stop_after(3))
     with pytest.raises(KeyboardInterrupt):
         from byom.cli import table
@@ -142,6 +143,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("runs/**/*.json")}
     assert len(kept) == 3
     monkeypatch.undo()
+    fewer(monkeypatch)
     assert main(["table", *options]) == 0
     shown = capsys.readouterr().out
     assert shown.count("finished before") == 3

@@ -120,19 +120,18 @@ def test_a_failing_cell_is_marked_and_tried_again(cell, folder, monkeypatch):
     assert not list(folder.rglob("*.failed.json"))
 
 
-def test_a_damaged_cached_expert_is_refused_by_name(cell, folder, labs):
-    cell("merge=average", "byom=none")
-    file = sorted((folder / "cache" / "experts").glob("*/model.safetensors"))[0]
+def test_a_damaged_cached_expert_is_refused_by_name(tmp_path):
+    def fresh(*options):
+        with Labs() as labs:
+            return run(config.settings([*overrides(tmp_path, own=True), "finetune.epochs=1", *options]), labs)
+
+    fresh("merge=average", "byom=none")
+    file = sorted((tmp_path / "cache" / "experts").glob("*/model.safetensors"))[0]
     original = file.read_bytes()
     file.write_bytes(original[:-5] + bytes([original[-5] ^ 1]) + original[-4:])
-    try:
-        labs.close()
-        with pytest.raises(Exception, match=r"does not match its checksum") as caught:
-            cell("merge=average", "byom=fft", "byom.density=0.77")
-        assert str(file.parent) in str(caught.value)
-    finally:
-        file.write_bytes(original)
-        labs.close()
+    with pytest.raises(Exception, match=r"does not match its checksum") as caught:
+        fresh("merge=average", "byom=fft", "byom.density=0.77")
+    assert str(file.parent) in str(caught.value)
 
 
 def test_scores_are_the_golden_ones(cell):

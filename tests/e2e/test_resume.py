@@ -33,7 +33,7 @@ def start(*arguments, **options):
 
 def killed_at(numbers, folder):
     """Run a tiny table once for each number, killed at that change of the folder; return what each run left."""
-    options = [*overrides(folder), "tune=none"]
+    options = [*overrides(folder, own=True), "tune=none"]
     done = start("-m", "tests.e2e.killed", str(folder), ",".join(map(str, numbers)), "table", HEADLINE, *options)
     out, err = done.communicate()
     assert done.returncode == 0 and "failed" not in err, err[-3000:]
@@ -70,7 +70,7 @@ def scores(folder):
 @pytest.mark.slow
 @pytest.mark.data
 def test_two_processes_that_want_one_cell_train_each_expert_once(tmp_path):
-    options = [*overrides(tmp_path), "finetune.epochs=120", "merge=average", "byom=none", "evaluate=test"]
+    options = [*overrides(tmp_path, own=True), "finetune.epochs=120", "merge=average", "byom=none", "evaluate=test"]
     both = [start("-m", "byom", "run", *options) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said

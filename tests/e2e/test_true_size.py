@@ -125,8 +125,8 @@ def test_every_option_that_needs_weights_alone_is_measured(here, monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_eight_vision_towers_stay_within_their_bounds(tmp_path):
-    name, tasks, rows = "vit_b_32", 8, {}
+def test_vision_towers_stay_within_their_bounds(tmp_path):
+    name, tasks, rows = "vit_b_32", 3, {}  # three whole models are more than three times the bound
     with true_models.written(name, tasks, tmp_path, keep=False) as folder:
         size = true_models.size(true_models.problem(folder, tasks).pretrained)
         for label in ("task_arithmetic", "ties"):
@@ -138,7 +138,7 @@ def test_eight_vision_towers_stay_within_their_bounds(tmp_path):
         assert {delta.stored_parameters for delta in packed.deltas.values()} == {size["parameters"] // 10}
     assert not any(tmp_path.iterdir())
     bound = true_size.bound(size, tasks)
-    assert bound == 11 * 4 * 768 * 3072 + true_models.SHARD
+    assert bound == 6 * 4 * 768 * 3072 + true_models.SHARD
     for stage, share in true_size.BOUNDED.items():
         assert rows[stage].finished and rows[stage].peak <= share * bound, stage
     assert all(rows[f"merge {label}"].peak > 0.9 * true_models.SHARD for label in ("task_arithmetic", "ties"))

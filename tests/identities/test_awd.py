@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.cli import config
 from byom.errors import CheckpointError, OptionError
 from byom.functional.deltas import inner_products
 from byom.merge.awd import AdaptiveWeightDisentanglement, disentangle, gradient, loss, redundant
@@ -12,7 +11,7 @@ from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
 from byom.weights import Weights
-from tests.problems import counted, grid, models, problem, same
+from tests.problems import configured, counted, grid, models, problem, same
 
 SCOPES = ["global", "tensor"]
 
@@ -169,10 +168,10 @@ def test_one_task_is_refused(scope):
 
 
 def test_the_wrapped_method_is_an_option():
-    built = config.settings(["merge=awd", "merge@merge.then=ties", "merge.then.density=0.1"]).merge
+    built = configured(["merge=awd", "merge@merge.then=ties", "merge.then.density=0.1"])
     assert built == AdaptiveWeightDisentanglement(Ties(0.1))
     with pytest.raises(OptionError, match="does not merge the experts alone"):
-        config.settings(["merge=awd", "merge@merge.then=mtl"])
+        configured(["merge=awd", "merge@merge.then=mtl"])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.cli import config
 from byom.errors import OptionError
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.needs import Needs
@@ -12,7 +11,7 @@ from byom.merge.dare import Dare, flips
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
 from byom.weights import Weights
-from tests.problems import grid, models, problem, same
+from tests.problems import configured, grid, models, problem, same
 
 
 def single(n=20_000, seed=0):
@@ -144,7 +143,7 @@ def test_statistics_and_experts_stay():
 
 @pytest.mark.parametrize("nested", ["ties", "magmax"])
 def test_the_wrapped_method_is_an_option(nested):
-    built = config.settings(["merge=dare", f"merge@merge.then={nested}", "merge.then.scale=1"]).merge
+    built = configured(["merge=dare", f"merge@merge.then={nested}", "merge.then.scale=1"])
     assert type(built.then).__name__.lower() == nested and built.then.scale == 1
 
 
@@ -157,4 +156,4 @@ def test_a_share_out_of_range_is_refused(drop):
 @pytest.mark.parametrize("nested", ["mtl", "mixture"])
 def test_a_method_that_merges_something_else_is_not_wrapped(nested):
     with pytest.raises(OptionError, match="does not merge the experts alone"):
-        config.settings(["merge=dare", f"merge@merge.then={nested}"])
+        configured(["merge=dare", f"merge@merge.then={nested}"])

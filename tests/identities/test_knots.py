@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.cli import config
 from byom.errors import OptionError
 from byom.merge.average import Average
 from byom.merge.base import Problem
@@ -16,7 +15,7 @@ from byom.merge.ties import Ties
 from byom.merge.tsv import TaskSingularVectors
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted, Piece
-from tests.problems import models, problem
+from tests.problems import configured, models, problem
 
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (9, 9)}
 CONCAT = ["output", "input"]
@@ -272,7 +271,7 @@ def test_values_out_of_range_are_refused(option, value, said):
 
 
 def test_the_wrapped_method_is_configured_inside():
-    built = config.settings(["merge=knots", "merge@merge.then=dare", "merge.then.drop=0.1"]).merge
+    built = configured(["merge=knots", "merge@merge.then=dare", "merge.then.drop=0.1"])
     assert built.then.drop == 0.1
-    built = config.settings(["merge=knots", "merge.then.density=1"]).merge
+    built = configured(["merge=knots", "merge.then.density=1"])
     assert built.then == Ties(1.0)

@@ -38,7 +38,7 @@ with warnings.catch_warnings():
     from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction as tsv_m
     from fusion_bench.method.wudi.wudi import wudi_merging
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]
+pytestmark = pytest.mark.peer
 
 COMPARES = {
     "average": "equal on floating-point tensors",

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     pytest.importorskip("fusion_bench")
     from fusion_bench.method.knots.knots_utils import subspace_alignment
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]
+pytestmark = pytest.mark.peer
 
 COMPARES = {"knots": "equal coordinates up to signs, and TIES in them"}
 SHAPES = [(9, 4), (4, 9), (12, 12)]

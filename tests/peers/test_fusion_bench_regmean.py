@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     from fusion_bench.method.fisher_merging.fisher_merging import merging_with_fisher_weights
     from fusion_bench.method.regmean.regmean import RegMeanAlgorithm, merging_with_regmean_weights
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]
+pytestmark = pytest.mark.peer
 
 COMPARES = {
     "regmean": "equal for the same Grams, with ridge=0 and a sum that is not singular",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from byom.cli import config, table
 from byom.errors import DataError
 from tests.unit import synthetic_runs as synthetic
@@ -13,6 +15,7 @@ def cell(results, *options):
     return [f"suite={SUITE}", f"backbone={BACKBONE}", f"results={results}", *options]
 
 
+@pytest.mark.data
 def test_a_suite_without_a_finished_cell_costs_no_other_suite_its_table(tmp_path, capsys):
     results = tmp_path / "scratch"  # a tree with changes writes nowhere else
     synthetic.write(results, synthetic.records())
