@@ -36,7 +36,10 @@ def _public() -> str:
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_WHERE":
             where = ast.literal_eval(node.value)
-    lines = [f"| [`{name}`][{module}.{name}] | {_summary(module, name)} |" for name, module in sorted(where.items())]
+    lines = []
+    for name, place in sorted(where.items()):
+        module, _, member = place.partition(":")
+        lines.append(f"| [`{name}`][{module}.{member or name}] | {_summary(module, member or name)} |")
     return f"{PUBLIC}\n| name | |\n|---|---|\n" + "\n".join(lines) + "\n"
 
 

@@ -84,14 +84,14 @@ STORAGE = (
     Mutant(
         "defaults-enter-the-signature",
         "storage",
-        "return value != field.default\n",
+        "return value is not field.default and describe(value) != describe(field.default)\n",
         "return True\n",
-        ("tests/unit/test_evaluate.py -k signature", "tests/unit/test_suite.py -k signature"),
+        ("tests/unit/test_evaluate.py -k signature", "tests/unit/test_suite.py -k signature", "tests/golden -k equal"),
     ),
     Mutant(
         "made-defaults-enter-the-signature",
         "storage",
-        "return value != field.default_factory()",
+        "return describe(value) != describe(field.default_factory())",
         "return True",
         ("tests/unit/test_evaluate.py -k signature", "tests/unit/test_suite.py -k signature"),
     ),
