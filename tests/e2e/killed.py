@@ -8,10 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-from pytest import MonkeyPatch
-
-from tests.e2e.tiny import fewer
-
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
 
 
@@ -70,7 +66,6 @@ def finished(folder):
 def main(folder, numbers, *command):
     """Run a command once for each number, killed at that change, and print what is finished after each."""
 
-    fewer(MonkeyPatch())
     for number in map(int, numbers.split(",")):
         status, seen = attempt(folder, number, list(command))
         line = {"status": status, "seen": seen, "finished": finished(folder)}
