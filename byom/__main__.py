@@ -24,11 +24,11 @@ Commands
                        byom report suite=vision8_offline
   why      the records behind a number of a table, and the commands that run them again:
                        byom why vision8_offline "BYOM-FFT on TIES, 10 %" mean
-  preview  accuracy over task weights from merged models alone, beside a few jointly fine-tuned ones:
+  preview  accuracy over task weights from merged models alone, next to a few jointly fine-tuned ones:
                        byom preview suite=vision8_offline tasks=[cifar10,chess] joint=3
   statistics  what some merge methods need of each expert, ahead of time:
                        byom statistics fisher gram suite=vision8_offline
-  export   one PEFT adapter a task, beside the merged model where tasks were packed against one:
+  export   one PEFT adapter per task, next to the merged model where tasks were packed against one:
                        byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
   pack     everything that serves the tasks, as one folder that byom.Bundle opens:
                        byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1

@@ -1,4 +1,4 @@
-"""What a backbone is: an encoder that gets merged, and frozen heads made from the pre-trained encoder."""
+"""Backbones: encoders that are merged, and frozen heads made from the pre-trained encoder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def encoding(self) -> Mapping[str, Any]:
-        """What determines `encode`, as JSON: part of the signature of cached inputs."""
+        """Everything that determines `encode`, as JSON: part of the signature of cached inputs."""
 
     def encoding_for(self, task: Task) -> Mapping[str, Any]:
         """Return what determines `encode` for a task; the same for all of them unless inputs are put into prompts."""
@@ -79,7 +79,7 @@ class Backbone(ABC):
 
         Args:
             task: The task.
-            tensors: What the checkpoint holds beside the encoder.
+            tensors: Tensors of the checkpoint outside the encoder.
 
         Returns:
             The head, or None if such checkpoints of this backbone have none.

@@ -160,8 +160,8 @@ def _features(encoder: nn.Module, split: Split) -> Tensor:
     encoder.eval()
     rows: dict[int, Tensor] = {}
     for inputs, _, places in split.batches(64):
-        found = encoder(**{name: value.to(device) for name, value in inputs.items()}).float().cpu()
-        rows |= dict(zip(places.tolist(), found, strict=True))
+        features = encoder(**{name: value.to(device) for name, value in inputs.items()}).float().cpu()
+        rows |= dict(zip(places.tolist(), features, strict=True))
     return torch.stack([rows[place] for place in range(len(split))])
 
 

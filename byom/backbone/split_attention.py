@@ -91,8 +91,8 @@ def _thirds(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().clone())
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer

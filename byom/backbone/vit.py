@@ -97,8 +97,8 @@ class Vit(Backbone):
 
         path = _located(self.checkpoint, self.file)
         state = checkpoint_filter_fn(read_state(path), visual)  # pyright: ignore[reportArgumentType]
-        wanted = visual.state_dict()
-        fill(visual, {name: state[name] for name in wanted if name in state}, str(path))
+        expected = visual.state_dict()
+        fill(visual, {name: state[name] for name in expected if name in state}, str(path))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

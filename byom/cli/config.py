@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,9 @@ def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     Raises:
         OptionError: If a group, option or key does not exist.
     """
-    given = parsed(overrides)
-    values = [o for o in given if _sets_a_value(o)]
-    base = _base(tuple(o.input_line for o in given if o not in values), primary, folder())
+    overridden = parsed(overrides)
+    values = [o for o in overridden if _sets_a_value(o)]
+    base = _base(tuple(o.input_line for o in overridden if o not in values), primary, folder(), _environment())
     changes = {o.key_or_group: o.value() for o in values}
     if not all(base.can_set(key, value) for key, value in changes.items()) or not base.missing <= set(changes):
         return Resolved(plain(config := compose(overrides, primary)), _names(config))
@@ -138,13 +139,24 @@ class _Base:
         return alone and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
 
 
+Environment = tuple[tuple[str, str], ...]
+
+
+def _environment() -> Environment:
+    """Return the variables that configurations are interpolated from: with others, they are composed again."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("BYOM_")))
+
+
 @lru_cache(maxsize=256)
-def _base(overrides: tuple[str, ...], primary: str, tree: Path) -> _Base:
+def _base(overrides: tuple[str, ...], primary: str, tree: Path, environment: Environment) -> _Base:
     """Return what Hydra composes: an option that nothing else depends on is composed alone and put in place."""
     for number, (group, _, name) in enumerate(o.partition("=") for o in overrides):
         rest = overrides[:number] + overrides[number + 1 :]
         if group in ALONE and name in options(group) and not any(o.lstrip("+~").startswith(group) for o in rest):
-            base, leaf = _base(rest, primary, tree), _base((), f"{group}/{name}", tree)
+            base, leaf = (
+                _base(rest, primary, tree, environment),
+                _base((), f"{group}/{name}", tree, environment),
+            )
             if group in base.resolved.values and group not in base.referred and not leaf.referred:
                 return _put(leaf, group, name, base)
     config = compose(overrides, primary)

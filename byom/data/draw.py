@@ -1,4 +1,4 @@
-"""Which examples a split is made of: permutations keyed by seed and task, without leaks."""
+"""Draws of the examples of each split: permutations keyed by seed and task, without leaks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Draws(Mapping[str, Draw]):
 
     @cached_property
     def validation(self) -> Draw:
-        """What hyperparameters are selected on."""
+        """The examples that hyperparameters are selected on."""
         if self._fixed:
             held = self._shuffled("validation", self._parts[1])
             return "train", _first(self.task, "validation", held, self.task.validation)
@@ -79,7 +79,7 @@ class Draws(Mapping[str, Draw]):
 
     @cached_property
     def train(self) -> Draw:
-        """What experts are trained on."""
+        """The examples that experts are trained on."""
         return "train", _first(self.task, "train", self._rest("train"), self.task.train)
 
     @cached_property

@@ -25,7 +25,7 @@ PADDED = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Encoder(Protocol):
-    """What this module asks of a backbone."""
+    """The part of a backbone that this module uses."""
 
     def encoding_for(self, task: Task) -> Any:
         """Describe the encoding in JSON values: tokenizer and length, or resolution and cropping."""
@@ -106,7 +106,7 @@ class Splits(Mapping[str, Split]):
     """A task's splits, encoded for a backbone when they are asked for.
 
     The test split is the same for every seed; the others are drawn by `seed` from what is left (`byom.data.draw`).
-    What was encoded once is read from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made anew.
+    What was encoded once is read from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made again.
 
     Args:
         task: The task.
@@ -138,7 +138,7 @@ class Splits(Mapping[str, Split]):
 
     @cached_property
     def draws(self) -> Draws:
-        """Which examples every split is made of."""
+        """The examples of every split."""
         return Draws(self.task, self.task.source.pools(self.cache), self.seed)
 
     def _split(self, name: str) -> Split:

@@ -1,4 +1,4 @@
-"""What is evaluated: a task is labelled data with named classes, a suite is tasks that are merged together."""
+"""Tasks and suites: a task is labelled data with named classes, a suite is tasks that are merged together."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ class Suite:
         if not 1 <= size <= len(self.tasks):
             raise OptionError(f"suite.size={size}: suite {self.name} has {len(self.tasks)} tasks")
         generator = torch.Generator().manual_seed(keyed(self.draw, "subset", self.name))
-        kept = sorted(torch.randperm(len(self.tasks), generator=generator)[:size].tolist())
-        cut = {"tasks": tuple(self.tasks[i] for i in kept), "name": f"{self.name}-{size}-{self.draw}"}
+        places = sorted(torch.randperm(len(self.tasks), generator=generator)[:size].tolist())
+        cut = {"tasks": tuple(self.tasks[i] for i in places), "name": f"{self.name}-{size}-{self.draw}"}
         for name, value in {**cut, "size": None, "draw": 0}.items():
             object.__setattr__(self, name, value)
 

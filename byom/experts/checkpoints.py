@@ -51,9 +51,9 @@ class Checkpoints(Experts):
 
     def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and how many frozen left-overs all of the files share; it is an error if they differ."""
-        found = {task: host.checkpoint(self.path(task)) for task in host.tasks}
-        frozen = same_left_overs(found.items())
+        checkpoints = {task: host.checkpoint(self.path(task)) for task in host.tasks}
+        frozen = same_left_overs(checkpoints.items())
         return {
-            "formats": sorted({checkpoint.format for checkpoint in found.values()}),
+            "formats": sorted({checkpoint.format for checkpoint in checkpoints.values()}),
             "frozen_parameters": frozen.numel if frozen else 0,
         }

@@ -160,7 +160,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model that answers in words says: it gives one number an answer, and this reads them.
+    """The reading of a model that answers in words and gives one number per answer.
 
     Features are of width C, log-likelihoods of the answers, or of width C + 2, what was generated: a 1 at the answer
     that it is or at C if it is none, and last the number that it spells (0 where it spells none).

@@ -124,12 +124,12 @@ def polar(matrix: Tensor, rtol: float = VANISHING) -> Tensor:
         return polar(matrix.T, rtol).T
     tall = matrix.double()
     values, vectors = _right_singular(tall)
-    kept = values > rtol * values[:1]
-    if rtol < VANISHING or (values[kept] <= SAFE * values[:1]).any():
+    leading = values > rtol * values[:1]
+    if rtol < VANISHING or (values[leading] <= SAFE * values[:1]).any():
         left, values, right = thin_svd(tall)
-        kept = values > rtol * values[:1]
-        return left[:, kept] @ right[kept]
-    return (tall @ vectors[:, kept]) / values[kept] @ vectors[:, kept].T
+        leading = values > rtol * values[:1]
+        return left[:, leading] @ right[leading]
+    return (tall @ vectors[:, leading]) / values[leading] @ vectors[:, leading].T
 
 
 def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
@@ -153,8 +153,8 @@ def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
         return torch.cholesky_solve(right.T, factor).T
     values, vectors = torch.linalg.eigh(gram)
     exists = values > len(values) * torch.finfo(values.dtype).eps * values[-1:].abs()
-    kept = vectors[:, exists]
-    return right @ kept / (values[exists] + shift) @ kept.T
+    basis = vectors[:, exists]
+    return right @ basis / (values[exists] + shift) @ basis.T
 
 
 def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> Tensor:

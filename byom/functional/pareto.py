@@ -1,4 +1,4 @@
-"""What a set of points says: which of them nothing beats, and how well they predict other points. Pure."""
+"""Pareto fronts: the points that no other beats, and how well points predict others."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well previewed points predict jointly fine-tuned ones of the same weights.
+    """Agreement of previewed points with jointly fine-tuned ones of the same weights.
 
     Args:
         points: How many were compared (N).

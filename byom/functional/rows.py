@@ -35,7 +35,7 @@ def leading(values: Tensor, count: int, dim: int = -1) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowCut:
-    """Where every row of a matrix is cut so that the same number of its entries survives.
+    """The places where the rows of a matrix are cut so that the same number of entries survives in each.
 
     Attributes:
         thresholds: ``[rows]`` magnitudes of each row's smallest survivor; infinite if none survives.

@@ -23,7 +23,7 @@ TOGETHER = 8  # brackets in one pass, which bounds the memory of the candidates
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a stream is cut so that exactly `count` entries survive.
+    """The place where a stream is cut so that exactly `count` entries survive.
 
     Attributes:
         threshold: Magnitude of the smallest survivor; infinite if none survives, 0 if all do.
@@ -117,14 +117,14 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
     for count in counts:
         if not 0 <= count <= n:
             raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
-    found = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
-    pending, unread = _brackets(stream, sorted(set(counts) - set(found))), True
+    cuts = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
+    pending, unread = _brackets(stream, sorted(set(counts) - set(cuts))), True
     while pending or unread:
         batch, pending, unread = pending[:TOGETHER], pending[TOGETHER:], False
         _scan(stream, batch)
-        found |= {each.count: each.cut(stream) for each in batch if each.side() == 0}
+        cuts |= {each.count: each.cut(stream) for each in batch if each.side() == 0}
         pending += [each.moved() for each in batch if each.side() != 0]
-    return [found[count] for count in counts]
+    return [cuts[count] for count in counts]
 
 
 def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
@@ -167,7 +167,7 @@ class _Bracket:
         self.inside.append(near[~(high | low)])
 
     def side(self) -> int:
-        """Where the wanted rank is: 1 above the bracket, 0 in it, -1 below."""
+        """Return the side of the bracket that the rank is on: 1 above it, 0 in it, -1 below."""
         if self.count <= self.above:
             return 1
         held = sum(self.at_high) + sum(map(len, self.inside)) + sum(self.at_low)

@@ -22,7 +22,7 @@ from byom.merge.ties import Ties
 
 @dataclass(frozen=True)
 class Learnt:
-    """What was learnt: ``[T]`` coefficients for every parameter, and which task vectors they weigh."""
+    """The outcome of learning: ``[T]`` coefficients for every parameter, and which task vectors they weigh."""
 
     coefficients: dict[str, Tensor]
     vectors: Vectors
@@ -35,7 +35,7 @@ class AdaMerging(PlannedMethod):
     ``theta^l = theta_0^l + sum_t clamp(lambda_t^l, 0, 1) tau_t^l`` for every tensor l, where lambda minimises
     ``sum_t mean_x H(softmax(f_t(x; theta)))``, H the entropy. A coefficient that leaves [0, 1] has no gradient.
 
-    Learning holds theta_0, all task vectors, theta and its gradient in memory, (T + 3) * d fp32 numbers, beside the
+    Learning holds theta_0, all task vectors, theta and its gradient in memory, (T + 3) * d fp32 numbers, besides the
     activations of 64 examples. What is returned is lazy again: it reads the models once more, tensor by tensor.
 
     Args:

@@ -74,7 +74,7 @@ class AdaptiveWeightDisentanglement(MergeMethod):
 
     @property
     def needs(self) -> Needs:
-        """What the wrapped method needs."""
+        """The needs of the wrapped method."""
         return self.then.needs
 
     def fallbacks(self, problem: Problem) -> list[str]:
@@ -100,8 +100,8 @@ class AdaptiveWeightDisentanglement(MergeMethod):
 
         def read(name: str) -> Tensor:
             deltas = problem.group(name).deltas
-            found = self._coefficients(inner_products(deltas)) if whole is None else whole
-            return total(deltas * found.to(deltas.dtype).reshape(-1, *[1] * (deltas.dim() - 1)))
+            coefficients = self._coefficients(inner_products(deltas)) if whole is None else whole
+            return total(deltas * coefficients.to(deltas.dtype).reshape(-1, *[1] * (deltas.dim() - 1)))
 
         return lru_cache(maxsize=1)(read)  # every expert asks for the same parameter in turn
 

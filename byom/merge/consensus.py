@@ -21,7 +21,7 @@ class ConsensusMerging(PlannedMethod):
     """Keep of the summed task vectors only what enough tasks rely on.
 
     With the multi-task vector ``tau_MTL`` and the masks ``m_t = [|tau_t| > mask_scale * |tau_MTL - tau_t|]``:
-    ``theta = theta_0 + scale * [sum_t m_t >= agreement] * tau_MTL``. An agreement of 2 removes what nobody relies on
+    ``theta = theta_0 + scale * [sum_t m_t >= agreement] * tau_MTL``. An agreement of 2 removes what no task relies on
     (catastrophic weights) and what a single task does (selfish weights), hence everything if there is one task.
 
     Args:

@@ -69,7 +69,7 @@ class Dare(MergeMethod):
 
     @property
     def needs(self) -> Needs:
-        """What the wrapped method needs."""
+        """The needs of the wrapped method."""
         return self.then.needs
 
     def fallbacks(self, problem: Problem) -> list[str]:

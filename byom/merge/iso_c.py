@@ -79,6 +79,6 @@ def isotropic(matrix: Tensor, rank: Rank = "numerical") -> Tensor:
     """
     left, values, right = thin_svd(matrix)
     if rank == "numerical":
-        kept = values > VANISHING * values[:1]
-        left, values, right = left[:, kept], values[kept], right[kept]
+        leading = values > VANISHING * values[:1]
+        left, values, right = left[:, leading], values[leading], right[leading]
     return values.sum() / max(len(values), 1) * (left @ right)

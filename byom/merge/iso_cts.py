@@ -125,5 +125,5 @@ def _least(matrix: Tensor, rtol: float) -> float:
 
 def _cut(triplets: Triplets, rank: int, least: float) -> Triplets:
     left, values, right = triplets
-    kept = values[:rank] > least
-    return left[:, :rank][:, kept], values[:rank][kept], right[:rank][kept]
+    leading = values[:rank] > least
+    return left[:, :rank][:, leading], values[:rank][leading], right[:rank][leading]

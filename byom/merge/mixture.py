@@ -101,9 +101,9 @@ class MixtureOfGaussians(PlannedMethod):
 
     def _members(self, problem: Problem) -> Problem:
         """Make every member a task of its own."""
-        found = {f"{task}/{k}": one for task in problem.tasks for k, one in enumerate(self._of(problem, task))}
-        statistics = {name: _statistic(name, member.statistics, self.posterior) for name, member in found.items()}
-        return Problem(problem.pretrained, {n: m.weights for n, m in found.items()}, {self.posterior: statistics})
+        members = {f"{task}/{k}": one for task in problem.tasks for k, one in enumerate(self._of(problem, task))}
+        statistics = {name: _statistic(name, member.statistics, self.posterior) for name, member in members.items()}
+        return Problem(problem.pretrained, {n: m.weights for n, m in members.items()}, {self.posterior: statistics})
 
     def _of(self, problem: Problem, task: str) -> list[Member]:
         if self.members == 1:

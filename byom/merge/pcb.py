@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """What must be known about the whole model, a task each: the range of its sizes, and that of its scores."""
+    """Knowledge of the whole model, for each task: the range of its sizes, and that of its scores."""
 
     sizes: Sequence[Range]
     scores: Sequence[Range]

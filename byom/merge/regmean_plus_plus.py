@@ -82,8 +82,8 @@ class RegMeanPlusPlus(PlannedMethod):
         names = problem.pretrained.mergeable()
         merged = {name: _mean(problem.group(name)) for name in names}
         done: dict[str, Tensor] = {}
-        found = layers(problem.inputs().order(), names)
-        for layer in tqdm(found, desc="RegMean++", unit="layer", leave=False, mininterval=1):
+        stages = layers(problem.inputs().order(), names)
+        for layer in tqdm(stages, desc="RegMean++", unit="layer", leave=False, mininterval=1):
             grams = {task: self._grams(problem, task, merged, layer) for task in problem.tasks}
             for name in layer.matrices:
                 if all(name in by_name for by_name in grams.values()):

@@ -17,7 +17,7 @@ from byom.weights.cuts import Cuts, Scope, cuts, require_scope
 
 @dataclass(frozen=True)
 class Trimming:
-    """What TIES must know about the whole model: one cut per task, and the sign most coordinates elect."""
+    """Knowledge of the whole model: one cut per task, and the sign most coordinates elect."""
 
     cuts: Sequence[Cuts]
     majority: float

@@ -84,8 +84,8 @@ def _leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if not delta.any():
         rank = 0
     left, values, right = truncated_svd(delta, rank)
-    kept = values > VANISHING * values[:1]
-    return left[:, kept], values[kept], right[kept]
+    leading = values > VANISHING * values[:1]
+    return left[:, leading], values[leading], right[leading]
 
 
 def _thin(shape: tuple[int, ...], tasks: int) -> bool:

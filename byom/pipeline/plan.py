@@ -92,8 +92,8 @@ def plan(cells: Sequence[Settings]) -> Plan:
 def _downloads(cells: Iterable[Settings]) -> Iterator[Download]:
     """Yield every download of some runs once."""
     alike = {repr((cell.backbone, cell.suite, cell.experts)): cell for cell in cells}
-    found = (each for cell in alike.values() for each in _needed(cell))
-    yield from {(each.what, each.place): each for each in found}.values()
+    downloads = (each for cell in alike.values() for each in _needed(cell))
+    yield from {(each.what, each.place): each for each in downloads}.values()
 
 
 def _needed(cell: Settings) -> list[Download]:
@@ -105,12 +105,12 @@ def _needed(cell: Settings) -> list[Download]:
 
 def _untrained(cells: Sequence[Settings]) -> set[Path]:
     """Return where experts will be kept that are not fine-tuned yet; those of data that is not here are unknown."""
-    wanted = {
+    folders = {
         cell.cache / "experts" / signature(cell.backbone, task, cell.finetune, cell.seed)
         for cell in cells
         for task in cell.experts.trains(cell.suite.tasks)
     }
-    return {folder for folder in wanted if not (folder / "training.json").is_file()}
+    return {folder for folder in folders if not (folder / "training.json").is_file()}
 
 
 def _examples(cell: Settings) -> list[int | None]:

@@ -86,10 +86,10 @@ class Preview:
         for name in self.tasks:
             if name not in known:
                 raise OptionError(f"suite {suite.name} has no task '{name}'; {suggest(name, known)}")
-        kept = tuple(task for task in suite.tasks if not self.tasks or task.name in self.tasks)
-        if len(kept) < 2:
-            raise OptionError(f"a preview weighs two tasks or more, not {[task.name for task in kept]}")
-        return replace(suite, tasks=kept)
+        chosen = tuple(task for task in suite.tasks if not self.tasks or task.name in self.tasks)
+        if len(chosen) < 2:
+            raise OptionError(f"a preview weighs two tasks or more, not {[task.name for task in chosen]}")
+        return replace(suite, tasks=chosen)
 
     def grid(self, tasks: int) -> list[Point]:
         """Return the weightings that are previewed."""
@@ -187,10 +187,10 @@ def execute(preview: Preview, settings: Mapping[str, Settings]) -> dict[str, Any
     with stages.stage("preview"):
         own = scorer.run(_references(lab, experts))
         jobs = [job for name, one in settings.items() for job in _previewed(one, problems[name], grid)]
-        found = scorer.run(jobs)
+        results = scorer.run(jobs)
     with stages.stage("joint"):
         joint = scorer.run(_joint(lab, chosen))
-    points = {name: found[n * len(grid) : (n + 1) * len(grid)] for n, name in enumerate(settings)}
+    points = {name: results[n * len(grid) : (n + 1) * len(grid)] for n, name in enumerate(settings)}
     return {
         "tasks": list(lab.tasks),
         "points": points,

@@ -32,7 +32,7 @@ NUMBERED = re.compile(r"(?:^|\.)(?:blocks?|layers?|resblocks|h)\.(\d+)\.")
 
 
 class Place(NamedTuple):
-    """Where a parameter lies in a transformer.
+    """The place of a parameter in a transformer.
 
     Attributes:
         layer: The number of its block as the model names it (``decoder 3`` in a second stack), ``embeddings`` before
@@ -65,9 +65,9 @@ def _depth(layer: str) -> tuple[int, int]:
 
 def _framed(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return rows that name a tensor as a frame, with its place, layers ordered by depth."""
-    found = pd.DataFrame([{"tensor": row["tensor"], **place(row["tensor"])._asdict(), **row} for row in rows])
-    depth = sorted(set(found["layer"]), key=_depth)
-    return found.assign(layer=pd.Categorical(found["layer"], depth, ordered=True))
+    frame = pd.DataFrame([{"tensor": row["tensor"], **place(row["tensor"])._asdict(), **row} for row in rows])
+    depth = sorted(set(frame["layer"]), key=_depth)
+    return frame.assign(layer=pd.Categorical(frame["layer"], depth, ordered=True))
 
 
 def masses(experts: Mapping[str, Weights], reference: Weights) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What a statistic is, and the one pass over a task's data that fits all those asked for."""
+"""Statistics of fine-tuned models, and the one pass over a task's data that fits several of them."""
 
 from __future__ import annotations
 

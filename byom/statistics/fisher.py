@@ -141,8 +141,8 @@ class FisherFitter(Fitter):
 
     def _one_by_one(self, inputs: dict[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
         rows = range(len(classes))
-        found = [grad(self._loss)(self.values, {n: v[i] for n, v in inputs.items()}, classes[i]) for i in rows]
-        return {name: torch.stack([each[name] for each in found]) for name in self.values}
+        gradients = [grad(self._loss)(self.values, {n: v[i] for n, v in inputs.items()}, classes[i]) for i in rows]
+        return {name: torch.stack([each[name] for each in gradients]) for name in self.values}
 
     def _loss(self, values: dict[str, Tensor], inputs: dict[str, Any], label: Tensor) -> Tensor:
         kwargs = {name: value.unsqueeze(0) for name, value in inputs.items()}

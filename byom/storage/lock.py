@@ -22,13 +22,13 @@ def owner() -> str:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder (or file) that many processes may want to make; whoever comes second waits.
+    """Hold the lock of a folder (or file) that several processes may want to make; the second one waits.
 
     The operating system drops the lock with the process that holds it, however that ends, so none is ever stale. Look
     again, inside the block, whether what you want is there: another process may have made it while you waited.
 
     Args:
-        folder: What is going to be made; it need not exist. The lock is a hidden file beside it.
+        folder: What is going to be made; it need not exist. The lock is a hidden file next to it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))

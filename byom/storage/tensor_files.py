@@ -160,12 +160,12 @@ def _files(path: Path) -> list[Path]:
         return _indexed(path)
     if (path / SINGLE).is_file():
         return [path / SINGLE]
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if len(found) != 1:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(files) != 1:
         raise CheckpointError(
             f"{path} is not a checkpoint: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}"
         )
-    return found
+    return files
 
 
 def _indexed(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 class Rows(NamedTuple):
-    """Where a module's matrix lies in the weights of the model as it is stored.
+    """The place of a module's matrix in the weights of the model as it is stored.
 
     Args:
         name: The parameter.

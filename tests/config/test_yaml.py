@@ -202,3 +202,9 @@ def test_a_swept_field_reaches_only_the_options_that_have_it():
     nested = sweeps.fitting(["merge=dare,average", "merge.then.scale=0.5"])
     assert nested == [["merge=dare", "merge.then.scale=0.5"], ["merge=average"]]
     assert sweeps.fitting(["byom=none,fft", "byom.densty=1"]) == [["byom=none,fft", "byom.densty=1"]]
+
+
+def test_a_cache_named_by_the_environment_is_looked_up_each_time(monkeypatch, tmp_path):
+    for place in ("one", "two"):
+        monkeypatch.setenv("BYOM_CACHE", str(tmp_path / place))
+        assert config.resolve(["merge=ties"]).values["cache"] == str(tmp_path / place)

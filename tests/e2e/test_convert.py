@@ -117,6 +117,9 @@ def test_mistakes_and_hostile_files_are_one_sentence_and_write_nothing(tmp_path,
 
 
 def test_other_names_are_for_image_towers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("byom.cli.provision.pretrained", lambda _: Weights.of({"model.layer.weight": torch.ones(2)}))
+    monkeypatch.setattr(
+        "byom.cli.provision.pretrained",
+        lambda _: Weights.of({"model.layer.weight": torch.ones(2)}, origin="backbone=minilm"),
+    )
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "like=minilm", "to=huggingface"]) == 1
     assert "to=huggingface is for image towers of open_clip, and backbone=minilm is none" in capsys.readouterr().err

@@ -106,5 +106,5 @@ def test_it_stores_one_model():
 def test_options_out_of_range_are_refused(make):
     with pytest.raises(OptionError, match=r"byom\.density=10 is not a fraction"):
         make(10)
-    with pytest.raises(OptionError, match=r"byom\.scope=layer.*global or tensor"):
+    with pytest.raises(OptionError, match=r"byom\.scope=layer.*global, tensor or row"):
         make(0.1, "layer")

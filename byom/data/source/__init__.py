@@ -1,1 +1,1 @@
-"""Where labelled examples come from: one file a kind, every kind a `Source`."""
+"""Sources of labelled examples: one file per kind, every kind a `Source`."""

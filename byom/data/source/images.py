@@ -63,10 +63,10 @@ class ImageFolder(FileSource):
 
     def _images(self, split: str) -> list[Path]:
         folder, pattern = self.root.folder(), self.splits[split]
-        found = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
-        if not found:
+        files = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
+        if not files:
             raise DataError(f"no image in {folder} matches {pattern!r} (split {split}); correct `splits` or `root`")
-        return found
+        return files
 
     def _pool(self, paths: list[Path]) -> Pool:
         return Pool(Images(paths), list(self._labels(paths)))

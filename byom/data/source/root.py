@@ -14,7 +14,7 @@ from byom.storage.atomic import write_bytes
 
 
 class Root(ABC):
-    """A folder with data in it, whoever put it there."""
+    """A folder with data in it, wherever it came from."""
 
     @abstractmethod
     def folder(self) -> Path:
@@ -30,7 +30,7 @@ class Root(ABC):
 
         Args:
             files: Paths relative to the folder, with forward slashes.
-            cache: Where the digest of unchanged files is remembered; None computes it anew.
+            cache: Where the digest of unchanged files is remembered; None computes it every time.
 
         Returns:
             64 hexadecimal digits.
@@ -68,13 +68,13 @@ def promised_digest(folder: Path, files: Iterable[str], cache: Path | None, sha2
     Raises:
         DataError: If it is another one, so that a file was altered, lost or added; the message ends with `remedy`.
     """
-    found = content_digest(folder, files, cache)
-    if sha256 and found != sha256:
+    digest = content_digest(folder, files, cache)
+    if sha256 and digest != sha256:
         raise DataError(
             f"the data files in {folder} are not the published ones "
-            f"(sha256 {found[:16]}, expected {sha256[:16]}); {remedy}"
+            f"(sha256 {digest[:16]}, expected {sha256[:16]}); {remedy}"
         )
-    return found
+    return digest
 
 
 def content_digest(folder: Path, files: Iterable[str], cache: Path | None = None) -> str:

@@ -54,7 +54,7 @@ class Added(Recipe):
 
     def open(self, folder: Path, pretrained: Weights) -> Weights:
         """Put the trained values of what was added into the pre-trained model."""
-        found = Weights.open(folder)
-        if lost := [name for name in found if name not in pretrained or found.shape(name) != pretrained.shape(name)]:
+        values = Weights.open(folder)
+        if lost := [name for name in values if name not in pretrained or values.shape(name) != pretrained.shape(name)]:
             raise CheckpointError(f"{folder} holds '{lost[0]}', which this encoder lacks; delete it to train again")
-        return Adapted(pretrained, {}, found.state(), origin=str(folder))
+        return Adapted(pretrained, {}, values.state(), origin=str(folder))

@@ -32,7 +32,7 @@ class MergeMethod(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What it cannot work without besides weights; a wrapper adds what the wrapped method needs."""
+        """The input that it cannot work without besides weights; a wrapper adds the needs of the wrapped method."""
         return Needs()
 
     def fallbacks(self, problem: Problem) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a merge method or variant must be given besides the models."""
+"""Needs: the input of a merge method or variant besides the models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there, so that tables can say it and a run can refuse before it starts.
+    """Input that must be there, so that tables can state it and a run can refuse before it starts.
 
     Args:
         statistics: Names of per-task statistics (`byom.statistics`).
@@ -50,9 +50,9 @@ class Needs:
     def entries(self) -> list[str]:
         """The words one by one, the models first."""
         kind = "labelled" if self.labels else "unlabelled"
-        said = [f"{'test inputs' if split == 'test' else f'{kind} {split} inputs'}" for split in sorted(self.inputs)]
+        phrases = [f"{'test inputs' if split == 'test' else f'{kind} {split} inputs'}" for split in sorted(self.inputs)]
         models = f"{self.members} models a task" if self.members > 1 else "weights"
-        return [models, *said]
+        return [models, *phrases]
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields and what follows from them, as a record holds them."""

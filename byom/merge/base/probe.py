@@ -1,4 +1,4 @@
-"""What a method that looks at inputs may ask: batches, features, logits and Grams of models given by weights."""
+"""The access that methods have to inputs: batches, features, logits and Grams of models given by weights."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be merged.
+    """Models that are to be merged.
 
     Args:
         pretrained: theta_0.

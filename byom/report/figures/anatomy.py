@@ -76,7 +76,7 @@ def concentration(whole: pd.DataFrame, within: pd.DataFrame) -> Figure:
         within: The same where each tensor gives its largest entries.
 
     Returns:
-        The figure: a thin line a task, and means beside those of normally distributed entries.
+        The figure: a thin line per task, and means next to those of normally distributed entries.
     """
     figure, axes = blank(2.4, ["Largest of the whole model"] * 4)
     axes.plot(100 * whole.index, 100 * whole, **THIN)

@@ -118,7 +118,7 @@ class PackingVariant(Variant):
         Args:
             target: theta_t.
             reference: theta_merged or theta_0.
-            base: theta_0, for variants that share it beside a merged reference.
+            base: theta_0, for variants that share it in addition to a merged reference.
 
         Returns:
             The packed difference.
@@ -169,7 +169,7 @@ class Packing(Mapping[str, Delta]):
         variant: How a difference is packed.
         finetuned: Task name to theta_t.
         reference: theta_merged or theta_0.
-        base: theta_0, for variants that share it beside a merged reference.
+        base: theta_0, for variants that share it in addition to a merged reference.
     """
 
     variant: PackingVariant
