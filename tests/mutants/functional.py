@@ -48,8 +48,8 @@ FUNCTIONAL = (
     Mutant(
         "polar-threshold-is-absolute",
         "functional",
-        "kept = values > rtol * values[:1]\n    if rtol",
-        "kept = values > rtol\n    if rtol",
+        "leading = values > rtol * values[:1]\n    if rtol",
+        "leading = values > rtol\n    if rtol",
         ("tests/unit/test_linalg.py -k polar",),
     ),
     Mutant(
