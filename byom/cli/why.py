@@ -94,7 +94,9 @@ def _row(tables: Tables, name: str) -> Row:
         densities = ", ".join(f"{percent(row.density)} %" for row in rows)
         raise OptionError(f"there are {len(rows)} rows '{name}', of {densities}; name one, as in '{_named(rows[0])}'")
     if not rows:
-        raise OptionError(f"{tables.runs.suite} has no row '{name}'; {suggest(name, full)}")
+        here = any("methods" in path.parts for path in (record.path for record in tables.runs.done) if path)
+        elsewhere = "" if here else "; results=results/methods has the sweep over all methods"
+        raise OptionError(f"{tables.runs.suite} has no row '{name}'; {suggest(name, full)}{elsewhere}")
     return rows[0]
 
 
@@ -109,7 +111,7 @@ def _named(row: Row) -> str:
 def _column(tables: Tables, name: str) -> str:
     """Return a column's name in the frame: a task, or a key of `HEADS`."""
     heads = {**{task: task for task in tables.runs.tasks}, **{name: name for name in HEADS}}
-    heads |= {head: name for name, head in HEADS.items()}
+    heads |= {head: name for name, head in HEADS.items()} | {"accuracy": "mean", "relative": "normalised"}
     by_text = {text.lower(): column for text, column in heads.items()}
     text = name.removeprefix("accuracy_").strip()
     if text.lower() not in by_text:
@@ -143,6 +145,11 @@ def _run(record: Record, results: Path, value: str) -> str:
         lines += [f"  chosen on validation data: {chosen}, of {record.tuning.searched} settings"]
     else:
         lines += ["  hyperparameters as given, none searched"]
+    used = {group: fields for group, fields in record.hyperparameters.items() if fields and group in ("merge", "byom")}
+    lines += [
+        f"  {group}: {' '.join(f'{key}={value}' for key, value in sorted(fields.items()))}"
+        for group, fields in used.items()
+    ]
     return "\n".join(lines) + "\n" + _again(record, results)
 
 

@@ -57,6 +57,9 @@ def choices(value: Any) -> Iterator[Any]:
 def described() -> dict[str, Any]:
     """Return one instance of every class that reaches `describe`, by class name."""
     cells = [f"{group}={name}" for group in GROUPS for name in config.options(group)]
+    cells = [
+        c for c in cells if not c.startswith("experts=") or c in (*GIVEN, "experts=trained")
+    ]  # public sets are hubs
     settings = [config.settings([cell, *GIVEN.get(cell, ())]) for cell in cells]
     values = [getattr(each, field.name) for each in settings for field in dataclasses.fields(each)]
     return {type(each).__name__: each for value in values for each in choices(value) if type(each).__name__ not in FREE}
