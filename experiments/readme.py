@@ -87,7 +87,7 @@ def options(group: str, root: str = "", short: bool = False) -> str:
     Returns:
         One row per option: its name and file, what it does, class, paper, year, what it needs and what it stores.
     """
-    stored = " stored a task |" if group == "byom" else ""
+    stored = " stored per task |" if group == "byom" else ""
     rule = "---|" if stored else ""
     lines = [
         f"| `{group}=` | what it does | class | paper | year | needs |{stored}",

@@ -18,7 +18,8 @@ GROUPS = {"merge": "Merge methods", "byom": "BYOM variants", "router": "Routers"
 CONTRACTS = {"merge": "test_merge", "byom": "test_variants", "router": "test_router"}
 INTRO = """# What is proved of every method
 
-Made by `python -m experiments.verification`, which runs these tests and writes their outcome.
+Made by `python -m experiments.verification`, which runs these tests and writes their outcome
+({failed} failed).
 
 - **Laws** are those of the group's contract (`tests/contract`), listed above each table: how many of them the option
   obeys. Those that it is exempt from stand below the table with their reason.
@@ -67,7 +68,7 @@ def _case(node: ElementTree.Element) -> Case:
 
 def page(cases: list[Case]) -> str:
     """Return the page as Markdown."""
-    parts = [INTRO]
+    parts = [INTRO.format(failed=sum(case.outcome == "failed" for case in cases))]
     for group, title in GROUPS.items():
         names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
         laws = _functions(case for name in names for case in _laws(group, name, cases))
