@@ -162,6 +162,10 @@ VARIANTS = (
         "variants",
         "return stored if self.base is None else [*stored, self.base]",
         "return stored",
-        ("tests/contract/test_variants.py -k bundle", "tests/identities/test_single_task.py"),
+        (
+            "tests/identities/test_emr.py",
+            "tests/contract/test_variants.py -k bundle",
+            "tests/identities/test_single_task.py",
+        ),
     ),
 )

@@ -55,6 +55,11 @@ def test_densities_that_are_said_come_from_one_pass_and_are_the_same():
     assert len(reads) > second
 
 
+def test_each_reference_has_cuts_of_its_own():
+    target, first, second = weights(1), weights(2), weights(3)
+    assert cuts(target, first, 0.3) != cuts(target, second, 0.3) == cuts(weights(1), second, 0.3)
+
+
 def test_cuts_end_with_their_target():
     target = weights(1)
     cuts(target, weights(2), 0.1)

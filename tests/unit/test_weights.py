@@ -284,6 +284,12 @@ def test_fingerprint_of_a_file_reads_no_tensor(tmp_path, monkeypatch):
     assert opened.fingerprint() == Weights.of(model(1)).fingerprint()
 
 
+def test_fingerprint_sees_ties():
+    shared = torch.randn(3, 2)
+    tied, apart = Weights.of({"a": shared, "b": shared}), Weights.of({"a": shared, "b": shared.clone()})
+    assert tied.ties and not apart.ties and tied.fingerprint() != apart.fingerprint()
+
+
 def test_fingerprint_ignores_key_order_and_origin():
     state = model(1)
     assert Weights.of(dict(reversed(state.items())), "b").fingerprint() == Weights.of(state, "a").fingerprint()
