@@ -117,7 +117,7 @@ def problem(folder: Path, tasks: int) -> Problem:
 
 
 @contextmanager
-def written(name: str, tasks: int, folder: Path, keep: bool) -> Iterator[Path]:
+def written(name: str, tasks: int, folder: Path, keep: bool, shard: int = SHARD) -> Iterator[Path]:
     """Give a folder with a pre-trained model and its experts as safetensors, every other one in shards.
 
     Args:
@@ -125,6 +125,7 @@ def written(name: str, tasks: int, folder: Path, keep: bool) -> Iterator[Path]:
         tasks: Number of experts.
         folder: Where the model's folder is made; experts that are there already are taken.
         keep: Whether they stay there afterwards.
+        shard: Bytes of a file of those in shards.
 
     Yields:
         The model's folder.
@@ -140,7 +141,7 @@ def written(name: str, tasks: int, folder: Path, keep: bool) -> Iterator[Path]:
             _require_room(folder, len(lost) + tasks + 5, size(base)["bytes"])
             base.save(place / "pretrained")
             for task in lost:
-                expert(base, task).save(place / f"task{task}", SHARD if task % 2 else size(base)["bytes"])
+                expert(base, task).save(place / f"task{task}", shard if task % 2 else size(base)["bytes"])
         yield place
     finally:
         if not keep:

@@ -69,21 +69,21 @@ class Bench:
                 yield from self._variant(label, place / REFERENCE, place / "packed")
 
     def _reference(self, out: Path) -> Iterator[tuple[str, Row]]:
-        stage, row = self._take(f"merge {REFERENCE}", true_stages.merge, method(REFERENCE), None, out)
+        stage, row = self._take(f"merge {REFERENCE}", true_stages.merge, method(REFERENCE), None, out, SHARD)
         yield stage, row
         if row["done"] < 1:
             sys.exit(f"{REFERENCE} took more than {self.options.limit:g} s, and variants stand on it; raise --limit")
 
     def _merge(self, label: str, place: Path) -> Iterator[tuple[str, Row]]:
         with scratch(place) as out:
-            yield self._take(f"merge {label}", true_stages.merge, method(label), None, out / label)
+            yield self._take(f"merge {label}", true_stages.merge, method(label), None, out / label, SHARD)
 
     def _variant(self, label: str, reference: Path, place: Path) -> Iterator[tuple[str, Row]]:
         option = variant(label)
         with scratch(place) as out:
             if option.before:
                 reference, stage = out / "prepared", f"merge {REFERENCE} for {label}"
-                yield self._take(stage, true_stages.merge, method(REFERENCE), option.before, reference)
+                yield self._take(stage, true_stages.merge, method(REFERENCE), option.before, reference, SHARD)
             if option.on == "pretrained":
                 reference = self.folder / "pretrained"
             stage, row = self._take(f"pack {label}", true_stages.pack, option, reference, out / label)
@@ -153,9 +153,9 @@ def bench(name: str, options: argparse.Namespace, by: Mapping[str, Any]) -> Iter
             yield facts
 
 
-def bound(size: Mapping[str, int], tasks: int) -> int:
+def bound(size: Mapping[str, int], tasks: int, shard: int = SHARD) -> int:
     """Return the bytes that streaming may take: every model's largest tensor, three more of them, and one shard."""
-    return (tasks + 3) * size["largest_bytes"] + SHARD
+    return (tasks + 3) * size["largest_bytes"] + shard
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import true_models
 from benchmarks.peak import Report
-from benchmarks.true_models import SHARD, built, examples
+from benchmarks.true_models import built, examples
 from byom.backbone.base import fill
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError
@@ -23,12 +23,12 @@ TASK = "task0"  # the one that is opened and encoded
 
 
 def merge(
-    folder: Path, tasks: int, method: MergeMethod, before: Preparation | None, out: Path, report: Report
+    folder: Path, tasks: int, method: MergeMethod, before: Preparation | None, out: Path, shard: int, report: Report
 ) -> dict[str, Any]:
     """Merge from disk to disk."""
     given = true_models.problem(folder, tasks)
     merged = method(before(given) if before else given)
-    _counted(merged, report).save(out, SHARD)
+    _counted(merged, report).save(out, shard)
     return {"bytes": _bytes(out)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
 import os
 import re
@@ -29,6 +31,45 @@ LONGEST = tuple(
     )
 )  # fmt: skip
 APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def coarse_figures():
+    """Draw figures coarsely: that they are drawn is tested, not how finely."""
+    from byom.report.figures.style import STYLE
+    from tests.e2e.tiny import COARSE
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in COARSE.items():
+            patch.setitem(STYLE, name, value)
+        yield
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Read each version of a yaml once per process: Hydra would read most of the tree for every composition."""
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # registers the class that reads files
+    files, held = SourcesRegistry.instance().resolve("file"), {}
+    read = files.load_config
+
+    def load(source, config_path):
+        file = Path(source.path, source._normalize_file_name(config_path))
+        if not file.is_file():
+            return read(source, config_path)
+        stamp = (source.provider, file, file.stat().st_mtime_ns, file.stat().st_size)
+        if stamp not in held:
+            held[stamp] = read(source, config_path)
+        return copy.deepcopy(held[stamp])
+
+    files.load_config = load
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave what is loaded by now, millions of objects, out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def missing_data() -> list[str]:

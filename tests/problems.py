@@ -1,6 +1,7 @@
 """Small models and merging problems that hold everything a real checkpoint does, and helpers to watch them."""
 
 from dataclasses import fields, replace
+from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -80,19 +81,26 @@ def drawn(*key):
 
 def precisions(base, *key):
     """Draw positive values for all parameters but one."""
-    names = [name for name in base.mergeable() if name != "one"]
-    return Weights.of({n: torch.rand(base.shape(n), generator=drawn(*key, n)) + 0.01 for n in names})
+    return positive(tuple((name, base.shape(name)) for name in base.mergeable() if name != "one"), *key)
+
+
+@cache
+def positive(shapes, *key):
+    return Weights.of({name: torch.rand(shape, generator=drawn(*key, name)) + 0.01 for name, shape in shapes})
 
 
 def grams(base, task):
     """Draw positive definite matrices for the inputs of all matrices; `layer.weight` is stored in x out."""
-    found = {}
-    for name in (name for name in base.mergeable() if len(base.shape(name)) == 2):
-        turned = name == "layer.weight"
-        size = base.shape(name)[0 if turned else 1]
-        rows = torch.randn(size + 3, size, generator=drawn("gram", task, name))
-        found[name] = (rows.T @ rows / len(rows)).reshape(*[1] * turned, size, size)
-    return found
+    shapes = {name: base.shape(name) for name in base.mergeable()}
+    return {name: gram(task, name, shape) for name, shape in shapes.items() if len(shape) == 2}
+
+
+@cache
+def gram(task, name, shape):
+    turned = name == "layer.weight"
+    size = shape[0 if turned else 1]
+    rows = torch.randn(size + 3, size, generator=drawn("gram", task, name))
+    return (rows.T @ rows / len(rows)).reshape(*[1] * turned, size, size)
 
 
 def members_of(base, task, expert):

@@ -150,21 +150,31 @@ def _environment() -> Environment:
 @lru_cache(maxsize=256)
 def _base(overrides: tuple[str, ...], primary: str, tree: Path, environment: Environment) -> _Base:
     """Return what Hydra composes: an option that nothing else depends on is composed alone and put in place."""
+    if not overrides and (text := _whole(tree / f"{primary}.yaml")):
+        with explained():
+            return _based(OmegaConf.create({primary.partition("/")[0]: OmegaConf.create(text)}), {})
     for number, (group, _, name) in enumerate(o.partition("=") for o in overrides):
         rest = overrides[:number] + overrides[number + 1 :]
         if group in ALONE and name in options(group) and not any(o.lstrip("+~").startswith(group) for o in rest):
-            base, leaf = (
-                _base(rest, primary, tree, environment),
-                _base((), f"{group}/{name}", tree, environment),
-            )
+            base, leaf = _base(rest, primary, tree, environment), _base((), f"{group}/{name}", tree, environment)
             if group in base.resolved.values and group not in base.referred and not leaf.referred:
                 return _put(leaf, group, name, base)
     config = compose(overrides, primary)
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     with explained():
-        values: Any = OmegaConf.to_container(own, resolve=True)
+        return _based(own, _names(config))
+
+
+def _whole(file: Path) -> str:
+    """Return the text of an option's file if it is all that Hydra would read: no defaults list, no other package."""
+    text = file.read_text(encoding="utf-8") if file.parent.name in ALONE and file.is_file() else ""
+    return "" if re.search(r"^(defaults:|#\s*@package)", text, re.M) else text
+
+
+def _based(own: DictConfig, names: dict[str, str]) -> _Base:
+    values: Any = OmegaConf.to_container(own, resolve=True)
     referred = frozenset(re.findall(r"\$\{\.*(\w+)", json.dumps(OmegaConf.to_container(own))))
-    return _Base(Resolved(values, _names(config)), referred, frozenset(OmegaConf.missing_keys(own)))
+    return _Base(Resolved(values, names), referred, frozenset(OmegaConf.missing_keys(own)))
 
 
 def _put(leaf: _Base, group: str, name: str, base: _Base) -> _Base:
@@ -258,9 +268,7 @@ def option(group: str, name: str) -> Any:
     Returns:
         What the option configures.
     """
-    with explained():
-        node = _contained(compose([f"{group}={name}"])[group])
-    return made(node)
+    return made(resolve([f"{group}={name}"]).values[group])
 
 
 GROUPS = ("suite", "backbone", "finetune", "experts", "merge", "byom", "router", "tune", "evaluate", "logger")

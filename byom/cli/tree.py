@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def explained(overrides: Sequence[str] = (), primary: str = "run") -> Iterator[N
 def parsed(overrides: Sequence[str]) -> list[Any]:
     """Return Hydra's view of some overrides."""
     with explained():
-        return OverridesParser.create().parse_overrides(list(overrides))
+        return [_parsed(override) for override in overrides]
+
+
+@lru_cache(maxsize=4096)
+def _parsed(override: str) -> Any:
+    """Parse an override; the cells of a sweep have most of them in common."""
+    return OverridesParser.create().parse_overrides([override])[0]
 
 
 def choices(override: Any) -> list[str]:

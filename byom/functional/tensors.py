@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,7 +29,7 @@ def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
     low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
-    return bool(low.isfinite() & high.isfinite())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

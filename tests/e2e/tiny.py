@@ -9,6 +9,7 @@ from byom.cli import sweeps
 
 DROPPED = ("cifar10", "fashion_mnist", "chest_xray", "molecules", "traffic_lights", "chess")
 KEPT = ("mnist", "digits")
+COARSE = {"savefig.dpi": 50, "pdf.fonttype": 3}  # cutting a font down to its letters takes longer than the figure
 
 
 def fewer(patch, *numbers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,15 +156,17 @@ def test_clip_without_templates_is_refused(tmp_path, monkeypatch):
 def test_clip_tells_nothing_to_the_root_logger_and_refuses_weights_that_it_cannot_read(tmp_path):
     """In a process of its own: open_clip would give the root logger a handler, which every library then writes to."""
     script = (
-        "import logging, sys; from byom.backbone.clip import Clip; Clip('RN50-quickgelu', 'random').blank()\n"
+        "import logging, sys; from byom.backbone.clip import Clip; from tests.tiny_clip import tiny_clip\n"
+        "Clip(tiny_clip(), 'random').blank()\n"
         "assert not logging.getLogger().handlers, logging.getLogger().handlers\n"
-        "Clip('RN50-quickgelu', sys.argv[1]).load()"
+        "Clip(tiny_clip(), sys.argv[1]).load()"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "none.pt")], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", script, str(tmp_path / "none.pt")],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
     assert ran.returncode == 1 and "WARNING" not in ran.stderr and "ERROR" not in ran.stderr
-    assert "CheckpointError: open_clip cannot load RN50-quickgelu with pretrained=" in ran.stderr
+    assert "CheckpointError: open_clip cannot load byom-tiny with pretrained=" in ran.stderr
 
 
 def test_a_task_of_the_other_modality_is_refused(tmp_path):
