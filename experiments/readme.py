@@ -13,8 +13,7 @@ import pandas as pd
 from benchmarks import lora, selection, true_size
 from byom.cli import config
 from byom.report import render, scaling
-from byom.report.report import Tables
-from byom.report.runs import read_runs
+from byom.report.report import Tables, read_runs
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from byom.cli import config, sweeps
 from byom.experts.finetune.processes import led
-
-if TYPE_CHECKING:
-    from byom.pipeline.labs import Labs
-    from byom.pipeline.settings import Settings
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -30,9 +23,9 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ByomError: If an option does not exist or is refused, or data or weights cannot be had.
     """
-    from byom.pipeline.run import run as run_cell
+    from byom.pipeline import run as cells
 
-    return run_cell(config.settings(list(overrides)), keeper())
+    return cells.run(config.settings(list(overrides)), cells.keeper())
 
 
 @led
@@ -41,44 +34,23 @@ def command(arguments: Sequence[str]) -> int:
     overrides = [a for a in arguments if a != "--cfg"]
     if "--cfg" in arguments:
         return print_config(config.resolve(overrides).values)
-    with keeper():
-        job(config.settings(overrides))
+    from byom.pipeline import run as cells
+
+    with cells.keeper():
+        cells.job(config.settings(overrides))
     return 0
 
 
 @led
 def sweep(arguments: Sequence[str]) -> int:
     """Run a Hydra multirun; every job returns its metric to the sweeper."""
-    name_sweep()
-    with keeper():
-        for file in sweeps.multirun(arguments, job):
+    from byom.pipeline import run as cells
+
+    sweeps.name_sweep()
+    with cells.keeper():
+        for file in sweeps.multirun(arguments, cells.job):
             _print_best(file)
     return 0
-
-
-def job(settings: Settings) -> float:
-    """Run one cell and return its metric; launchers import this function in their own processes."""
-    from byom.pipeline.run import metric
-    from byom.pipeline.run import run as run_cell
-
-    return metric(run_cell(settings, keeper()))
-
-
-@cache
-def keeper() -> Labs:
-    """Return the keeper of this process's lab, which the commands close when they end.
-
-    It is the only object that outlives a call. A launcher hands jobs to a worker process one by one, each pickled on
-    its own, so they can share a lab only through something that belongs to a module.
-    """
-    from byom.pipeline.labs import Labs
-
-    return Labs()
-
-
-def name_sweep() -> None:
-    """Give all jobs of this sweep one group name; the environment reaches the launchers' processes."""
-    os.environ.setdefault("BYOM_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
 
 
 def print_config(values: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -96,6 +97,11 @@ def _split(overrides: list[str], group: str, values: Callable[[str], list[str]],
 def for_hydra(override: str) -> bool:
     """Return whether an override is Hydra's own, such as ``hydra/launcher=joblib`` or ``hydra.sweeper.n_trials=5``."""
     return bool(re.match(r"[+~]*hydra[./]", override))
+
+
+def name_sweep() -> None:
+    """Give all jobs of this sweep one group name; the environment reaches the launchers' processes."""
+    os.environ.setdefault("BYOM_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
 
 
 def shared(part: int = 0) -> list[str]:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from byom.cli import config, run, sweeps
+from byom.cli import config, sweeps
 from byom.errors import ByomError, NothingFinished, OptionError, suggest
 from byom.experts.finetune.processes import led
 
@@ -42,13 +42,15 @@ def table(arguments: Sequence[str]) -> int:
     experiment = sweeps.experiment(name)
     launcher = [o for o in extra if sweeps.for_hydra(o)]
     every = experiment.cells([o for o in extra if o not in launcher])
-    run.name_sweep()
+    sweeps.name_sweep()
 
     @cache
     def composed(*cell: str) -> Settings:
         return config.settings(cell)
 
-    with run.keeper():
+    from byom.pipeline.run import keeper
+
+    with keeper():
         failed = _launched(every, composed, launcher) if launcher else _in_turn(every, composed)
     try:
         write_all(places(every, composed), experiment.published)
@@ -70,6 +72,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def _in_turn(every: Sequence[list[str]], composed: Composed) -> Failures:
     """Run cells one after another in this process; those that failed do not keep the others from running."""
+    from byom.pipeline import run
     from byom.weights import cuts
 
     failed: Failures = []
@@ -91,6 +94,8 @@ def _launched(every: Sequence[list[str]], composed: Composed, launcher: Sequence
     """Hand the cells without a record to one of Hydra's launchers, and return those that still have none."""
     if any(o.startswith("hydra/sweeper=") for o in launcher):
         raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
+    from byom.pipeline import run
+
     missing = [cell for cell in every if not _finished(cell, composed)]
     sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
     sys.stdout.flush()
@@ -169,7 +174,7 @@ def write_all(places: Sequence[Place], published: Sequence[str]) -> None:
 
 def _begun(of: Place) -> bool:
     """Return whether any cell of a table has finished, and say so if none has."""
-    from byom.report.runs import read_runs
+    from byom.report.report import read_runs
 
     try:
         read_runs(of.results, of.suite, of.backbone)

@@ -13,9 +13,8 @@ from typing import Any
 from byom.cli import config
 from byom.errors import ByomError, OptionError, suggest
 from byom.report.frame import HEADS, chosen_text, percent
-from byom.report.report import Tables
+from byom.report.report import Tables, backbones, read_runs
 from byom.report.rows import Row
-from byom.report.runs import backbones, read_runs
 from byom.storage.record import Record
 
 USAGE = 'byom why RECORD.json, or byom why SUITE ROW COLUMN, as in byom why vision8_offline "TIES" mean'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from byom.pipeline import cell
@@ -12,7 +13,7 @@ from byom.pipeline.settings import Evaluation, Settings
 from byom.storage.place import Place, now
 from byom.storage.record import FORMAT, Record
 
-__all__ = ["Evaluation", "Settings", "metric", "run"]
+__all__ = ["Evaluation", "Settings", "job", "keeper", "metric", "run"]
 
 
 def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
@@ -43,6 +44,21 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
     path = place.write(record)
     settings.logger.finished(Record.lift(record), path)
     return record
+
+
+@cache
+def keeper() -> Labs:
+    """Return the keeper of this process's lab, which the commands close when they end.
+
+    It is the only object that outlives a call. A launcher hands jobs to a worker process one by one, each pickled on
+    its own, so they can share a lab only through something that belongs to a module.
+    """
+    return Labs()
+
+
+def job(settings: Settings) -> float:
+    """Run one cell and return its metric; launchers import this function in their own processes."""
+    return metric(run(settings, keeper()))
 
 
 def metric(record: Mapping[str, Any]) -> float:

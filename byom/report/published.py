@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 
 from byom.errors import OptionError
-from byom.report.report import Tables
+from byom.report.report import Runs, Tables
 from byom.report.rows import Row
-from byom.report.runs import Runs
 
 CONFIDENCE = {
     "exact": "copied from the source",

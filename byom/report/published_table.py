@@ -11,9 +11,8 @@ import pandas as pd
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
 from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, pairs, same_family, same_tasks
-from byom.report.report import Tables
+from byom.report.report import Runs, Tables, read_runs
 from byom.report.rows import Row
-from byom.report.runs import Runs, read_runs
 from byom.storage.atomic import write_text
 
 DAGGER = "†"

@@ -9,33 +9,103 @@ from pathlib import Path
 
 import pandas as pd
 
+from byom.errors import NothingFinished, OptionError, suggest
 from byom.report import render
+from byom.report.comparable import check_comparable
 from byom.report.comparison import against_post_pruning, display_comparison
 from byom.report.frame import best, csv, display, numbers, task_names
 from byom.report.methods import NOTES as METHOD_NOTES
 from byom.report.methods import display_methods, methods
+from byom.report.notes import COMPARISON_NOTES, NOTES, differing, header
 from byom.report.rows import Row, rows
-from byom.report.runs import Runs, backbones, header, read_runs
 from byom.storage.atomic import write_text
+from byom.storage.record import Record
 
-NOTES = (
-    "Accuracies are in per cent on the test split, mean ± sample standard deviation over seeds.",
-    "m %: the part of one model's parameters put back for each task, the largest differences first.",
-    "Normalised mean: the mean over tasks of the accuracy divided by that of the task's own model.",
-    "Parameters: values only, one shared model and what every task adds (d + T·m·d; T·d for Single-task). "
-    "Bytes: what is stored, values and encoded positions. Task heads count in neither.",
-    "λ / searched: the setting with the best validation accuracy / among how many tried; the test split had "
-    "no part in the choice. Several values are those of different seeds.",
-    "Bold: the best of each column among the merged models alone, and among the rows of each m %.",
-)
-COMPARISON_NOTES = (
-    "Distance ratio: mean over tasks of ‖θₜ − θ*‖ / ‖θₜ − θ₀‖ (θₜ: the task's own model, θ*: merged, θ₀: "
-    "pre-trained); below 1, merging has moved towards the tasks and less is left to put back.",
-    "Dropped ratio: the norm of what BYOM-FFT leaves out over that of what Post-Pruning leaves out.",
-    "Difference: BYOM-FFT less Post-Pruning at the same m %, mean ± sample standard deviation over the seeds "
-    "both have. Interval: paired bootstrap over the test examples of each task (2000 resamples, differences "
-    "averaged over seeds); it does not cover the spread over seeds.",
-)
+
+@dataclass(frozen=True)
+class Runs:
+    """The records of one suite and backbone, finished and failed."""
+
+    suite: str
+    backbone: str
+    done: tuple[Record, ...]
+    failed: tuple[Record, ...]
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order of the columns."""
+        return list(self.done[0].test)
+
+    @property
+    def family(self) -> str:
+        """Whose checkpoints the tasks' own models are; all records agree in it."""
+        return self.done[0].family
+
+    @property
+    def header(self) -> list[str]:
+        """The lines that a reader must know before the numbers."""
+        return header(self.done, self.failed)
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes that must stand above every table."""
+        return sorted({record.note for record in self.done if record.note})
+
+
+def backbones(results: Path, suite: str) -> list[str]:
+    """Return the backbones that a suite has records of.
+
+    Raises:
+        OptionError: If there are none.
+    """
+    folder = results / "runs" / suite
+    names = sorted(path.parent.name for path in folder.glob("*/*.json"))
+    if not names:
+        suites = {path.parents[1].name for path in (results / "runs").glob("*/*/*.json")}
+        raise OptionError(f"{folder} does not hold a record: run `byom suite={suite}` first; {suggest(suite, suites)}")
+    return list(dict.fromkeys(names))
+
+
+def read_runs(
+    results: Path,
+    suite: str,
+    backbone: str,
+    seeds: Sequence[int] | None = None,
+    finetune: str | None = None,
+) -> Runs:
+    """Read the records of one suite and backbone, and make sure that they can be compared.
+
+    Args:
+        results: The folder that holds ``runs``.
+        suite: The suite's name.
+        backbone: The backbone's name.
+        seeds: Only these seeds, or all.
+        finetune: Only models fine-tuned with this option, or all.
+
+    Returns:
+        The finished runs and the failed ones; a failed run that was finished later is left out.
+
+    Raises:
+        NothingFinished: If there is no finished record.
+        ByomError: If one cannot be read, or they cannot stand in one table.
+    """
+    folder = results / "runs" / suite / backbone
+    every = [Record.read(path) for path in sorted(folder.glob("*.json"))]
+    records = [
+        record
+        for record in every
+        if (seeds is None or record.choices.seed in seeds) and finetune in (None, record.choices.finetune)
+    ]
+    done = [r for r in records if r.status != "failed" and "test" in r.scores]  # a search scores validation alone
+    if not done:
+        raise NothingFinished(
+            f"{folder} holds no finished record of these seeds and this fine-tuning; run "
+            f"`byom suite={suite} backbone={backbone}` first"
+        )
+    check_comparable(done)
+    finished = {record.signature for record in done}
+    failed = [record for record in records if record.status == "failed" and record.signature not in finished]
+    return Runs(suite, backbone, tuple(done), tuple(failed))
 
 
 @dataclass(frozen=True)
@@ -158,8 +228,8 @@ def _breaks(rows: Sequence[Row]) -> list[int]:
 def as_markdown(tables: Tables) -> str:
     """Return the report as Markdown: what was run, the table, the comparison, and what the columns mean."""
     runs = tables.runs
-    parts = [f"# {runs.suite}, {runs.backbone}\n\n", *_bullets(header(runs)), "\n"]
-    parts += [render.markdown(tables.shown, tables.best), "\n", *_bullets([*NOTES, *_differing(runs)])]
+    parts = [f"# {runs.suite}, {runs.backbone}\n\n", *_bullets(runs.header), "\n"]
+    parts += [render.markdown(tables.shown, tables.best), "\n", *_bullets([*NOTES, *differing(runs.done)])]
     if len(tables.comparison):
         parts += ["\n## BYOM-FFT against Post-Pruning\n\n", render.markdown(display_comparison(tables.comparison))]
         parts += ["\n", *_bullets(COMPARISON_NOTES)]
@@ -172,20 +242,11 @@ def methods_markdown(tables: Tables) -> str:
     flagged = ["†: the method has looked at the test split's inputs."] * bool(costs["sees_test"].any())
     batches = "‡: tasks are told apart by whole batches of one data set, which gives them away."
     flagged += [batches] * bool(costs["by_batch"].any())
-    parts = [f"# {runs.suite}, {runs.backbone}: what every method needs, stores and costs\n\n", *_bullets(header(runs))]
-    return "".join([*parts, "\n", render.markdown(display_methods(costs)), "\n", *_bullets([*METHOD_NOTES, *flagged])])
-
-
-def _differing(runs: Runs) -> list[str]:
-    """Say how much larger m % is of the parameters that fine-tuning changed, where it is at all."""
-    parts = [record.storage.density for record in runs.done]
-    ratios = [part.of_differing / part.of_all for part in parts if part.of_all]
-    if not ratios or max(ratios) < 1.005:
-        return []
-    return [
-        "Some parameters are the same in the fine-tuned and the reference model: of those that differ, m % "
-        f"is up to {max(ratios):.2f} times as large a part."
+    parts = [
+        f"# {runs.suite}, {runs.backbone}: what every method needs, stores and costs\n\n",
+        *_bullets(runs.header),
     ]
+    return "".join([*parts, "\n", render.markdown(display_methods(costs)), "\n", *_bullets([*METHOD_NOTES, *flagged])])
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
@@ -195,7 +256,7 @@ def _bullets(lines: Iterable[str]) -> list[str]:
 def as_text(tables: Tables) -> str:
     """Return the report for a terminal of 160 columns."""
     runs = tables.runs
-    parts = [f"{runs.suite}, {runs.backbone}\n", *(f"{line}\n" for line in header(runs)), "\n"]
+    parts = [f"{runs.suite}, {runs.backbone}\n", *(f"{line}\n" for line in runs.header), "\n"]
     parts += [render.text(tables.shown, task_names(tables.frame))]
     if len(tables.comparison):
         parts += ["\nBYOM-FFT against Post-Pruning\n\n", render.text(display_comparison(tables.comparison))]

@@ -10,8 +10,7 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
-from byom.report.report import Tables
-from byom.report.runs import Runs, header, read_runs
+from byom.report.report import Runs, Tables, read_runs
 from byom.storage.atomic import write_text
 
 NOTES = (
@@ -36,7 +35,7 @@ def generate(results: Path, backbone: str, suites: Sequence[str], name: str) -> 
     every = [read_runs(results, suite, backbone) for suite in suites]
     frame = summarised(every)
     stem, shown = f"{name}--{backbone}--number-of-tasks", display(frame)
-    lines = list(dict.fromkeys(line for runs in every for line in header(runs) if line.startswith("**")))
+    lines = list(dict.fromkeys(line for runs in every for line in runs.header if line.startswith("**")))
     notes = "".join(f"- {note}\n" for note in [*NOTES, _subsets(every)])
     top = f"# {name}, {backbone}: by number of tasks\n\n" + "".join(f"{line}\n\n" for line in lines)
     texts = {

@@ -17,7 +17,7 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.figures.style import save
-from byom.report.runs import header, read_runs
+from byom.report.report import read_runs
 from byom.storage.atomic import write_text
 from byom.storage.record import Record
 from experiments import peft_combinations, spectra
@@ -80,7 +80,7 @@ def find(results: Path, suite: str, backbone: str) -> Found:
         folder = results / recipe / "runs" / suite / backbone
         if any(not path.name.endswith(".failed.json") for path in folder.glob("*.json")):
             runs = read_runs(results / recipe, suite, backbone)
-            found.records[recipe], found.notes[recipe] = runs.done, header(runs)
+            found.records[recipe], found.notes[recipe] = runs.done, runs.header
     for recipe in TITLES:
         file = results / "spectra" / f"{found.stem}--{recipe}.json"
         if file.is_file():

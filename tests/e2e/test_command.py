@@ -135,7 +135,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     experiment = "vision8_offline_headline"
     options = [experiment, *overrides(tmp_path), "tune=none"]
     fewer(monkeypatch)
-    monkeypatch.setattr("byom.cli.run.job", _stop_after(3))
+    monkeypatch.setattr("byom.pipeline.run.job", _stop_after(3))
     with pytest.raises(KeyboardInterrupt):
         from byom.cli import table
 
@@ -152,7 +152,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 def _stop_after(cells):
-    from byom.cli import run
+    from byom.pipeline import run
 
     original, seen = run.job, []
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from byom.report.report import Tables
-from byom.report.runs import Runs
+from byom.report.report import Runs, Tables
 from byom.storage.record import Record
 
 TASKS = ("mnist", "svhn", "fashion_mnist", "cifar10", "eurosat", "gtsrb", "dtd", "flowers102")

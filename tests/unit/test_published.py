@@ -15,8 +15,7 @@ from byom.report.figures.published import ours_against_published
 from byom.report.figures.style import save
 from byom.report.published import CONFIDENCE, UNCHECKED, Line, Published, pairs
 from byom.report.published_table import as_latex, as_markdown, generate
-from byom.report.report import Tables
-from byom.report.runs import Runs, read_runs
+from byom.report.report import Runs, Tables, read_runs
 from tests.unit.synthetic_runs import TASKS, records
 
 NAMES = config.options("published")

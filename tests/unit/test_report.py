@@ -14,8 +14,7 @@ from byom.errors import ByomError, OptionError
 from byom.report import render
 from byom.report.comparable import check_comparable
 from byom.report.frame import best, display, task_names
-from byom.report.report import as_markdown, as_text, generate
-from byom.report.runs import read_runs
+from byom.report.report import as_markdown, as_text, generate, read_runs
 from tests.unit import synthetic_runs as synthetic
 
 SUITE, BACKBONE = "vision8_offline", "vit_small_dinov2"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from byom.report.figures.scaling import accuracy_by_tasks
-from byom.report.runs import read_runs
+from byom.report.report import read_runs
 from byom.report.scaling import display, generate, summarised
 from tests.unit.synthetic_runs import TASKS, records
 
