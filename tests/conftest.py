@@ -34,6 +34,14 @@ APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_power_failure():
+    """Leave files to the system's own writing: tests kill processes, never machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def coarse_figures():
     """Draw figures coarsely: that they are drawn is tested, not how finely."""
     from byom.report.figures.style import STYLE
@@ -70,6 +78,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is loaded by now, millions of objects, out of every later collection of garbage."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def missing_data() -> list[str]:
