@@ -86,7 +86,8 @@ def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     values = [o for o in overridden if _sets_a_value(o)]
     base = _base(tuple(o.input_line for o in overridden if o not in values), primary, folder(), _environment())
     changes = {o.key_or_group: o.value() for o in values}
-    if not all(base.can_set(key, value) for key, value in changes.items()) or not base.missing <= set(changes):
+    inside = any(key.startswith(f"{other}.") for key in changes for other in changes)
+    if inside or not all(base.can_set(*change) for change in changes.items()) or not base.missing <= set(changes):
         return Resolved(plain(config := compose(overrides, primary)), _names(config))
     resolved = dict(base.resolved.values)
     for key, value in changes.items():
@@ -128,15 +129,15 @@ class _Base:
     missing: frozenset[str]
 
     def can_set(self, key: str, value: Any) -> bool:
-        """Return whether setting a value here gives what Hydra would: it exists, is a leaf, and stands alone."""
+        """Return whether setting a value here gives what Hydra would: it exists, and nothing refers to it."""
         path, node = key.split("."), self.resolved.values
         for name in path:
             if not isinstance(node, dict) or name not in node:
                 return False
             node = node[name]
         scalars = value if isinstance(value, list) else [value]
-        alone = path[0] not in self.referred and not isinstance(node, dict)
-        return alone and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
+        fits = not (isinstance(node, dict) and isinstance(value, list))
+        return fits and path[0] not in self.referred and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
 
 
 Environment = tuple[tuple[str, str], ...]

@@ -142,9 +142,25 @@ def test_an_option_composed_alone_is_what_hydra_composes(group):
             assert resolved == (config.plain(composed), dict(composed.hydra.runtime.choices)), cell
 
 
-@pytest.mark.parametrize("more", ["merge@merge.then=ties", "~merge", "+merge.extra=1", "merge=ties"])
-def test_an_option_that_others_change_is_left_to_hydra(more):
-    cell, answers = ["merge=dare", more], []
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["merge@merge.then=ties"],
+        ["~merge"],
+        ["+merge.extra=1"],
+        ["merge=ties"],
+        ["backbone.checkpoint=random"],
+        ["backbone.checkpoint=[1,2]"],
+        ["backbone.checkpoint=random", "backbone.checkpoint.name=x"],
+        ["backbone.checkpoint.name=x", "backbone.checkpoint=random"],
+        ["merge.then=ties", "merge.then.scale=1"],
+        ["merge.then.scale=1", "merge.then=null"],
+        ["suite.tasks.mnist=1"],
+    ],
+    ids=",".join,
+)
+def test_what_changes_an_option_gives_what_hydra_gives(more):
+    cell, answers = ["merge=dare", *more], []
     for compose in (config.resolve, lambda cell: config.plain(config.compose(cell))):
         try:
             answers.append(compose(cell))
