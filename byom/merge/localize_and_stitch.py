@@ -161,7 +161,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearntMask:
     """Masks by parameter, in memory."""
 
     masks: Mapping[str, Tensor]
@@ -183,7 +183,7 @@ class Learning:
     batch_size: int
     seed: int
 
-    def mask(self, problem: Problem, task: str, start: Cuts) -> Learnt:
+    def mask(self, problem: Problem, task: str, start: Cuts) -> LearntMask:
         """Return a task's mask.
 
         Args:
@@ -192,14 +192,14 @@ class Learning:
             start: Which entries start at a score of +5; the others start at -5.
         """
         if not start:
-            return Learnt({})
+            return LearntMask({})
         scored = Scored(problem, task, start)
         count = kept(self.density, sum(score.numel() for score in scored.scores.values()))
         optimizer = torch.optim.Adam(scored.scores.values(), lr=self.learning_rate)
         for batch in self._batches(problem, task):
             scored.backward(problem, task, batch, count, self.penalty)
             optimizer.step()
-        return Learnt(top({name: score.detach() for name, score in scored.scores.items()}, count))
+        return LearntMask(top({name: score.detach() for name, score in scored.scores.items()}, count))
 
     def _batches(self, problem: Problem, task: str) -> Iterator[Batch]:
         probe = problem.inputs()

@@ -24,10 +24,8 @@ class Pruned(Preparation):
     the problem are left as they are.
 
     Args:
-        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)`` of the n entries that are
-            ranked together, ties going to the lowest position in sorted parameter order.
-        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own, ``row`` each
-            vector along the last axis of a tensor on its own.
+        density: Fraction of entries kept (m), in [0, 1], as `byom.variants.base.sparse.TopMagnitude` counts them.
+        scope: Entries that are ranked together: ``global``, ``tensor`` or ``row``, as `TopMagnitude` ranks them.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
