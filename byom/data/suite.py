@@ -108,8 +108,8 @@ class Task:
         if self.holdout not in HOLDOUTS:
             raise OptionError(f"task {self.name} has holdout={self.holdout!r}; {suggest(self.holdout, HOLDOUTS)}")
         for size in ("train", "validation", "test", "shots"):
-            if (given := getattr(self, size)) is not None and given < 1:
-                raise OptionError(f"task {self.name} has {size}={given}; give at least 1 example")
+            if (count := getattr(self, size)) is not None and count < 1:
+                raise OptionError(f"task {self.name} has {size}={count}; give at least 1 example")
 
 
 def _named(

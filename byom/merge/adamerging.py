@@ -130,6 +130,6 @@ def entropy(logits: Tensor) -> Tensor:
 
 def entropies(probe: Probe, thetas: dict[str, Tensor], batches: list[tuple[str, Batch]]) -> Iterable[Tensor]:
     """Yield the summed entropy of the batches of each forward pass."""
-    for found in encoded(probe, thetas, [batch for _, batch in batches]):
-        losses = [entropy(probe.readout(batches[place][0])(features)) for place, features in found]
+    for outputs in encoded(probe, thetas, [batch for _, batch in batches]):
+        losses = [entropy(probe.readout(batches[place][0])(features)) for place, features in outputs]
         yield torch.stack(losses).sum()

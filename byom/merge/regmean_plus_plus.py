@@ -123,8 +123,8 @@ def layers(order: Sequence[Sequence[str]], names: Collection[str]) -> list[Stage
             if name in names:
                 matrices.setdefault(_prefix(name) or group[0], []).append(name)
     return [
-        Stage(found, sorted({*found, *(name for name in names if _prefix(name) == key)}))
-        for key, found in matrices.items()
+        Stage(members, sorted({*members, *(name for name in names if _prefix(name) == key)}))
+        for key, members in matrices.items()
     ]
 
 

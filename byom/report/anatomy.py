@@ -51,8 +51,8 @@ def place(name: str) -> Place:
         name: The parameter, as timm, open_clip, or transformers (CLIP, BERT, RoBERTa, T5) name it.
     """
     kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-    if found := NUMBERED.search(name):
-        return Place(f"{'decoder ' * name.startswith('decoder.')}{found[1]}", kind)
+    if number := NUMBERED.search(name):
+        return Place(f"{'decoder ' * name.startswith('decoder.')}{number[1]}", kind)
     return Place(FIRST if kind == "embedding" else LAST, kind)
 
 
@@ -155,14 +155,14 @@ def put_back(
     if scope not in ("global", "tensor"):
         raise OptionError(f"scope={scope} is not known; use global or tensor")
     require_match(target, reference)
-    found = cuts_at(target, reference, [fraction("density", density) for density in densities], scope)
-    return _framed(row for name, delta in _differences(target, reference) for row in _kept(name, delta, found))
+    by_density = cuts_at(target, reference, [fraction("density", density) for density in densities], scope)
+    return _framed(row for name, delta in _differences(target, reference) for row in _largest(name, delta, by_density))
 
 
-def _kept(name: str, delta: Tensor, by_density: Mapping[float, Cuts]) -> Iterator[dict[str, Any]]:
+def _largest(name: str, delta: Tensor, by_density: Mapping[float, Cuts]) -> Iterator[dict[str, Any]]:
     whole = {"tensor": name, "entries": delta.numel(), "mass": _mass(delta)}
-    for density, found in by_density.items():
-        cut, offset = found[name]
+    for density, cuts in by_density.items():
+        cut, offset = cuts[name]
         mask = cut.mask(delta, offset)
         yield {**whole, "density": density, "kept": int(mask.sum()), "kept_mass": _mass(delta[mask])}
 

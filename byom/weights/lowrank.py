@@ -121,8 +121,8 @@ def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted
     if set(weights) != set(experts) or not all(isfinite(weight) for weight in weights.values()):
         raise OptionError(f"weights={dict(weights)} must give one finite number for each of {listed(experts)}")
     names = sorted({name for expert in experts.values() for name in expert.factored})
-    given = {name: [(weights[t], piece) for t, e in experts.items() for piece in e.pieces(name)] for name in names}
-    factored = {name: _joined(name, pieces) for name, pieces in given.items()}
+    by_name = {name: [(weights[t], piece) for t, e in experts.items() for piece in e.pieces(name)] for name in names}
+    factored = {name: _joined(name, pieces) for name, pieces in by_name.items()}
     return Adapted(base, factored, _agreed(experts), " + ".join(expert.origin for expert in experts.values()))
 
 
@@ -161,10 +161,10 @@ def _base(experts: Mapping[str, Adapted]) -> Weights:
     return first.base
 
 
-def _joined(name: str, given: Sequence[tuple[float, Piece]]) -> list[Piece]:
+def _joined(name: str, pieces: Sequence[tuple[float, Piece]]) -> list[Piece]:
     """Join the pieces of the same rows."""
     sites: dict[Site, list[tuple[float, Piece]]] = {}
-    for weight, piece in given:
+    for weight, piece in pieces:
         sites.setdefault((piece.start, len(piece.left)), []).append((weight, piece))
     ends = [(start, start + height) for start, height in sorted(sites)]
     if any(end > start for (_, end), (start, _) in pairwise(ends)):
@@ -175,9 +175,9 @@ def _joined(name: str, given: Sequence[tuple[float, Piece]]) -> list[Piece]:
     return [_one(start, sites[start, height]) for start, height in sorted(sites)]
 
 
-def _one(start: int, given: Sequence[tuple[float, Piece]]) -> Piece:
-    left = torch.cat([weight * piece.left for weight, piece in given], 1)
-    return Piece(start, left, torch.cat([piece.right for _, piece in given]))
+def _one(start: int, pieces: Sequence[tuple[float, Piece]]) -> Piece:
+    left = torch.cat([weight * piece.left for weight, piece in pieces], 1)
+    return Piece(start, left, torch.cat([piece.right for _, piece in pieces]))
 
 
 def _agreed(experts: Mapping[str, Adapted]) -> dict[str, Tensor]:

@@ -120,11 +120,11 @@ class Hub(Source):
         return hub.fetch(self._repository, self._patterns)
 
     def _pool(self, dataset: Any) -> Pool:
-        wanted = [self.input] if isinstance(self.input, str) else self.input
-        for column in (*wanted, self.label):
+        columns = [self.input] if isinstance(self.input, str) else self.input
+        for column in (*columns, self.label):
             if column not in dataset.column_names:
                 raise DataError(f"{self.path} has no column {column!r}; {suggest(column, dataset.column_names)}")
         names = None if self.numbers else getattr(dataset.features[self.label], "names", None)
         labels = dataset.select_columns([self.label])[:][self.label]
-        kept = (int(label) if self.numbers else label for label in labels)
-        return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in kept])
+        values = (int(label) if self.numbers else label for label in labels)
+        return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in values])

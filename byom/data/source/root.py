@@ -52,10 +52,10 @@ class Folder(Root):
 
     def folder(self) -> Path:
         """Return the folder, or raise DataError if there is none."""
-        found = Path(self.path).expanduser()
-        if not found.is_dir():
-            raise DataError(f"the data folder {found} does not exist; set `root` to the folder that holds the data")
-        return found
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"the data folder {folder} does not exist; set `root` to the folder that holds the data")
+        return folder
 
     def digest(self, files: Iterable[str], cache: Path | None = None) -> str:
         """Return the content digest of `files`; see `Root.digest`."""

@@ -56,8 +56,8 @@ class TableSource(FileSource):
         """
         path = self.root.folder() / self.splits[split]
         table: Any = read_table(path, self.delimiter, self.header, self.skip)
-        for name, kept in self.where.items():
-            table = table[_column(path, table, name).astype(str).isin([str(value) for value in kept])]
+        for name, values in self.where.items():
+            table = table[_column(path, table, name).astype(str).isin([str(value) for value in values])]
         if table.empty:
             raise DataError(f"the table {path} has no rows that `where` keeps; correct `where` or the file")
         return _strings(path, table, column), _strings(path, table, self.label)

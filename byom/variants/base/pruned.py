@@ -45,13 +45,13 @@ class Pruned(Preparation):
 
     def _pruned(self, expert: Weights, base: Weights) -> Weights:
         @cache  # fingerprints of both models are taken once, not with every tensor
-        def found() -> Cuts:
+        def plan() -> Cuts:
             return cuts(expert, base, self.density, self.scope)
 
         def read(name: str) -> Tensor:
             if not expert.dtype(name).is_floating_point:
                 return expert[name]
-            cut, offset = found()[name]
+            cut, offset = plan()[name]
             values, origin = expert.read_finite(name), base.read_finite(name)
             return torch.where(cut.mask(wide(values) - wide(origin), offset), values, origin)
 
