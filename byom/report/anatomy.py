@@ -100,11 +100,11 @@ def _mass(delta: Tensor) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
 
 
-def shares(found: pd.DataFrame, *by: str) -> pd.Series:
+def shares(frame: pd.DataFrame, *by: str) -> pd.Series:
     """Return which share of a task vector's mass lies where, the mean over tasks.
 
     Args:
-        found: What `masses` returned.
+        frame: A frame made by `masses`.
         by: What is told apart: ``layer``, ``kind``, ``tensor``; tasks are, if ``task`` is among them.
 
     Returns:
@@ -113,23 +113,23 @@ def shares(found: pd.DataFrame, *by: str) -> pd.Series:
     Raises:
         CheckpointError: If a task vector is zero.
     """
-    by_task = sums(found, ["task"], "mass")
+    by_task = sums(frame, ["task"], "mass")
     whole = dict(zip(by_task.index, by_task["mass"], strict=True))
     if still := [str(task) for task, mass in whole.items() if not mass]:
         raise CheckpointError(f"{', '.join(still)}: fine-tuning changed nothing, so that there is no share of it")
-    share = found["mass"] / [whole[task] for task in found["task"]] / (1 if "task" in by else len(whole))
-    return pd.Series(sums(found.assign(share=share), by, "share")["share"])
+    share = frame["mass"] / [whole[task] for task in frame["task"]] / (1 if "task" in by else len(whole))
+    return pd.Series(sums(frame.assign(share=share), by, "share")["share"])
 
 
-def sums(found: pd.DataFrame, by: Sequence[str], *columns: str) -> pd.DataFrame:
+def sums(frame: pd.DataFrame, by: Sequence[str], *columns: str) -> pd.DataFrame:
     """Add up some columns over the rows that agree in others, layers in their order.
 
     Args:
-        found: What a function of this module returned.
+        frame: A frame made by a function of this module.
         by: The columns that tell groups apart.
         columns: What is added up.
     """
-    return pd.DataFrame(found.groupby([*by], observed=True)[[*columns]].sum())
+    return pd.DataFrame(frame.groupby([*by], observed=True)[[*columns]].sum())
 
 
 def put_back(
@@ -167,11 +167,11 @@ def _largest(name: str, delta: Tensor, by_density: Mapping[float, Cuts]) -> Iter
         yield {**whole, "density": density, "kept": int(mask.sum()), "kept_mass": _mass(delta[mask])}
 
 
-def concentration(found: pd.DataFrame) -> pd.Series:
+def concentration(frame: pd.DataFrame) -> pd.Series:
     """Return which share of a difference's mass its largest entries hold.
 
     Args:
-        found: What `put_back` returned.
+        frame: A frame made by `put_back`.
 
     Returns:
         Density to share, both in [0, 1].
@@ -179,7 +179,7 @@ def concentration(found: pd.DataFrame) -> pd.Series:
     Raises:
         CheckpointError: If the difference is zero.
     """
-    total = sums(found, ["density"], "kept_mass", "mass")
+    total = sums(frame, ["density"], "kept_mass", "mass")
     if not total["mass"].to_numpy().all():
         raise CheckpointError("the two models are the same, so that no entry holds a share of their difference")
     return pd.Series(total["kept_mass"].to_numpy() / total["mass"].to_numpy(), index=total.index)
