@@ -25,7 +25,7 @@ HEADS = (
 
 
 class PooledEncoder(nn.Module):
-    """A transformer encoder with one feature vector a text.
+    """A transformer encoder with one feature vector per text.
 
     Args:
         model: A transformers encoder.

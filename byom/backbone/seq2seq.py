@@ -25,7 +25,7 @@ KINDS = ("scored", "generated")
 
 
 class Answering(nn.Module):
-    """An encoder-decoder with one number an answer in place of features.
+    """An encoder-decoder with one number per answer in place of features.
 
     Args:
         model: A transformers model with a language modelling head.
@@ -195,7 +195,7 @@ class Seq2Seq(Pretrained):
         """Make what reads the model's numbers; nothing is learned, so neither encoder nor shots are used.
 
         Raises:
-            DataError: If labels are numbers and a class's name is none.
+            DataError: If labels are numbers and a class's name is not a number.
         """
         if not task.regression:
             return Answers(torch.arange(len(task.classes)))

@@ -26,7 +26,7 @@ class Draws(Mapping[str, Draw]):
 
     All draws are plain random permutations, so a rare class may be absent from a small split; only shots are
     drawn class by class. The test split is drawn first, with a key that knows no seed, from the official test
-    pool or, where there is none, from the training pool. Then validation (from the official pool where there is
+    pool or, without one, from the training pool. Then validation (from the official pool if the source has
     one), train and shots are drawn by `seed`, each passing over contents (exact text, or exact pixels) that occur
     in the test split; train and shots pass over those of the validation split too. Shots may overlap train. Only
     examples that are looked at are decoded, and a split is drawn when it is asked for.

@@ -36,7 +36,7 @@ class Hub(Checkpoints):
         source: Where the checkpoints are described.
 
     Raises:
-        OptionError: If there is no repository, or the family has no name.
+        OptionError: If `repositories` is empty, or the family has no name.
     """
 
     family: str

@@ -60,7 +60,7 @@ class AdaMerging(PlannedMethod):
     Differences:
         The authors adapt on the inputs that they report accuracy on, and so do we by default; tables flag it. A
         "layer" of theirs is one tensor of the state dict, 0-dim ones included; here tied tensors share one. Their
-        loop reads two batches of 16 a task and step, which `batches` follows. The last step's coefficients are
+        loop reads two batches of 16 per task and step, which `batches` follows. The last step's coefficients are
         used, although nothing says that they are the best. fusion-bench clamps only if asked.
     """
 

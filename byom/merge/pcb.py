@@ -16,7 +16,7 @@ from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.weights.cuts import difference
 
-LEAST = 1e-12  # a sum of shares below this is no competition; the value of the authors
+LEAST = 1e-12  # a sum of shares below this is not a competition; the value of the authors
 
 
 class Range(NamedTuple):

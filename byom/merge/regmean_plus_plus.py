@@ -36,7 +36,7 @@ class RegMeanPlusPlus(PlannedMethod):
 
     A layer is what shares a name up to its first number, such as ``blocks.3.``; matrices without a number are
     layers of their own. The whole merged model is held in memory while it is planned. One pass over the examples of
-    every task a layer.
+    every task per layer.
 
     Args:
         off_diagonal: Factor on the off-diagonal entries of the Grams (alpha), in [0, 1].

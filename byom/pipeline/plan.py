@@ -164,7 +164,7 @@ def _seconds(
         return missing * sum(taken) / len(taken), f"the {len(done)} finished cells, without fine-tuning"
     if pace is None or examples is None:
         return None
-    return pace * examples, f"{1000 * pace:.1f} ms an example in a trial on this machine, evaluation only"
+    return pace * examples, f"{1000 * pace:.1f} ms per example in a trial on this machine, evaluation only"
 
 
 def text(name: str, plan: Plan) -> str:
@@ -197,7 +197,7 @@ def _time(plan: Plan) -> str:
     if plan.seconds is None and plan.pace:
         missing = plan.cells - plan.finished
         return (
-            f"{1000 * plan.pace:.1f} ms an example in a trial on this machine, times {missing} cells; "
+            f"{1000 * plan.pace:.1f} ms per example in a trial on this machine, times {missing} cells; "
             f"how many examples there are is known once the data is here{training}"
         )
     if plan.seconds is None:

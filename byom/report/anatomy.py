@@ -78,7 +78,7 @@ def masses(experts: Mapping[str, Weights], reference: Weights) -> pd.DataFrame:
         reference: theta_0, or a merged model.
 
     Returns:
-        A row a tensor and task: tensor, layer, kind, entries (n), task, mass.
+        A row per tensor and task: tensor, layer, kind, entries (n), task, mass.
 
     Raises:
         CheckpointError: If models do not belong together, or a value is not finite.
@@ -146,10 +146,10 @@ def put_back(
         scope: ``global`` takes the largest of the whole model, ``tensor`` those of each tensor.
 
     Returns:
-        A row a tensor and density: tensor, layer, kind, density, entries (n), kept (of n), mass, kept_mass.
+        A row per tensor and density: tensor, layer, kind, density, entries (n), kept (of n), mass, kept_mass.
 
     Raises:
-        OptionError: If a density or the scope is none.
+        OptionError: If a density or the scope is not known.
         CheckpointError: If the models do not belong together, or a value is not finite.
     """
     if scope not in ("global", "tensor"):
@@ -208,7 +208,7 @@ def conflicts(experts: Mapping[str, Weights], pretrained: Weights, density: floa
         density: Fraction of its largest entries that each task vector is first trimmed to, as TIES trims.
 
     Returns:
-        A row a tensor: tensor, layer, kind, entries (n); shared, the entries that two or more tasks move;
+        A row per tensor: tensor, layer, kind, entries (n); shared, the entries that two or more tasks move;
         conflicting, those of them with both signs; by_chance, how many that would be if signs were coins; movement,
         ``sum_t |tau_t|`` over all entries; cancelled, ``sum_t |tau_t| - |sum_t tau_t|``.
 
@@ -277,7 +277,7 @@ def distances(experts: Mapping[str, Weights], references: Mapping[str, Weights])
         references: Name to theta_0 or a merged model.
 
     Returns:
-        A row a task, a column a reference.
+        A row per task, a column per reference.
 
     Raises:
         CheckpointError: If models do not belong together, or a value is not finite.

@@ -23,7 +23,7 @@ ATTENTION = inspect.signature(functional.multi_head_attention_forward)
 class Gram(Statistic):
     """The mean outer product of the inputs of each matrix parameter that is used as a linear map.
 
-    ``G = X^T X / rows``, one row a token that is no padding. Covered are the weights of linear layers however they
+    ``G = X^T X / rows``, one row per token that is not padding. Covered are the weights of linear layers however they
     are called: ``functional.linear`` (nn.Linear, fused or bare weights), products with a bare parameter and
     ``addmm`` (GPT-2's Conv1D), and nn.MultiheadAttention, whose ``in_proj_weight`` is covered when query, key and
     value are one tensor. Convolutions and embeddings are not covered.
@@ -200,7 +200,7 @@ def order(encoder: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[l
 
 
 def real_rows(use: Use, mask: Tensor | None) -> Tensor:
-    """Return the rows ``[R, n]`` of an activation that are no padding.
+    """Return the rows ``[R, n]`` of an activation that are not padding.
 
     Args:
         use: Where it was captured.

@@ -103,7 +103,7 @@ def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted
 
     Raises:
         OptionError: If the weights are not those of the experts.
-        CheckpointError: If there is no expert, bases differ, tensors that were trained whole differ, or one expert
+        CheckpointError: If `experts` is empty, bases differ, tensors that were trained whole differ, or one expert
             adapts rows together that another adapts apart.
 
     References:
@@ -133,13 +133,13 @@ def truncated(adapted: Adapted, rank: int) -> Adapted:
 
     Args:
         adapted: An adapter, such as `cat` returns.
-        rank: How many values are kept a layer (r), at least 1.
+        rank: How many values are kept per layer (r), at least 1.
 
     Returns:
         The same base with differences of at most this rank; what was trained whole stays.
 
     Raises:
-        OptionError: If the rank is no whole number from 1 on.
+        OptionError: If the rank is not a whole number from 1 on.
 
     Differences:
         PEFT's ``svd`` (0.21.2) is this after `cat`, from the dense sum. Earlier versions multiply by ``s_t`` twice,

@@ -85,7 +85,7 @@ class Hub(Source):
         return signature([self._load(split)._fingerprint for split in self.splits], digits=64)
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a split, its rows in order."""
+        """Return one pool per split, its rows in order."""
         return {split: self._pool(self._load(split)) for split in self.splits}
 
     def _load(self, split: str) -> Any:
@@ -104,7 +104,7 @@ class Hub(Source):
 
     @property
     def _remote(self) -> bool:
-        """Whether the path is a name on the hub; it may be a folder or a builder such as ``parquet``."""
+        """True where the path is a name on the hub; it may be a folder or a builder such as ``parquet``."""
         return "/" in self.path and not Path(self.path).exists()
 
     @property

@@ -33,7 +33,7 @@ def checked(name: str, targets: Sequence[str]) -> tuple[str, ...]:
         targets: Words of `WORDS`, or shell-style patterns of module paths.
 
     Raises:
-        OptionError: If there is none, or one is neither a word nor a pattern.
+        OptionError: If `targets` is empty, or one is neither a word nor a pattern.
     """
     words = (targets,) if isinstance(targets, str) else tuple(targets)
     odd = [target for target in words if target not in WORDS and not set("*?[.") & set(target)]

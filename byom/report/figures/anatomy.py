@@ -71,7 +71,7 @@ def concentration(whole: pd.DataFrame, within: pd.DataFrame) -> Figure:
     """Draw which share of the squared norm the largest entries hold.
 
     Args:
-        whole: A row a density, a column a task, of `byom.report.anatomy.concentration`: the largest entries of the
+        whole: A row per density, a column per task, of `byom.report.anatomy.concentration`: the largest entries of the
             model.
         within: The same where each tensor gives its largest entries.
 
@@ -134,7 +134,7 @@ def distances(frame: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
         titles: Column to how the legend writes it.
 
     Returns:
-        The figure: a row a task, a marker a reference.
+        The figure: a row per task, a marker per reference.
     """
     figure = Figure(figsize=(COLUMN, 1.1 + 0.2 * len(frame)), layout="constrained")
     axes = figure.add_subplot()
@@ -187,7 +187,7 @@ def put_back(frame: pd.DataFrame) -> Figure:
             together.
 
     Returns:
-        The figure: two panels, a line a density; dotted lines are what an equal share of each layer would be.
+        The figure: two panels, a line per density; dotted lines are what an equal share of each layer would be.
     """
     figure = Figure(figsize=(PAGE, 2.4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
