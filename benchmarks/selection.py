@@ -35,7 +35,7 @@ SHOWN = {
 
 
 def per_element(work: Callable[[], object], n: int, repeats: int) -> float:
-    """Median nanoseconds an element."""
+    """Median nanoseconds per element."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -214,9 +214,9 @@ def _rendered(task: Task, row: str | Mapping[str, str]) -> str:
     try:
         return task.prompt.format(row, text=row) if isinstance(row, str) else task.prompt.format(**row)
     except (KeyError, IndexError) as error:
-        given = "one text, which is {} or {text} in a prompt" if isinstance(row, str) else f"the columns {list(row)}"
+        columns = "one text, which is {} or {text} in a prompt" if isinstance(row, str) else f"the columns {list(row)}"
         raise DataError(
-            f"the prompt of task {task.name} asks for {error}, and its source gives {given}; correct either"
+            f"the prompt of task {task.name} asks for {error}, and its source gives {columns}; correct either"
         ) from error
 
 

@@ -35,7 +35,7 @@ class Plan:
         model_bytes: Size of one model, where the backbone's weights are here.
         examples: Examples that the missing cells evaluate, of the tasks whose sizes are known; None if none is.
         seconds: Estimated seconds of the missing cells, and what the estimate rests on.
-        pace: Seconds an example in a trial of the backbone on this machine.
+        pace: Seconds per example in a trial of the backbone on this machine.
     """
 
     cells: int

@@ -116,7 +116,7 @@ def shares(frame: pd.DataFrame, *by: str) -> pd.Series:
     by_task = sums(frame, ["task"], "mass")
     whole = dict(zip(by_task.index, by_task["mass"], strict=True))
     if still := [str(task) for task, mass in whole.items() if not mass]:
-        raise CheckpointError(f"{', '.join(still)}: fine-tuning changed nothing, so that there is no share of it")
+        raise CheckpointError(f"{', '.join(still)}: fine-tuning changed nothing, so that it has no shares")
     share = frame["mass"] / [whole[task] for task in frame["task"]] / (1 if "task" in by else len(whole))
     return pd.Series(sums(frame.assign(share=share), by, "share")["share"])
 

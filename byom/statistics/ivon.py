@@ -32,7 +32,7 @@ class Ivon(Statistic):
 
     Args:
         steps: Optimiser steps.
-        batch_size: Examples a step, in an order drawn by the seed.
+        batch_size: Examples per step, in an order drawn by the seed.
         ess: Effective sample size; larger means less noise on the weights.
         initial: First value of h.
         retention: How much of h a step keeps (beta_2 in the paper), in [0, 1).
@@ -109,7 +109,7 @@ class IvonFitter(Fitter):
         return {name: row.reshape(trained[name].shape) for name, row in zip(trained, values, strict=True)}
 
     def _gathered(self) -> Batch:
-        """All examples in the order of their places."""
+        """Return all examples in the order of their places."""
         places = sorted(self.examples)
         inputs, labels = zip(*(self.examples[place] for place in places), strict=True)
         together = {name: _stacked([each[name] for each in inputs]) for name in inputs[0]}

@@ -193,8 +193,8 @@ def put_back(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, 2, sharex=True)
     for density, look in zip(sorted(set(frame["density"])), (*STEPS, *SPARE), strict=False):
         rows = sums(pd.DataFrame(frame[frame["density"] == density]), ["layer"], "kept", "entries", "kept_mass", "mass")
-        kept, entries, kept_mass, mass = rows.to_numpy().T
-        for axes, shown in zip(panels, (kept / entries, kept_mass / mass), strict=True):
+        largest, entries, largest_mass, mass = rows.to_numpy().T
+        for axes, shown in zip(panels, (largest / entries, largest_mass / mass), strict=True):
             axes.plot(100 * shown, label=f"m = {percent(density)} %", **look.line)
             _layer_axis(axes, rows.index)
         panels[0].axhline(100 * density, color=look.color, zorder=0, **CHANCE)
