@@ -119,7 +119,7 @@ def problem(kinds: dict[str, tuple[int, int]]) -> Problem:
 
 
 def compression(kinds: dict[str, tuple[int, int]], repeats: int) -> dict[str, float]:
-    """Seconds to cut all adapters, and the values stored a task before and after."""
+    """Seconds to cut all adapters, and the values stored per task before and after."""
     given = problem(kinds)
 
     def work() -> list[int]:

@@ -1,4 +1,4 @@
-"""What every benchmark's command line shares."""
+"""Options that every benchmark's command line shares."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Report = Callable[[float], None]  # takes the fraction of the work that is done
 
 @dataclass(frozen=True)
 class Taken:
-    """What a piece of work took.
+    """Time and memory that a piece of work took.
 
     Args:
         seconds: Its time; the limit where it was stopped there.
@@ -39,7 +39,7 @@ class Taken:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """True where it came to its end."""
         return self.done == 1.0
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.selection --elements 100000000 --json selection.json
 
 Every routine finds the same threshold; the others receive the magnitudes in fp32 ready-made and give no tie
-rule. Add `--dtype bfloat16` for half precision and `--check` to fail when a target is missed (at most 6 ns an
+rule. Add `--dtype bfloat16` for half precision and `--check` to fail when a target is missed (at most 6 ns per
 element for one density, at least 3 times faster than `torch.kthvalue`). Times are medians over repeats;
-memory is about 25 bytes an element.
+memory is about 25 bytes per element.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHOWN = {
 
 
 def per_element(work: Callable[[], object], n: int, repeats: int) -> float:
-    """Median nanoseconds an element."""
+    """Median nanoseconds per element."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -116,7 +116,7 @@ def missed(result: dict) -> str:
     if spent <= NANOSECONDS and ratio >= TIMES_FASTER:
         return ""
     return (
-        f"locate took {spent:.2f} ns an element (target: at most {NANOSECONDS:g}) and was {ratio:.1f} times "
+        f"locate took {spent:.2f} ns per element (target: at most {NANOSECONDS:g}) and was {ratio:.1f} times "
         f"faster than torch.kthvalue (target: at least {TIMES_FASTER:g}); repeat on an idle machine"
     )
 

@@ -1,4 +1,4 @@
-"""How the threads of torch wait, and what that costs beside other work: one short piece of `make demo`, several ways.
+"""Ways of torch's threads to wait, and their cost beside other work: one short piece of `make demo`, several ways.
 
     python -m benchmarks.threads --check --json benchmarks/threads.json
 

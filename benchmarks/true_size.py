@@ -237,7 +237,7 @@ def _missed(name: str, each: Mapping[str, Any]) -> Iterator[str]:
 
 
 def cache_folder() -> Path:
-    """Where models are written unless --folder says otherwise."""
+    """Return the folder that models are written to unless --folder says otherwise."""
     return Path(os.environ.get("BYOM_CACHE", "~/.cache/byom")) / "true_size"
 
 

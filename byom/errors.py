@@ -1,4 +1,4 @@
-"""The one family of errors a user is meant to read: what was given, and what to do about it."""
+"""Errors that a user is meant to read: what was given, and what to do about it."""
 
 from __future__ import annotations
 

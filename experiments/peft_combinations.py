@@ -123,7 +123,7 @@ def measure(adapters: Mapping[str, Adapted], score: Callable[[Weights], float] |
         score: Mean accuracy of weights; None leaves it out.
 
     Returns:
-        One row a combination, the pre-trained model first: ``name``, ``error``, ``cosine``; ``accuracy`` if scored.
+        One row per combination, the pre-trained model first: ``name``, ``error``, ``cosine``; ``accuracy`` if scored.
     """
     base = next(iter(adapters.values())).base
     exact = cat(adapters, dict.fromkeys(adapters, 1 / len(adapters)))

@@ -26,11 +26,11 @@ class Backbone(ABC):
     temperature: float
     """Factor on the cosine of prototype heads."""
     answers: ClassVar[bool] = False
-    """Whether its features are scores of the task's own answers, which give the task away."""
+    """True where its features are scores of the task's own answers, which give the task away."""
     reads_shots: ClassVar[bool] = True
-    """Whether heads are made from labelled examples."""
+    """True where heads are made from labelled examples."""
     inner: ClassVar[str] = ""
-    """What the names of the encoder's parameters start with before the library's own names; that module is adapted."""
+    """Prefix of the encoder's parameters before the library's own names; the module of that name is adapted."""
 
     @property
     @abstractmethod

@@ -25,7 +25,7 @@ HEADS = (
 
 
 class PooledEncoder(nn.Module):
-    """A transformer encoder with one feature vector a text.
+    """A transformer encoder with one feature vector per text.
 
     Args:
         model: A transformers encoder.
@@ -130,20 +130,20 @@ class Encoder(Pretrained):
             CheckpointError: If tensors are missing or have odd shapes, the outputs are not as many as the task's
                 classes (1 where labels are numbers), or `pooling` is not ``cls``.
         """
-        found = next((names for names in HEADS if set(names) & set(tensors)), None)
-        if found is None:
+        layers = next((names for names in HEADS if set(names) & set(tensors)), None)
+        if layers is None:
             return None
         if self.pooling != "cls":
             raise CheckpointError(
                 f"the classifier of task {task.name} reads the first token, and backbone.pooling={self.pooling}; "
                 "set backbone.pooling=cls, or experts.heads=backbone"
             )
-        if lost := [name for name in found if name not in tensors]:
+        if lost := [name for name in layers if name not in tensors]:
             raise CheckpointError(
                 f"the classifier of task {task.name} lacks {listed(lost)} (the checkpoint has {listed(tensors)}); "
                 "set experts.heads=backbone"
             )
-        return _classifier(task, [tensors[name].float() for name in found])
+        return _classifier(task, [tensors[name].float() for name in layers])
 
 
 def _columns(inputs: Sequence[Row]) -> tuple[list[str], list[str] | None]:

@@ -25,7 +25,7 @@ KINDS = ("scored", "generated")
 
 
 class Answering(nn.Module):
-    """An encoder-decoder with one number an answer in place of features.
+    """An encoder-decoder with one number per answer in place of features.
 
     Args:
         model: A transformers model with a language modelling head.
@@ -63,16 +63,16 @@ class Answering(nn.Module):
     def _scored(self, states: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
         """Return log-likelihoods ``[B, C]``: encoder states are repeated, and answers decoded side by side."""
         count = answers.shape[1]
-        wanted = answers.flatten(0, 1)
+        targets = answers.flatten(0, 1)
         config = self.model.config
-        given = torch.cat([torch.full_like(wanted[:, :1], config.decoder_start_token_id), wanted[:, :-1]], 1)
+        inputs = torch.cat([torch.full_like(targets[:, :1], config.decoder_start_token_id), targets[:, :-1]], 1)
         logits = self.model(
             encoder_outputs=(states.repeat_interleave(count, 0),),
             attention_mask=mask.repeat_interleave(count, 0),
-            decoder_input_ids=given.masked_fill(given == NO_TOKEN, config.pad_token_id),
+            decoder_input_ids=inputs.masked_fill(inputs == NO_TOKEN, config.pad_token_id),
             use_cache=False,
         ).logits
-        losses = cross_entropy(logits.float().transpose(1, 2), wanted, ignore_index=NO_TOKEN, reduction="none")
+        losses = cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=NO_TOKEN, reduction="none")
         return -losses.sum(1).unflatten(0, (-1, count))
 
     def _generated(self, input_ids: Tensor, attention_mask: Tensor, answers: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Seq2Seq(Pretrained):
         """Make what reads the model's numbers; nothing is learned, so neither encoder nor shots are used.
 
         Raises:
-            DataError: If labels are numbers and a class's name is none.
+            DataError: If labels are numbers and a class's name is not a number.
         """
         if not task.regression:
             return Answers(torch.arange(len(task.classes)))
@@ -214,9 +214,9 @@ def _rendered(task: Task, row: str | Mapping[str, str]) -> str:
     try:
         return task.prompt.format(row, text=row) if isinstance(row, str) else task.prompt.format(**row)
     except (KeyError, IndexError) as error:
-        given = "one text, which is {} or {text} in a prompt" if isinstance(row, str) else f"the columns {list(row)}"
+        columns = "one text, which is {} or {text} in a prompt" if isinstance(row, str) else f"the columns {list(row)}"
         raise DataError(
-            f"the prompt of task {task.name} asks for {error}, and its source gives {given}; correct either"
+            f"the prompt of task {task.name} asks for {error}, and its source gives {columns}; correct either"
         ) from error
 
 

@@ -111,7 +111,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         Name to tensor.
 
     Raises:
-        CheckpointError: If the file is missing or is no plain state dict.
+        CheckpointError: If the file is missing or is not a plain state dict.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -140,7 +140,7 @@ def to_hugging_face(weights: Weights, tower: str = "visual.") -> Weights:
         A view; nothing is read, and no value changes.
 
     Raises:
-        CheckpointError: If a name is none of an open_clip image tower.
+        CheckpointError: If a name is not one of an open_clip image tower.
     """
     specs: dict[str, Spec] = {}
     places: dict[str, tuple[str, int | None, bool]] = {}

@@ -49,7 +49,7 @@ def convert(source: Path, target: Path, base: Weights | None = None, to: str = "
 
 def _as(source: Path, target: Path, base: Weights, to: str) -> Iterator[str]:
     if to != "safetensors" and not all(hugging_face_names(name.removeprefix(TOWER)) for name in base):
-        raise OptionError(f"to={to} is for image towers of open_clip, and {base.origin} is none")
+        raise OptionError(f"to={to} is for image towers of open_clip, which {base.origin} is not")
     checkpoint = read(source, base)
     written = _written(checkpoint, to)
     written.save(target)

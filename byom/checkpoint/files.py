@@ -35,7 +35,7 @@ def open_raw(path: Path) -> tuple[Weights, str]:
         The tensors, and the name of the format. Safetensors are read lazily.
 
     Raises:
-        CheckpointError: If there is no such file, or it cannot be read without running code.
+        CheckpointError: If the file is missing, or cannot be read without running code.
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")

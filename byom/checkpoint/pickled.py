@@ -20,7 +20,7 @@ MODULES = (
     "src.", "modeling.", "heads.", "open_clip.", "clip.", "torch.nn.", "torchvision.", "timm.", "transformers.",
     "__main__.",
 )  # fmt: skip
-"""Whose classes become inert stand-ins. What is in none of them has no place in a checkpoint of a vision encoder."""
+"""Modules whose classes become inert stand-ins. Any other has no place in a checkpoint of a vision encoder."""
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,

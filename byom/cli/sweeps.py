@@ -65,7 +65,7 @@ def experiment(name: str) -> Experiment:
 
 
 Fields = Callable[[str, str], set[str] | None]
-"""The fields of a group's option; None where there is no such option."""
+"""The fields of a group's option; None where the group lacks the option."""
 
 
 def _split(overrides: list[str], group: str, values: Callable[[str], list[str]], fields: Fields) -> list[list[str]]:

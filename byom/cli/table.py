@@ -224,7 +224,7 @@ def published_tables(names: Sequence[str]) -> list[Published]:
     """Return published tables by their names, in order.
 
     Raises:
-        OptionError: If there is none of a name, or one contradicts itself.
+        OptionError: If a name is not known, or a table contradicts itself.
     """
     from byom.report.published import read
 

@@ -44,7 +44,7 @@ def of_record(path: Path) -> str:
         path: The record's file.
 
     Raises:
-        ByomError: If there is none, it is damaged, or it is not of a run.
+        ByomError: If it is missing, is damaged, or is not of a run.
     """
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.json"))
@@ -72,7 +72,7 @@ def of_cell(results: Path, suite: str, backbone: str | None, row: str, column: s
         column: The column as the table or its CSV names it.
 
     Raises:
-        ByomError: If there is no such suite, row or column, with the nearest names.
+        ByomError: If the suite, row or column does not exist, with the nearest names.
     """
     known = backbones(results, suite)
     if backbone is None and len(known) > 1:

@@ -26,7 +26,7 @@ class Draws(Mapping[str, Draw]):
 
     All draws are plain random permutations, so a rare class may be absent from a small split; only shots are
     drawn class by class. The test split is drawn first, with a key that knows no seed, from the official test
-    pool or, where there is none, from the training pool. Then validation (from the official pool where there is
+    pool or, without one, from the training pool. Then validation (from the official pool if the source has
     one), train and shots are drawn by `seed`, each passing over contents (exact text, or exact pixels) that occur
     in the test split; train and shots pass over those of the validation split too. Shots may overlap train. Only
     examples that are looked at are decoded, and a split is drawn when it is asked for.
@@ -87,14 +87,14 @@ class Draws(Mapping[str, Draw]):
         """A few examples of each class; where labels are numbers, the training examples."""
         if self.task.regression:
             return self.train
-        found: Counter[float] = Counter()
+        counts: Counter[float] = Counter()
         classes, chosen = self._classes["train"], []
         # a class that is complete is passed over before its examples are decoded
-        order = (i for i in self._rest("shots", lambda i: found[classes[i]] < self.task.shots))
+        order = (i for i in self._rest("shots", lambda i: counts[classes[i]] < self.task.shots))
         for i in order:
-            found[classes[i]] += 1
+            counts[classes[i]] += 1
             chosen.append(i)
-        absent = [name for number, name in enumerate(self.task.classes) if not found[number]]
+        absent = [name for number, name in enumerate(self.task.classes) if not counts[number]]
         if absent:
             raise DataError(
                 f"class {absent[0]!r} of task {self.task.name} has no training example ({len(absent)} such classes); "
@@ -125,10 +125,10 @@ class Draws(Mapping[str, Draw]):
 
     def _fresh(self, pool: str, order: Iterable[int], earlier: Iterable[str]) -> Iterator[int]:
         """Pass over places and contents that earlier splits have."""
-        seen = set[bytes]().union(*map(self._contents, earlier))
-        kept = {i for split in earlier if self[split][0] == pool for i in self[split][1]}
+        contents = set[bytes]().union(*map(self._contents, earlier))
+        places = {i for split in earlier if self[split][0] == pool for i in self[split][1]}
         inputs = self.pools[pool].inputs
-        return (i for i in order if i not in kept and content(inputs[i]) not in seen)
+        return (i for i in order if i not in places and content(inputs[i]) not in contents)
 
     def _contents(self, split: str) -> set[bytes]:
         if split not in self._seen:

@@ -69,7 +69,7 @@ class Task:
 
     @property
     def regression(self) -> bool:
-        """Whether labels are numbers."""
+        """True where labels are numbers."""
         return metric(self.metric).regression
 
     def index(self, label: str) -> float:
@@ -82,7 +82,7 @@ class Task:
             return self._number(label)
         if label not in self.labels:
             raise DataError(
-                f"the data of task {self.name} has the label {label!r}, which is none of its classes: "
+                f"the data of task {self.name} has the label {label!r}, which is not one of its classes: "
                 f"{suggest(label, self.labels)}. Add it to `classes` or filter it out in `source`"
             )
         return self.classes.index(self.labels[label])
@@ -92,7 +92,7 @@ class Task:
             return float(label)
         except ValueError:
             raise DataError(
-                f"task {self.name} is scored by {self.metric}, but has the label {label!r}, which is no number; "
+                f"task {self.name} is scored by {self.metric}, but has the label {label!r}, which is not a number; "
                 "correct `label` of its source, or its metric"
             ) from None
 
@@ -108,8 +108,8 @@ class Task:
         if self.holdout not in HOLDOUTS:
             raise OptionError(f"task {self.name} has holdout={self.holdout!r}; {suggest(self.holdout, HOLDOUTS)}")
         for size in ("train", "validation", "test", "shots"):
-            if (given := getattr(self, size)) is not None and given < 1:
-                raise OptionError(f"task {self.name} has {size}={given}; give at least 1 example")
+            if (count := getattr(self, size)) is not None and count < 1:
+                raise OptionError(f"task {self.name} has {size}={count}; give at least 1 example")
 
 
 def _named(

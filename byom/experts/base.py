@@ -55,12 +55,12 @@ class Experts(ABC):
     """A source of the fine-tuned weights of a suite's tasks."""
 
     family: str
-    """Who fine-tuned them, and how; models of two families are never in one table."""
+    """Origin of the experts and of their training; models of two families are never in one table."""
     validation: Validation
-    """Whether the experts were trained on the validation examples."""
+    """State of the validation examples: seen in training, unseen, or unknown."""
 
     default: ClassVar[bool] = False
-    """Whether names and signatures of runs leave it out: the option that runs had when there was no other."""
+    """True for the option that names and signatures of runs leave out: runs had it before others existed."""
 
     @abstractmethod
     def key(self, task: Task, recipe: Recipe) -> Any:

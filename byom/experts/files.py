@@ -52,11 +52,11 @@ class Files(Checkpoints):
         Raises:
             CheckpointError: If it is not there.
         """
-        found = Path(self.path_of.format(task=named(self.names, task))).expanduser()
-        if not found.exists():
+        path = Path(self.path_of.format(task=named(self.names, task))).expanduser()
+        if not path.exists():
             hint = f" ({self.source})" if self.source else ""
-            raise CheckpointError(f"the expert of task {task} is not at {found}; set experts.path_of{hint}")
-        return found
+            raise CheckpointError(f"the expert of task {task} is not at {path}; set experts.path_of{hint}")
+        return path
 
     def key(self, task: Task, recipe: Recipe) -> Any:
         """Return the family, and sizes and times of the files: another file at the same place is another expert."""

@@ -36,7 +36,7 @@ class Hub(Checkpoints):
         source: Where the checkpoints are described.
 
     Raises:
-        OptionError: If there is no repository, or the family has no name.
+        OptionError: If `repositories` is empty, or the family has no name.
     """
 
     family: str
@@ -71,10 +71,10 @@ class Hub(Checkpoints):
     def path(self, task: str) -> Path:
         """Return the file or folder of a task's expert, fetched if need be."""
         folder = self._folder(task)
-        found = folder / self._file(task) if self.file else folder
-        if not found.exists():
+        path = folder / self._file(task) if self.file else folder
+        if not path.exists():
             raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
-        return found
+        return path
 
     def key(self, task: Task, recipe: Recipe) -> Any:
         """Return the repository at the commit that is used, and the file in it."""

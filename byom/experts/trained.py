@@ -31,5 +31,5 @@ class Trained(Experts):
         yield from tasks
 
     def open(self, host: Host, task: str, member: int) -> Weights:
-        """Return the cached expert, fine-tuned first if there is none; see `Experts.open`."""
+        """Return the cached expert, fine-tuned first if it is missing; see `Experts.open`."""
         return host.trained(task, member)

@@ -58,7 +58,7 @@ def agreeing(deltas: Tensor, sign: Tensor) -> Tensor:
 
 
 def disjoint_mean(deltas: Tensor) -> Tensor:
-    """Average the non-zero entries of each coordinate; 0 where there is none.
+    """Average the non-zero entries of each coordinate; 0 where all are zero.
 
     Args:
         deltas: ``[T, *shape]`` agreeing task vectors.

@@ -36,7 +36,7 @@ def require_classes(logits: Tensor, what: str) -> Tensor:
     """
     if logits.shape[-1] < 2:
         raise OptionError(
-            f"{what} works on class probabilities, and a task of the suite predicts one number an example; "
+            f"{what} works on class probabilities, and a task of the suite predicts one number per example; "
             "leave that task out (~suite.tasks.NAME), or choose another method"
         )
     return logits
@@ -178,7 +178,7 @@ class Answers:
         return features[:, -1:] if self.values.is_floating_point() else features[:, :-1]
 
     def predict(self, logits: Tensor) -> Tensor:
-        """Return class numbers, C for text that is no answer, or values, ``[B]``."""
+        """Return class numbers, C for text that is not an answer, or values, ``[B]``."""
         if not self.values.is_floating_point():
             return logits.argmax(-1)
         return logits[:, 0] if logits.shape[-1] == 1 else self.values.to(logits.device)[logits.argmax(-1)]
@@ -214,7 +214,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Readout:
     """
     kind = next((kind for kind in KINDS if {field.name for field in fields(kind)} == set(tensors)), None)
     if kind is None:
-        raise CheckpointError(f"tensors {sorted(tensors)} are no head; known heads are {_known()}")
+        raise CheckpointError(f"tensors {sorted(tensors)} are not a head; known heads are {_known()}")
     return kind(**{name: value if value.ndim else float(value) for name, value in tensors.items()})
 
 

@@ -17,7 +17,7 @@ def weighted_mean(deltas: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def precision_mean(deltas: Tensor, precisions: Tensor, weights: Sequence[float], prior: float = 0.0) -> Tensor:
-    """Average with a weight an element: ``sum_t c_t H_t tau_t / (prior + sum_t c_t H_t)``; 0 where that is 0 / 0.
+    """Average with a weight per element: ``sum_t c_t H_t tau_t / (prior + sum_t c_t H_t)``; 0 where that is 0 / 0.
 
     Args:
         deltas: ``[T, *shape]`` (tau_t).

@@ -44,7 +44,7 @@ class Metric:
 
     @property
     def decomposes(self) -> bool:
-        """Whether the score is a mean over examples."""
+        """True where the score is a mean over examples."""
         return self.points is not None
 
     def value(self, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -63,7 +63,7 @@ def metric(name: str) -> Metric:
     """Return a metric by its name.
 
     Raises:
-        OptionError: If there is none of that name.
+        OptionError: If the name is not that of a metric.
     """
     if name not in METRICS:
         raise OptionError(f"there is no metric {name!r}; {suggest(name, METRICS)}")

@@ -47,10 +47,10 @@ class Cut:
         """
         sizes = values.detach().reshape(-1).to(_precision(values.dtype, self.threshold)).abs()
         ties = min(max(self.last + 1 - offset, 0), sizes.numel())
-        kept = torch.empty(sizes.shape, dtype=torch.bool, device=sizes.device)
-        torch.ge(sizes[:ties], self.threshold, out=kept[:ties])
-        torch.gt(sizes[ties:], self.threshold, out=kept[ties:])
-        return kept.reshape(values.shape)
+        survivors = torch.empty(sizes.shape, dtype=torch.bool, device=sizes.device)
+        torch.ge(sizes[:ties], self.threshold, out=survivors[:ties])
+        torch.gt(sizes[ties:], self.threshold, out=survivors[ties:])
+        return survivors.reshape(values.shape)
 
 
 def kept(density: float, n: int) -> int:

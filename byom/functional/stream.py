@@ -16,7 +16,7 @@ from byom.errors import CheckpointError
 
 Array = NDArray[Any]
 
-BLOCK = 1 << 17  # elements a block, so that magnitudes and masks stay in the second-level cache
+BLOCK = 1 << 17  # elements per block, so that magnitudes and masks stay in the second-level cache
 
 
 @dataclass(frozen=True)

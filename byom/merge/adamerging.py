@@ -60,7 +60,7 @@ class AdaMerging(PlannedMethod):
     Differences:
         The authors adapt on the inputs that they report accuracy on, and so do we by default; tables flag it. A
         "layer" of theirs is one tensor of the state dict, 0-dim ones included; here tied tensors share one. Their
-        loop reads two batches of 16 a task and step, which `batches` follows. The last step's coefficients are
+        loop reads two batches of 16 per task and step, which `batches` follows. The last step's coefficients are
         used, although nothing says that they are the best. fusion-bench clamps only if asked.
     """
 
@@ -130,6 +130,6 @@ def entropy(logits: Tensor) -> Tensor:
 
 def entropies(probe: Probe, thetas: dict[str, Tensor], batches: list[tuple[str, Batch]]) -> Iterable[Tensor]:
     """Yield the summed entropy of the batches of each forward pass."""
-    for found in encoded(probe, thetas, [batch for _, batch in batches]):
-        losses = [entropy(probe.readout(batches[place][0])(features)) for place, features in found]
+    for outputs in encoded(probe, thetas, [batch for _, batch in batches]):
+        losses = [entropy(probe.readout(batches[place][0])(features)) for place, features in outputs]
         yield torch.stack(losses).sum()

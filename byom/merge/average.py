@@ -52,6 +52,6 @@ class Average(TensorwiseMethod):
             return total(group.finetuned) / len(group.experts)
         if len(self.weights) != len(group.experts):
             raise OptionError(
-                f"merge.weights has {len(self.weights)} values for {len(group.experts)} tasks; give one a task"
+                f"merge.weights has {len(self.weights)} values for {len(group.experts)} tasks; give one per task"
             )
         return weighted_mean(group.finetuned, self.weights)

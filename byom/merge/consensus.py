@@ -41,7 +41,7 @@ class ConsensusMerging(PlannedMethod):
         https://arxiv.org/abs/2405.07813
 
     Differences:
-        The authors choose one ``mask_scale`` a task, in 0.2, 0.3, ..., 0.6, by the validation accuracy of the task's
+        The authors choose one ``mask_scale`` per task, in 0.2, 0.3, ..., 0.6, by the validation accuracy of the task's
         own mask; here it is one for all. They search the scale in 0.1, 0.2, ..., 1.0; `grid` is coarser. Their code
         adds theta_0 before it compares, whose rounding drops the smallest entries.
     """

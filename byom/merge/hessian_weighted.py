@@ -75,7 +75,7 @@ class HessianWeighted(PlannedMethod):
 
 
 def previewed(group: Group, weights: list[float], posterior: str, prior: float) -> Tensor:
-    """Return theta_0 plus the precision-weighted mean of the task vectors; the mean if there is no precision."""
+    """Return theta_0 plus the precision-weighted mean of the task vectors; the mean without a precision."""
     if posterior not in group.statistics:
         return blockwise(group, lambda _, piece: piece.pretrained + weighted_mean(piece.deltas, weights))
     require_shape(group, posterior)

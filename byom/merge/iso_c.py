@@ -22,7 +22,7 @@ class IsotropicMergingCommon(TensorwiseMethod):
 
     With ``sum_t tau_t = U diag(s) Vt``: ``theta = theta_0 + scale * mean(s) * U Vt``. What is not a matrix moves by
     ``scale`` times the mean of the task vectors. One task is changed as well. Nothing depends on T but the sum,
-    and one decomposition a matrix is the cost.
+    and one decomposition per matrix is the cost.
 
     Args:
         scale: Scaling coefficient (alpha), any real number; the paper selects 1.3 for eight tasks on ViT-B/32, 1.0

@@ -39,7 +39,7 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
         exclude: Shell-style patterns of parameter names that are not matrices here.
 
     Raises:
-        OptionError: If `common` is no fraction, `rank` is unknown or `exclude` is not a list of patterns.
+        OptionError: If `common` is not a fraction, `rank` is unknown or `exclude` is not a list of patterns.
 
     References:
         No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces, Iso-CTS.

@@ -226,7 +226,7 @@ def basis(chains: Sequence[Chain], rtol: float) -> Tensor:
     """Find orthonormal columns that span what the columns of several matrices span.
 
     Args:
-        chains: One product ``[m, n_t]`` a task; it is not formed where the first factors of all tasks have fewer
+        chains: One product ``[m, n_t]`` per task; it is not formed where the first factors of all tasks have fewer
             columns than rows.
         rtol: Directions whose singular value is at most this share of the largest are left out.
 

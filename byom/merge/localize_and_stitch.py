@@ -33,8 +33,8 @@ START = 5.0  # magnitude of every score before learning: sigmoid(5) = 0.993
 class LocalizeAndStitch(PlannedMethod):
     """Move only each task's few entries that matter into one model, averaging where tasks overlap.
 
-    With a mask ``m_t`` of `density` of the entries a task:
-    ``theta = theta_0 + sum_t m_t tau_t / max(sum_t m_t, 1)``, element by element. There is nothing to scale.
+    With a mask ``m_t`` of `density` of the entries per task:
+    ``theta = theta_0 + sum_t m_t tau_t / max(sum_t m_t, 1)``, element by element. Nothing has to be scaled.
 
     Masks are the top entries of ``|tau_t|`` (``dataless``), or learned from a few labelled training examples: scores
     S start at +5 on those entries and at -5 elsewhere, Adam minimises ``k * loss(theta_0 + sigmoid(S) tau_t) +
@@ -62,7 +62,7 @@ class LocalizeAndStitch(PlannedMethod):
 
     Differences:
         The authors' code keeps magnitudes strictly above the threshold, hence one less, and the script without data
-        sets an attribute that the class does not read. They learn by plain gradient steps at a rate of 1e7, one an
+        sets an attribute that the class does not read. They learn by plain gradient steps at a rate of 1e7, one per
         epoch of 10, from the top 0.001 %, with a penalty that as coded pushes scores away from 0; here Adam takes
         the steps, the penalty is the paper's, masks start from the top `density` and end with as many entries.
         `exclude` is theirs, for open_clip; no name of other backbones may match it.
@@ -126,7 +126,7 @@ class LocalizeAndStitch(PlannedMethod):
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _included(self, weights: Weights) -> Weights:
-        """Leave the excluded out; the weights themselves, with the checksums of their file, if there are none."""
+        """Leave the excluded out; without any, the weights themselves, with the checksums of their file."""
         touched = any(self._excluded(name) for name in weights)
         return weights.select(lambda name: not self._excluded(name)) if touched else weights
 
@@ -161,7 +161,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearntMask:
     """Masks by parameter, in memory."""
 
     masks: Mapping[str, Tensor]
@@ -183,7 +183,7 @@ class Learning:
     batch_size: int
     seed: int
 
-    def mask(self, problem: Problem, task: str, start: Cuts) -> Learnt:
+    def mask(self, problem: Problem, task: str, start: Cuts) -> LearntMask:
         """Return a task's mask.
 
         Args:
@@ -192,14 +192,14 @@ class Learning:
             start: Which entries start at a score of +5; the others start at -5.
         """
         if not start:
-            return Learnt({})
+            return LearntMask({})
         scored = Scored(problem, task, start)
         count = kept(self.density, sum(score.numel() for score in scored.scores.values()))
         optimizer = torch.optim.Adam(scored.scores.values(), lr=self.learning_rate)
         for batch in self._batches(problem, task):
             scored.backward(problem, task, batch, count, self.penalty)
             optimizer.step()
-        return Learnt(top({name: score.detach() for name, score in scored.scores.items()}, count))
+        return LearntMask(top({name: score.detach() for name, score in scored.scores.items()}, count))
 
     def _batches(self, problem: Problem, task: str) -> Iterator[Batch]:
         probe = problem.inputs()

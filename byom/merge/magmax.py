@@ -47,7 +47,7 @@ def largest(deltas: Tensor) -> Tensor:
         deltas: ``[T, *shape]`` task vectors.
 
     Returns:
-        ``[*shape]``; equal magnitudes take the sign that most of them have, 0 if there is none.
+        ``[*shape]``; equal magnitudes take the sign that most of them have, 0 if none is in the majority.
     """
     size = deltas.abs().amax(0)
     return size * total(deltas.sign() * (deltas.abs() == size)).sign()

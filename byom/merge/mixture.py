@@ -36,10 +36,10 @@ class MixtureOfGaussians(PlannedMethod):
     The posterior of a task is ``(1/K) sum_k N(theta_tk, H_tk^-1)``. A few EM steps look for the mode: the
     responsibilities ``r_tk ~ det(H_tk)^1/2 exp(-1/2 ||theta - theta_tk||^2_H_tk)``, with ``sum_k r_tk = 1``, then
     ``theta = theta_0 + (prior + sum a_t r_tk H_tk)^-1 sum a_t r_tk H_tk (theta_tk - theta_0)``, starting from equal
-    responsibilities. One member a task is Hessian-weighted merging. Each step streams over all models.
+    responsibilities. One member per task is Hessian-weighted merging. Each step streams over all models.
 
     Args:
-        members: Fine-tuned models a task (K), the first being theta_t.
+        members: Fine-tuned models per task (K), the first being theta_t.
         posterior: Which statistic H_tk is, ``fisher`` or ``ivon``; see `byom.merge.hessian_weighted.HessianWeighted`.
         prior: Precision of theta_0 in the units of H_tk (delta), at least 0.
         weights: Weight of each task (a_t), none negative, in the problem's order of tasks; empty gives 1 / T to each.
@@ -78,7 +78,7 @@ class MixtureOfGaussians(PlannedMethod):
 
     @property
     def needs(self) -> Needs:
-        """Several models a task, and the posterior's statistic of each."""
+        """Several models per task, and the posterior's statistic of each."""
         return posterior_needs(self.posterior, self.members)
 
     def fallbacks(self, problem: Problem) -> list[str]:

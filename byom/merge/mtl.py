@@ -48,7 +48,7 @@ class JointFineTuning(MergeMethod):
         weights = self.weights or (1.0,) * len(tasks)
         if len(weights) != len(tasks):
             raise OptionError(
-                f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one a task: {tasks}"
+                f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one per task: {tasks}"
             )
         trained = problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
         return trained.derived(trained.read_finite, trained.origin)  # training may diverge

@@ -16,7 +16,7 @@ from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.weights.cuts import difference
 
-LEAST = 1e-12  # a sum of shares below this is no competition; the value of the authors
+LEAST = 1e-12  # a sum of shares below this is not a competition; the value of the authors
 
 
 class Range(NamedTuple):
@@ -42,7 +42,7 @@ class ParameterCompetitionBalancing(PlannedMethod):
     ``theta = theta_0 + scale * sum_t s_t tau_t / sum_t s_t``. What scores q_t or less has share 0. A task whose
     scores are all equal has no share anywhere, and so has every task if ``density * d < 1``.
 
-    It is not linear in the size of the task vectors, because of the tanh. Planning reads all experts four times a
+    It is not linear in the size of the task vectors, because of the tanh. Planning reads all experts four times per
     task, and holds one parameter of every model.
 
     Args:

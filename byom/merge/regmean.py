@@ -20,7 +20,7 @@ class RegMean(TensorwiseMethod):
 
     ``W = sum_t W_t G~_t (sum_t G~_t)^-1`` with ``G_t`` the mean outer product of the inputs of the layer and
     ``G~_t = off_diagonal G_t + (1 - off_diagonal) diag(G_t)``. Input directions in which no task has anything, and
-    parameters that are no linear map, get the mean; `fallbacks` names the latter. Grams are divided by their
+    parameters that are not a linear map, get the mean; `fallbacks` names the latter. Grams are divided by their
     number of rows, so all tasks weigh alike however long their inputs.
 
     Args:
@@ -59,7 +59,7 @@ class RegMean(TensorwiseMethod):
         return problem.uncovered("gram")
 
     def merge(self, group: Group) -> Tensor:
-        """Return the regression mean, or the mean where there is no Gram."""
+        """Return the regression mean, or the mean without a Gram."""
         deltas = group.deltas
         if "gram" not in group.statistics:
             return group.pretrained + total(deltas) / len(deltas)

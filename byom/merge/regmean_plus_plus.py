@@ -36,7 +36,7 @@ class RegMeanPlusPlus(PlannedMethod):
 
     A layer is what shares a name up to its first number, such as ``blocks.3.``; matrices without a number are
     layers of their own. The whole merged model is held in memory while it is planned. One pass over the examples of
-    every task a layer.
+    every task per layer.
 
     Args:
         off_diagonal: Factor on the off-diagonal entries of the Grams (alpha), in [0, 1].
@@ -123,8 +123,8 @@ def layers(order: Sequence[Sequence[str]], names: Collection[str]) -> list[Stage
             if name in names:
                 matrices.setdefault(_prefix(name) or group[0], []).append(name)
     return [
-        Stage(found, sorted({*found, *(name for name in names if _prefix(name) == key)}))
-        for key, found in matrices.items()
+        Stage(members, sorted({*members, *(name for name in names if _prefix(name) == key)}))
+        for key, members in matrices.items()
     ]
 
 

@@ -23,7 +23,7 @@ class TaskArithmetic(TensorwiseMethod):
 
     Differences:
         The authors' code warns and drops a parameter that only one model has; here that is an error.
-        mergekit's ``task_arithmetic`` uses one weight a model and defaults to 1.
+        mergekit's ``task_arithmetic`` uses one weight per model and defaults to 1.
     """
 
     scale: float = 0.3

@@ -46,7 +46,7 @@ class Wudi(TensorwiseMethod):
         The authors name the four kinds of layers of open_clip's vision transformer; here every matrix counts but
         those that `exclude` names (T5 calls its embedding ``shared.weight``, which is not among them).
         fusion-bench takes all matrices and averages the rest (``exclude=[] rest=mean``). The gradient is that of the
-        loss, from ``sum_t G_t`` formed once, which costs ``2 m n²`` a step instead of T times ``4 m² n``. A matrix
+        loss, from ``sum_t G_t`` formed once, which costs ``2 m n²`` per step instead of T times ``4 m² n``. A matrix
         stored as ``[in, out]`` (GPT-2) would be contracted over the wrong axis. Whether the closed form scores as
         well as Adam's early stop is not published.
     """

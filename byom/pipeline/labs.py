@@ -33,7 +33,7 @@ class Labs:
         size = s.evaluate.batch_size
         key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, size)
         if key not in self._held:
-            self.close()  # first: there may be no memory for two
+            self.close()  # first: memory may not hold two
             self._held[key] = laboratory(settings)
         return self._held[key]
 

@@ -57,29 +57,33 @@ def stored(
     """
     base, tasks = problem.pretrained, served.deltas
     shared = sum(weights.numel for weights in served.shared)
-    kept = {task: delta.stored_parameters for task, delta in tasks.items()}
-    taken = {task: delta.nbytes for task, delta in tasks.items()}
+    values = {task: delta.stored_parameters for task, delta in tasks.items()}
+    nbytes = {task: delta.nbytes for task, delta in tasks.items()}
     changed = {task: differing(base, problem.finetuned[task]) for task in tasks}
     return {
         "model_parameters": base.numel,
         "shared_models": len(served.shared),
         "shared_parameters": shared,
-        "task_parameters": kept,
-        "parameters": shared + sum(kept.values()),
-        "task_bytes": taken,
-        "bytes": sum(map(_bytes, served.shared)) + sum(taken.values()),
+        "task_parameters": values,
+        "parameters": shared + sum(values.values()),
+        "task_bytes": nbytes,
+        "bytes": sum(map(_bytes, served.shared)) + sum(nbytes.values()),
         "differing_parameters": changed,
         "density": {
-            "of_all": sum(kept.values()) / (len(kept) * base.numel),
-            "of_differing": sum(kept.values()) / max(1, sum(changed.values())),
+            "of_all": sum(values.values()) / (len(values) * base.numel),
+            "of_differing": sum(values.values()) / max(1, sum(changed.values())),
         },
-    } | ({"with_frozen": _with_frozen(frozen, base.numel, shared, kept)} if frozen else {})
+    } | ({"with_frozen": _with_frozen(frozen, base.numel, shared, values)} if frozen else {})
 
 
-def _with_frozen(frozen: int, model: int, shared: int, kept: Mapping[str, int]) -> dict[str, float]:
+def _with_frozen(frozen: int, model: int, shared: int, values: Mapping[str, int]) -> dict[str, float]:
     """Count as papers do whose checkpoints hold frozen parameters too, which are stored once."""
-    density = sum(kept.values()) / (len(kept) * (model + frozen))
-    return {"model_parameters": model + frozen, "parameters": shared + frozen + sum(kept.values()), "density": density}
+    density = sum(values.values()) / (len(values) * (model + frozen))
+    return {
+        "model_parameters": model + frozen,
+        "parameters": shared + frozen + sum(values.values()),
+        "density": density,
+    }
 
 
 def _bytes(weights: Weights) -> int:

@@ -35,7 +35,7 @@ class Plan:
         model_bytes: Size of one model, where the backbone's weights are here.
         examples: Examples that the missing cells evaluate, of the tasks whose sizes are known; None if none is.
         seconds: Estimated seconds of the missing cells, and what the estimate rests on.
-        pace: Seconds an example in a trial of the backbone on this machine.
+        pace: Seconds per example in a trial of the backbone on this machine.
     """
 
     cells: int
@@ -164,45 +164,45 @@ def _seconds(
         return missing * sum(taken) / len(taken), f"the {len(done)} finished cells, without fine-tuning"
     if pace is None or examples is None:
         return None
-    return pace * examples, f"{1000 * pace:.1f} ms an example in a trial on this machine, evaluation only"
+    return pace * examples, f"{1000 * pace:.1f} ms per example in a trial on this machine, evaluation only"
 
 
-def text(name: str, found: Plan) -> str:
+def text(name: str, plan: Plan) -> str:
     """Return a plan as it is printed."""
-    missing = found.cells - found.finished
-    lines = [f"{name}: {found.cells} cells, {found.finished} finished, {missing} missing", ""]
-    rows = [(d.what, d.place, "here" if d.local else "missing", _size(d.bytes)) for d in found.downloads]
+    missing = plan.cells - plan.finished
+    lines = [f"{name}: {plan.cells} cells, {plan.finished} finished, {missing} missing", ""]
+    rows = [(d.what, d.place, "here" if d.local else "missing", _size(d.bytes)) for d in plan.downloads]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [""] * bool(rows) + [*_totals(found)]
+    lines += [""] * bool(rows) + [*_totals(plan)]
     return "\n".join(lines)
 
 
-def _totals(found: Plan) -> Iterator[str]:
-    absent = [d for d in found.downloads if not d.local]
+def _totals(plan: Plan) -> Iterator[str]:
+    absent = [d for d in plan.downloads if not d.local]
     sizes = [d.bytes for d in absent if d.bytes is not None]
     unknown = len(absent) - len(sizes)
     more = f", and {unknown} of a size that no hub could be asked for" if unknown else ""
     yield f"downloads  {_size(sum(sizes))} in {len(sizes)} places{more}"
-    if found.model_bytes and unknown:
-        yield f"           a model takes {_size(found.model_bytes)} in fp32, and so does each expert but adapters"
-    models = f"{found.models} merged models" + (f" and {found.train} experts" if found.train else "")
-    yield f"disk       {_size(found.disk)}: downloads, {models} in the cache; encoded examples come on top"
-    yield f"memory     {_size(found.memory)}: {COPIES} models; examples and activations come on top"
-    yield f"time       {_time(found)}"
+    if plan.model_bytes and unknown:
+        yield f"           a model takes {_size(plan.model_bytes)} in fp32, and so does each expert but adapters"
+    models = f"{plan.models} merged models" + (f" and {plan.train} experts" if plan.train else "")
+    yield f"disk       {_size(plan.disk)}: downloads, {models} in the cache; encoded examples come on top"
+    yield f"memory     {_size(plan.memory)}: {COPIES} models; examples and activations come on top"
+    yield f"time       {_time(plan)}"
 
 
-def _time(found: Plan) -> str:
-    training = f"; {found.train} experts are fine-tuned first, of which nothing is known here" if found.train else ""
-    if found.seconds is None and found.pace:
-        missing = found.cells - found.finished
+def _time(plan: Plan) -> str:
+    training = f"; {plan.train} experts are fine-tuned first, of which nothing is known here" if plan.train else ""
+    if plan.seconds is None and plan.pace:
+        missing = plan.cells - plan.finished
         return (
-            f"{1000 * found.pace:.1f} ms an example in a trial on this machine, times {missing} cells; "
+            f"{1000 * plan.pace:.1f} ms per example in a trial on this machine, times {missing} cells; "
             f"how many examples there are is known once the data is here{training}"
         )
-    if found.seconds is None:
+    if plan.seconds is None:
         return f"unknown until the backbone is here{training}"
-    seconds, basis = found.seconds
+    seconds, basis = plan.seconds
     return f"about {seconds / 60:.0f} min: {basis}{training}"
 
 

@@ -88,7 +88,7 @@ class Routed:
 
 
 def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split: str) -> dict[str, Tensor]:
-    """An example sent to its own task's model gets that model's answer; elsewhere no head has the right classes."""
+    """Give examples sent to their own task's model its answers; elsewhere no head has the right classes."""
     places = enumerate(shares.items())
     return {task: known(task, split).points * (rows.argmax(1) == place) for place, (task, rows) in places}
 

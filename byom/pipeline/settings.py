@@ -96,7 +96,7 @@ class Settings:
 
     @property
     def merges(self) -> bool:
-        """Whether the merge method matters: variants on the pre-trained model ignore it."""
+        """True where the merge method matters: variants on the pre-trained model ignore it."""
         return self.byom.on == "merged"
 
     def effective(self) -> tuple[MergeMethod, Tuner]:
@@ -131,7 +131,7 @@ class Settings:
 
     @property
     def routed(self) -> bool:
-        """Whether tasks are told apart by a router."""
+        """True where a router tells tasks apart."""
         return self.router.routes
 
     def choices(self) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def place(name: str) -> Place:
         name: The parameter, as timm, open_clip, or transformers (CLIP, BERT, RoBERTa, T5) name it.
     """
     kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-    if found := NUMBERED.search(name):
-        return Place(f"{'decoder ' * name.startswith('decoder.')}{found[1]}", kind)
+    if number := NUMBERED.search(name):
+        return Place(f"{'decoder ' * name.startswith('decoder.')}{number[1]}", kind)
     return Place(FIRST if kind == "embedding" else LAST, kind)
 
 
@@ -78,7 +78,7 @@ def masses(experts: Mapping[str, Weights], reference: Weights) -> pd.DataFrame:
         reference: theta_0, or a merged model.
 
     Returns:
-        A row a tensor and task: tensor, layer, kind, entries (n), task, mass.
+        A row per tensor and task: tensor, layer, kind, entries (n), task, mass.
 
     Raises:
         CheckpointError: If models do not belong together, or a value is not finite.
@@ -100,11 +100,11 @@ def _mass(delta: Tensor) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
 
 
-def shares(found: pd.DataFrame, *by: str) -> pd.Series:
+def shares(frame: pd.DataFrame, *by: str) -> pd.Series:
     """Return which share of a task vector's mass lies where, the mean over tasks.
 
     Args:
-        found: What `masses` returned.
+        frame: A frame made by `masses`.
         by: What is told apart: ``layer``, ``kind``, ``tensor``; tasks are, if ``task`` is among them.
 
     Returns:
@@ -113,23 +113,23 @@ def shares(found: pd.DataFrame, *by: str) -> pd.Series:
     Raises:
         CheckpointError: If a task vector is zero.
     """
-    by_task = sums(found, ["task"], "mass")
+    by_task = sums(frame, ["task"], "mass")
     whole = dict(zip(by_task.index, by_task["mass"], strict=True))
     if still := [str(task) for task, mass in whole.items() if not mass]:
-        raise CheckpointError(f"{', '.join(still)}: fine-tuning changed nothing, so that there is no share of it")
-    share = found["mass"] / [whole[task] for task in found["task"]] / (1 if "task" in by else len(whole))
-    return pd.Series(sums(found.assign(share=share), by, "share")["share"])
+        raise CheckpointError(f"{', '.join(still)}: fine-tuning changed nothing, so that it has no shares")
+    share = frame["mass"] / [whole[task] for task in frame["task"]] / (1 if "task" in by else len(whole))
+    return pd.Series(sums(frame.assign(share=share), by, "share")["share"])
 
 
-def sums(found: pd.DataFrame, by: Sequence[str], *columns: str) -> pd.DataFrame:
+def sums(frame: pd.DataFrame, by: Sequence[str], *columns: str) -> pd.DataFrame:
     """Add up some columns over the rows that agree in others, layers in their order.
 
     Args:
-        found: What a function of this module returned.
+        frame: A frame made by a function of this module.
         by: The columns that tell groups apart.
         columns: What is added up.
     """
-    return pd.DataFrame(found.groupby([*by], observed=True)[[*columns]].sum())
+    return pd.DataFrame(frame.groupby([*by], observed=True)[[*columns]].sum())
 
 
 def put_back(
@@ -146,32 +146,32 @@ def put_back(
         scope: ``global`` takes the largest of the whole model, ``tensor`` those of each tensor.
 
     Returns:
-        A row a tensor and density: tensor, layer, kind, density, entries (n), kept (of n), mass, kept_mass.
+        A row per tensor and density: tensor, layer, kind, density, entries (n), kept (of n), mass, kept_mass.
 
     Raises:
-        OptionError: If a density or the scope is none.
+        OptionError: If a density or the scope is not known.
         CheckpointError: If the models do not belong together, or a value is not finite.
     """
     if scope not in ("global", "tensor"):
         raise OptionError(f"scope={scope} is not known; use global or tensor")
     require_match(target, reference)
-    found = cuts_at(target, reference, [fraction("density", density) for density in densities], scope)
-    return _framed(row for name, delta in _differences(target, reference) for row in _kept(name, delta, found))
+    by_density = cuts_at(target, reference, [fraction("density", density) for density in densities], scope)
+    return _framed(row for name, delta in _differences(target, reference) for row in _largest(name, delta, by_density))
 
 
-def _kept(name: str, delta: Tensor, by_density: Mapping[float, Cuts]) -> Iterator[dict[str, Any]]:
+def _largest(name: str, delta: Tensor, by_density: Mapping[float, Cuts]) -> Iterator[dict[str, Any]]:
     whole = {"tensor": name, "entries": delta.numel(), "mass": _mass(delta)}
-    for density, found in by_density.items():
-        cut, offset = found[name]
+    for density, cuts in by_density.items():
+        cut, offset = cuts[name]
         mask = cut.mask(delta, offset)
         yield {**whole, "density": density, "kept": int(mask.sum()), "kept_mass": _mass(delta[mask])}
 
 
-def concentration(found: pd.DataFrame) -> pd.Series:
+def concentration(frame: pd.DataFrame) -> pd.Series:
     """Return which share of a difference's mass its largest entries hold.
 
     Args:
-        found: What `put_back` returned.
+        frame: A frame made by `put_back`.
 
     Returns:
         Density to share, both in [0, 1].
@@ -179,7 +179,7 @@ def concentration(found: pd.DataFrame) -> pd.Series:
     Raises:
         CheckpointError: If the difference is zero.
     """
-    total = sums(found, ["density"], "kept_mass", "mass")
+    total = sums(frame, ["density"], "kept_mass", "mass")
     if not total["mass"].to_numpy().all():
         raise CheckpointError("the two models are the same, so that no entry holds a share of their difference")
     return pd.Series(total["kept_mass"].to_numpy() / total["mass"].to_numpy(), index=total.index)
@@ -208,7 +208,7 @@ def conflicts(experts: Mapping[str, Weights], pretrained: Weights, density: floa
         density: Fraction of its largest entries that each task vector is first trimmed to, as TIES trims.
 
     Returns:
-        A row a tensor: tensor, layer, kind, entries (n); shared, the entries that two or more tasks move;
+        A row per tensor: tensor, layer, kind, entries (n); shared, the entries that two or more tasks move;
         conflicting, those of them with both signs; by_chance, how many that would be if signs were coins; movement,
         ``sum_t |tau_t|`` over all entries; cancelled, ``sum_t |tau_t| - |sum_t tau_t|``.
 
@@ -277,7 +277,7 @@ def distances(experts: Mapping[str, Weights], references: Mapping[str, Weights])
         references: Name to theta_0 or a merged model.
 
     Returns:
-        A row a task, a column a reference.
+        A row per task, a column per reference.
 
     Raises:
         CheckpointError: If models do not belong together, or a value is not finite.

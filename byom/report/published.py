@@ -33,7 +33,7 @@ class Line:
     Args:
         label: As the source names it.
         match: Our settings that it corresponds to, such as ``{merge: ties, byom: none}``; None if we have none.
-        values: Per cent, one a task; empty where the average alone is published.
+        values: Per cent, one per task; empty where the average alone is published.
         mean: The published average.
         parameters: The published parameter count.
         odd: What does not fit in the source itself, such as an average that is not that of the values.
@@ -52,7 +52,7 @@ class Line:
 
     @property
     def alone(self) -> bool:
-        """Whether it does not depend on which tasks are merged."""
+        """True where it does not depend on which tasks are merged."""
         match = self.match or {}
         return match.get("byom") == "single_task" or match == {"merge": "pretrained", "byom": "none"}
 
@@ -157,7 +157,7 @@ class Pair:
 
     Args:
         line: The published row.
-        row: Ours; None if there is none.
+        row: Ours; None if we have none.
         values: Ours in per cent, by task.
         mean: Our average over the published tasks, in per cent; NaN if we have other tasks.
         label: How our tables write the row.

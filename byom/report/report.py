@@ -38,7 +38,7 @@ class Runs:
 
     @property
     def family(self) -> str:
-        """Whose checkpoints the tasks' own models are; all records agree in it."""
+        """Family of the checkpoints that the tasks' own models are; all records agree in it."""
         return self.done[0].family
 
     @property
@@ -56,7 +56,7 @@ def backbones(results: Path, suite: str) -> list[str]:
     """Return the backbones that a suite has records of.
 
     Raises:
-        OptionError: If there are none.
+        OptionError: If it has records of none.
     """
     folder = results / "runs" / suite
     names = sorted(path.parent.name for path in folder.glob("*/*.json"))
@@ -86,7 +86,7 @@ def read_runs(
         The finished runs and the failed ones; a failed run that was finished later is left out.
 
     Raises:
-        NothingFinished: If there is no finished record.
+        NothingFinished: If none of the runs has finished.
         ByomError: If one cannot be read, or they cannot stand in one table.
     """
     folder = results / "runs" / suite / backbone
@@ -178,7 +178,7 @@ def generate(
         The tables as text, and the paths of all files.
 
     Raises:
-        ByomError: If there is no record, one cannot be read, or they cannot stand in one table.
+        ByomError: If no run has finished, a record cannot be read, or they cannot stand in one table.
     """
     names = [backbone] if backbone else backbones(results, suite)
     suffix = f"--{finetune}" if finetune else ""

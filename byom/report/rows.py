@@ -71,7 +71,7 @@ class Row:
 
     @property
     def base(self) -> str:
-        """The label of the merged model that the variant starts from; the row's own where there is none."""
+        """The label of the merged model that the variant starts from; the row's own where it has none."""
         if self.variant == "none" or self.merge == "pretrained":
             return self.label
         return _routed(self.records[0], self.records[0].titles.merge) + self.apart
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def one_model(self) -> bool:
-        """Whether the row stores nothing for its tasks, so that one merged model serves them all."""
+        """True where the row stores nothing for its tasks, so that one merged model serves them all."""
         stored = [record.storage for record in self.records]
         return not any(sum(one.task_parameters.values()) + sum(one.task_bytes.values()) for one in stored)
 

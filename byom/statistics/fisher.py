@@ -34,10 +34,10 @@ class Fisher(Statistic):
 
     Args:
         estimate: How the expectation over classes is taken. ``exact`` sums over all C classes, weighted by what
-            the model gives them, and costs C backward passes an example. ``sampled`` draws labels from the model:
-            unbiased, one backward pass a draw, and like ``exact`` it never sees a label of the data. ``empirical``
-            takes the data's label, which is no Fisher information away from a perfect fit.
-        samples: Labels drawn an example by ``sampled`` (S).
+            the model gives them, and costs C backward passes per example. ``sampled`` draws labels from the model:
+            unbiased, one backward pass per draw, and like ``exact`` it never sees a label of the data. ``empirical``
+            takes the data's label, which is not the Fisher information away from a perfect fit.
+        samples: Labels drawn per example by ``sampled`` (S).
         seed: With an example's place in the split it keys the draws.
 
     Raises:

@@ -23,7 +23,7 @@ ATTENTION = inspect.signature(functional.multi_head_attention_forward)
 class Gram(Statistic):
     """The mean outer product of the inputs of each matrix parameter that is used as a linear map.
 
-    ``G = X^T X / rows``, one row a token that is no padding. Covered are the weights of linear layers however they
+    ``G = X^T X / rows``, one row per token that is not padding. Covered are the weights of linear layers however they
     are called: ``functional.linear`` (nn.Linear, fused or bare weights), products with a bare parameter and
     ``addmm`` (GPT-2's Conv1D), and nn.MultiheadAttention, whose ``in_proj_weight`` is covered when query, key and
     value are one tensor. Convolutions and embeddings are not covered.
@@ -75,8 +75,8 @@ class Capture(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             return self._attention(ATTENTION.bind(*args, **kwargs).arguments)
         if func is functional.linear:
-            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            self._report(given["weight"], given["input"])
+            arguments = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            self._report(arguments["weight"], arguments["input"])
         elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and len(args) == 2:
             self._report(args[1], args[0], transposed=True)
         elif func in (torch.addmm, Tensor.addmm) and len(args) == 3:
@@ -87,17 +87,17 @@ class Capture(TorchFunctionMode):
         if name := self.names.get(id(weight)):
             self.see(Use(name, inputs, sequence_first, transposed))
 
-    def _attention(self, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _attention(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Attend with the identity as output projection, whose result is what the real one multiplies."""
-        query, key, value = (given[name] for name in ("query", "key", "value"))
+        query, key, value = (arguments[name] for name in ("query", "key", "value"))
         if query is key and key is value:
-            self._report(given["in_proj_weight"], query, sequence_first=True)
-        if given.get("use_separate_proj_weight"):
+            self._report(arguments["in_proj_weight"], query, sequence_first=True)
+        if arguments.get("use_separate_proj_weight"):
             for letter, inputs in zip("qkv", (query, key, value), strict=True):
-                self._report(given[f"{letter}_proj_weight"], inputs, sequence_first=True)
-        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
+                self._report(arguments[f"{letter}_proj_weight"], inputs, sequence_first=True)
+        weight, bias = arguments["out_proj_weight"], arguments["out_proj_bias"]
         identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        plain = given | {"out_proj_weight": identity, "out_proj_bias": None}
+        plain = arguments | {"out_proj_weight": identity, "out_proj_bias": None}
         heads, attention = functional.multi_head_attention_forward(**plain)
         self._report(weight, heads, sequence_first=True)
         return functional.linear(heads, weight, bias), attention
@@ -200,7 +200,7 @@ def order(encoder: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> list[l
 
 
 def real_rows(use: Use, mask: Tensor | None) -> Tensor:
-    """Return the rows ``[R, n]`` of an activation that are no padding.
+    """Return the rows ``[R, n]`` of an activation that are not padding.
 
     Args:
         use: Where it was captured.

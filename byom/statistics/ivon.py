@@ -32,7 +32,7 @@ class Ivon(Statistic):
 
     Args:
         steps: Optimiser steps.
-        batch_size: Examples a step, in an order drawn by the seed.
+        batch_size: Examples per step, in an order drawn by the seed.
         ess: Effective sample size; larger means less noise on the weights.
         initial: First value of h.
         retention: How much of h a step keeps (beta_2 in the paper), in [0, 1).
@@ -96,29 +96,29 @@ class IvonFitter(Fitter):
 
     def finish(self) -> dict[str, Tensor]:
         """Run the optimiser and return its posterior precision; see `Fitter.finish`."""
-        found = {name: value for name, value in parameters(self.encoder).items() if value.requires_grad}
-        kept = {name: value.data for name, value in found.items()}
-        devices = {value.device for value in kept.values() if value.is_cuda}
+        trained = {name: value for name, value in parameters(self.encoder).items() if value.requires_grad}
+        starts = {name: value.data for name, value in trained.items()}
+        devices = {value.device for value in starts.values() if value.is_cuda}
         try:
             with torch.random.fork_rng(sorted(device.index for device in devices)):
                 torch.manual_seed(keyed(self.what.seed, "ivon"))
-                values = self._run(list(found.values()), self._gathered())
+                values = self._run(list(trained.values()), self._gathered())
         finally:
-            for name, value in found.items():
-                value.data, value.grad = kept[name], None  # the optimiser puts copies in their place
-        return {name: row.reshape(found[name].shape) for name, row in zip(found, values, strict=True)}
+            for name, value in trained.items():
+                value.data, value.grad = starts[name], None  # the optimiser puts copies in their place
+        return {name: row.reshape(trained[name].shape) for name, row in zip(trained, values, strict=True)}
 
     def _gathered(self) -> Batch:
-        """All examples in the order of their places."""
+        """Return all examples in the order of their places."""
         places = sorted(self.examples)
         inputs, labels = zip(*(self.examples[place] for place in places), strict=True)
         together = {name: _stacked([each[name] for each in inputs]) for name in inputs[0]}
         return Batch(together, torch.stack(labels), torch.tensor(places))
 
-    def _run(self, found: list[nn.Parameter], batch: Batch) -> list[Tensor]:
+    def _run(self, trained: list[nn.Parameter], batch: Batch) -> list[Tensor]:
         what = self.what
         optimiser = self.optimiser(
-            found,
+            trained,
             lr=0.0,
             ess=what.ess,
             hess_init=what.initial,
@@ -130,12 +130,12 @@ class IvonFitter(Fitter):
             with torch.enable_grad(), optimiser.sampled_params(train=True):
                 features = self.encoder(**{name: value[chosen] for name, value in batch.inputs.items()})
                 error = loss(self.head, self.head(features), batch.labels[chosen])
-                gradients = torch.autograd.grad(error, found, allow_unused=True, materialize_grads=True)
-                for value, gradient in zip(found, gradients, strict=True):
+                gradients = torch.autograd.grad(error, trained, allow_unused=True, materialize_grads=True)
+                for value, gradient in zip(trained, gradients, strict=True):
                     value.grad = gradient
             optimiser.step()
         hessian = optimiser.param_groups[0]["hess"]
-        return list((what.ess * (hessian + what.weight_decay)).split([value.numel() for value in found]))
+        return list((what.ess * (hessian + what.weight_decay)).split([value.numel() for value in trained]))
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Places of records: one immutable JSON file a run, named by the signature of its choices."""
+"""Places of records: one immutable JSON file per run, named by the signature of its choices."""
 
 from __future__ import annotations
 

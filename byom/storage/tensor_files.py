@@ -201,7 +201,7 @@ def _damaged(path: Path, why: str, what: str = "a safetensors file") -> Checkpoi
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy what overlaps another tensor, which safetensors refuses to write; not what merely shares a mapped file."""
-    apart = {name: given.detach().cpu().contiguous() for name, given in tensors.items()}
+    apart = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     end = 0
     for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
         if tensor.data_ptr() < end:

@@ -115,5 +115,5 @@ def _size(values: Tensor) -> Tensor:
     return values.abs().sum(dtype=torch.float64)
 
 
-def _ratio(whole: Tensor, kept: Tensor) -> Tensor:
-    return (whole / kept if kept > 0 else torch.ones(())).to(torch.float32)
+def _ratio(whole: Tensor, part: Tensor) -> Tensor:
+    return (whole / part if part > 0 else torch.ones(())).to(torch.float32)

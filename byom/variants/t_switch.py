@@ -73,7 +73,7 @@ def binarise(delta: Tensor, drop: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         Int8 ``[*shape]`` with values -1, 0 and 1 (b), and the magnitude, in the dtype of `delta`, that gives them the
-        norm of the entries they stand for; 0 if there is none.
+        norm of the entries they stand for; 0 if all became 0.
     """
     flat = delta.reshape(-1)
     survives = _largest(flat, flat > 0, 1 - drop) | _largest(flat, flat < 0, 1 - drop)

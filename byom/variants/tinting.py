@@ -205,7 +205,7 @@ class OwnLayer:
         """Return the layer of all parameters whose names begin in one way.
 
         Raises:
-            OptionError: If there are none.
+            OptionError: If no name begins so.
         """
         known = pretrained.mergeable()
         if names := [name for name in known if name.startswith(start)]:

@@ -103,7 +103,7 @@ def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted
 
     Raises:
         OptionError: If the weights are not those of the experts.
-        CheckpointError: If there is no expert, bases differ, tensors that were trained whole differ, or one expert
+        CheckpointError: If `experts` is empty, bases differ, tensors that were trained whole differ, or one expert
             adapts rows together that another adapts apart.
 
     References:
@@ -121,8 +121,8 @@ def cat(experts: Mapping[str, Adapted], weights: Mapping[str, float]) -> Adapted
     if set(weights) != set(experts) or not all(isfinite(weight) for weight in weights.values()):
         raise OptionError(f"weights={dict(weights)} must give one finite number for each of {listed(experts)}")
     names = sorted({name for expert in experts.values() for name in expert.factored})
-    given = {name: [(weights[t], piece) for t, e in experts.items() for piece in e.pieces(name)] for name in names}
-    factored = {name: _joined(name, pieces) for name, pieces in given.items()}
+    by_name = {name: [(weights[t], piece) for t, e in experts.items() for piece in e.pieces(name)] for name in names}
+    factored = {name: _joined(name, pieces) for name, pieces in by_name.items()}
     return Adapted(base, factored, _agreed(experts), " + ".join(expert.origin for expert in experts.values()))
 
 
@@ -133,13 +133,13 @@ def truncated(adapted: Adapted, rank: int) -> Adapted:
 
     Args:
         adapted: An adapter, such as `cat` returns.
-        rank: How many values are kept a layer (r), at least 1.
+        rank: How many values are kept per layer (r), at least 1.
 
     Returns:
         The same base with differences of at most this rank; what was trained whole stays.
 
     Raises:
-        OptionError: If the rank is no whole number from 1 on.
+        OptionError: If the rank is not a whole number from 1 on.
 
     Differences:
         PEFT's ``svd`` (0.21.2) is this after `cat`, from the dense sum. Earlier versions multiply by ``s_t`` twice,
@@ -161,10 +161,10 @@ def _base(experts: Mapping[str, Adapted]) -> Weights:
     return first.base
 
 
-def _joined(name: str, given: Sequence[tuple[float, Piece]]) -> list[Piece]:
+def _joined(name: str, pieces: Sequence[tuple[float, Piece]]) -> list[Piece]:
     """Join the pieces of the same rows."""
     sites: dict[Site, list[tuple[float, Piece]]] = {}
-    for weight, piece in given:
+    for weight, piece in pieces:
         sites.setdefault((piece.start, len(piece.left)), []).append((weight, piece))
     ends = [(start, start + height) for start, height in sorted(sites)]
     if any(end > start for (_, end), (start, _) in pairwise(ends)):
@@ -175,9 +175,9 @@ def _joined(name: str, given: Sequence[tuple[float, Piece]]) -> list[Piece]:
     return [_one(start, sites[start, height]) for start, height in sorted(sites)]
 
 
-def _one(start: int, given: Sequence[tuple[float, Piece]]) -> Piece:
-    left = torch.cat([weight * piece.left for weight, piece in given], 1)
-    return Piece(start, left, torch.cat([piece.right for _, piece in given]))
+def _one(start: int, pieces: Sequence[tuple[float, Piece]]) -> Piece:
+    left = torch.cat([weight * piece.left for weight, piece in pieces], 1)
+    return Piece(start, left, torch.cat([piece.right for _, piece in pieces]))
 
 
 def _agreed(experts: Mapping[str, Adapted]) -> dict[str, Tensor]:

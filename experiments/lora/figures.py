@@ -95,7 +95,7 @@ def accuracy_by_rank(frame: pd.DataFrame) -> Figure:
         frame: What `experiments.lora.tables.ranked` returned, with at least one BYOM-LoRA.
 
     Returns:
-        The figure: a line an allocation or reference; levels of the tasks' own models, the best merged model and the
+        The figure: a line per allocation or reference; levels of the tasks' own models, the best merged model and the
         pre-trained one.
     """
     found = _curves(frame, ("lora", "lora_global", "lora_merged"))
@@ -111,7 +111,7 @@ def accuracy_by_rank(frame: pd.DataFrame) -> Figure:
 
 @styled
 def error_by_rank(frames: Mapping[str, pd.DataFrame]) -> Figure:
-    """Draw what is lost of the tasks' differences against q, one thin line a task and their mean.
+    """Draw what is lost of the tasks' differences against q, one thin line per task and their mean.
 
     Args:
         frames: Title to what `experiments.lora.tables.ranked` returned; one panel each. Only uniform ranks are drawn,
@@ -233,7 +233,7 @@ def recipes(frame: pd.DataFrame) -> Figure:
         frame: What `experiments.lora.tables.recipes` returned.
 
     Returns:
-        The figure: a labelled dot a recipe; thin lines join those of equal size.
+        The figure: a labelled dot per recipe; thin lines join those of equal size.
     """
     figure, axes = blank(2.6, ())
     where = {row["recipe"]: (row["task_parameters"], 100 * row["mean"]) for row in frame.to_dict("records")}

@@ -71,7 +71,7 @@ def find(results: Path, suite: str, backbone: str) -> Found:
     """Read the records of a suite.
 
     Args:
-        results: The folder that holds one folder a recipe.
+        results: The folder that holds one folder per recipe.
         suite: Its name.
         backbone: The encoder's name.
     """
@@ -91,13 +91,13 @@ def find(results: Path, suite: str, backbone: str) -> Found:
 
 
 def rank(found: Found, by_task: bool = False) -> str:
-    """Return the rank tables of a suite as Markdown, one a recipe."""
+    """Return the rank tables of a suite as Markdown, one per recipe."""
     shown = {title: rank_display.display_ranks(frame, by_task) for title, frame in found.ranked().items()}
     return _titled(shown)
 
 
 def equal_bytes(found: Found) -> str:
-    """Return low-rank beside sparse as Markdown, one table a recipe."""
+    """Return low-rank beside sparse as Markdown, one table per recipe."""
     return _titled({title: rank_display.display_bytes(frame) for title, frame in found.beside().items()})
 
 
@@ -108,7 +108,7 @@ def recipes(found: Found, by_task: bool = False) -> str:
 
 
 def laws(found: Found) -> str:
-    """Return how well an exponential and a power law fit the singular values, as Markdown, one table a recipe."""
+    """Return how well an exponential and a power law fit the singular values, as Markdown, one table per recipe."""
     return _join(
         {TITLES[name]: spectra.table(one["kinds"] | {"all": one["all"]}) for name, one in found.spectra.items()}
     )
@@ -135,7 +135,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
     Args:
         text: The page.
-        results: The folder that holds one folder a recipe.
+        results: The folder that holds one folder per recipe.
     """
     for suite, names in SUITES.items():
         found = find(results, *names)
@@ -204,7 +204,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write everything.
 
     Args:
-        results: The folder that holds one folder a recipe.
+        results: The folder that holds one folder per recipe.
         page: The page whose marked parts are filled.
     """
     for names in SUITES.values():

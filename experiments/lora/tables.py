@@ -34,8 +34,8 @@ def ranked(records: Iterable[Record]) -> pd.DataFrame:
         records: Finished runs of one suite, backbone and recipe.
 
     Returns:
-        One row a setting, by family, rank and density: ``method``, ``family`` (of `FAMILIES`, others by their variant's
-        name), ``rank``, ``density`` (NaN where there is none), ``accuracy_<task>`` and ``error_<task>``, ``mean``,
+        One row per setting, by family, rank and density: ``method``, ``family`` (of `FAMILIES`, others by their
+        variant's name), ``rank``, ``density`` (NaN without one), ``accuracy_<task>`` and ``error_<task>``, ``mean``,
         ``normalised``, ``error``, ``task_parameters``, ``task_bytes`` (means over tasks), ``parameters``, ``seeds``.
         Accuracies and errors are fractions; ``_std`` columns are sample deviations over seeds.
     """
@@ -121,7 +121,7 @@ def at_equal_bytes(records: Iterable[Record]) -> pd.DataFrame:
         records: Finished runs of one suite, backbone and recipe.
 
     Returns:
-        One row a low-rank row and sparse method: ``method``, ``rank``, ``task_bytes``, ``mean``; ``sparse``,
+        One row per low-rank row and sparse method: ``method``, ``rank``, ``task_bytes``, ``mean``; ``sparse``,
         ``density``, ``sparse_bytes``, ``sparse_mean``; ``difference`` of the means with ``difference_std`` over seeds,
         and ``lower`` and ``upper``, all NaN where the sizes are more than `TOLERANCE` apart.
     """
@@ -175,8 +175,8 @@ def recipes(records: Mapping[str, Sequence[Record]]) -> pd.DataFrame:
         records: Recipe, of `RECIPES`, to its finished runs; all of one suite and backbone.
 
     Returns:
-        One row a recipe: ``recipe``, ``method``, ``accuracy_<task>``, ``mean``, ``task_parameters``, and
-        ``difference``, ``lower``, ``upper`` of the LoRA of equal size less this recipe (NaN where there is none);
+        One row per recipe: ``recipe``, ``method``, ``accuracy_<task>``, ``mean``, ``task_parameters``, and
+        ``difference``, ``lower``, ``upper`` of the LoRA of equal size less this recipe (NaN without one);
         empty without single-task models.
 
     Raises:

@@ -28,7 +28,7 @@ INSTEAD = {"README.md": "index.md", "docs": "index.md"}
 
 @dataclass
 class Links:
-    """What the links of pages need.
+    """Targets of the links of pages.
 
     Args:
         pages: The pages of the site, by their place below ``docs``.

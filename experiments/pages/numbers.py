@@ -20,7 +20,7 @@ NOTE = (
 
 
 def section(option: Option) -> str:
-    """Return the results of an option as Markdown, empty if there is no record.
+    """Return the results of an option as Markdown, empty without a record.
 
     Args:
         option: A merge method, a variant or a router.

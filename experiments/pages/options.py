@@ -59,7 +59,7 @@ class Option:
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """What its yaml states."""
+        """The settings that its yaml states."""
         return yaml.safe_load(self.yaml.read_text(encoding="utf-8"))
 
     @property
@@ -95,7 +95,7 @@ class Option:
 
     @property
     def paragraphs(self) -> list[str]:
-        """What the docstring says before its first section, without the summary; a base class's if it says nothing."""
+        """The text of the docstring between summary and first section; a base class's if it is empty."""
         rest = self.sections[""].partition("\n\n")[2]
         for parent in self.cls.__mro__[1:]:
             known = sections(inspect.cleandoc(parent.__doc__ or ""))

@@ -1,4 +1,4 @@
-"""How an option is verified: laws, identities, golden vectors and peers, read from the tests themselves."""
+"""Proofs of an option: laws, identities, golden vectors and peers, read from the tests themselves."""
 
 from __future__ import annotations
 

@@ -122,4 +122,4 @@ def test_other_names_are_for_image_towers(tmp_path, monkeypatch, capsys):
         lambda _: Weights.of({"model.layer.weight": torch.ones(2)}, origin="backbone=minilm"),
     )
     assert main(["convert", str(tmp_path), str(tmp_path / "out"), "like=minilm", "to=huggingface"]) == 1
-    assert "to=huggingface is for image towers of open_clip, and backbone=minilm is none" in capsys.readouterr().err
+    assert "to=huggingface is for image towers of open_clip, which backbone=minilm is not" in capsys.readouterr().err

@@ -320,7 +320,7 @@ def test_rows_that_are_adapted_twice_are_refused(write):
         ({"use_sometime": True}, "use_sometime is a variant of LoRA that is not known"),
         *[({"init_lora_weights": start}, f"{start}' may have changed the base.*weight_conversion.*merge_and_unload")
           for start in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga")],
-        ({"init_lora_weights": "loftq"}, r"'loftq' may have changed the base[^_]*no difference. Merge it"),
+        ({"init_lora_weights": "loftq"}, r"'loftq' may have changed the base[^_]*not a difference to it. Merge it"),
         ({"r": 0}, "r=0 and rank_pattern"),
         ({"r": "8"}, "r=8 and rank_pattern"),
         ({"rank_pattern": {"q": 1.5}}, "rank_pattern={'q': 1.5} must be whole numbers"),
@@ -328,7 +328,7 @@ def test_rows_that_are_adapted_twice_are_refused(write):
         ({"lora_alpha": None}, "lora_alpha=None.*must be numbers"),
         ({"alpha_pattern": {"q": float("nan")}}, "alpha_pattern.*must be numbers"),
         ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
-        ({"bias": "some"}, "bias='some' is none of none, lora_only and all"),
+        ({"bias": "some"}, "bias='some' is not one of none, lora_only and all"),
         ({"modules_to_save": "classifier"}, "modules_to_save='classifier' is not a list"),
     ],
 )  # fmt: skip

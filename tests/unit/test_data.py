@@ -226,7 +226,7 @@ def test_too_few_examples_are_refused(folder, sizes, message):
 def test_unknown_label_is_refused_even_if_it_would_not_be_drawn(folder):
     with (folder / "train.csv").open("a") as file:
         file.write("stray,bb\n")
-    with pytest.raises(DataError, match="label 'bb', which is none of its classes: did you mean 'b'"):
+    with pytest.raises(DataError, match="label 'bb', which is not one of its classes: did you mean 'b'"):
         load(task(folder, train=1, validation=1, test=1, shots=1), Words(), 0, folder / "cache")
 
 

@@ -129,7 +129,7 @@ def test_heads_are_stored_as_tensors(head):
 def test_what_is_no_head_is_not_stored():
     with pytest.raises(CheckpointError, match="known heads are"):
         heads.pack(lambda features: features)
-    with pytest.raises(CheckpointError, match="are no head"):
+    with pytest.raises(CheckpointError, match="are not a head"):
         heads.unpack({"weights": torch.zeros(1)})
 
 

@@ -115,7 +115,7 @@ def task(name="stsb", **options):
 
 def test_labels_of_a_correlation_are_numbers():
     assert task(metric="spearman").index("3.8") == 3.8
-    with pytest.raises(DataError, match="has the label 'high', which is no number"):
+    with pytest.raises(DataError, match="has the label 'high', which is not a number"):
         task(metric="spearman").index("high")
 
 

@@ -118,7 +118,7 @@ class AdapterConfig:
         if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
             raise _broken(file, f"modules_to_save={whole!r} is not a list of names")
         if config.bias not in ("none", "lora_only", "all"):
-            raise _broken(file, f"bias={config.bias!r} is none of none, lora_only and all")
+            raise _broken(file, f"bias={config.bias!r} is not one of none, lora_only and all")
         return config
 
     def rank_of(self, path: str) -> int:
@@ -167,8 +167,8 @@ def _refuse(file: Path, settings: Mapping[str, Any]) -> None:
     if start not in STARTS:
         remedy = f"{CONVERTED}. Or m{MERGED[1:]}" if str(start).startswith(CONVERTIBLE) else MERGED
         raise CheckpointError(
-            f"{file}: init_lora_weights={start!r} may have changed the base, to which the factors then are no "
-            f"difference. {remedy}"
+            f"{file}: init_lora_weights={start!r} may have changed the base, and then the factors are not a "
+            f"difference to it. {remedy}"
         )
 
 

@@ -69,7 +69,7 @@ def adapters(
         The tasks' folders.
 
     Raises:
-        OptionError: If a task cannot name a folder, or its difference is none that an adapter can hold.
+        OptionError: If a task cannot name a folder, or an adapter cannot hold its difference.
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
     folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module)

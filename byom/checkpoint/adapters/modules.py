@@ -236,7 +236,7 @@ def pieces(parts: Parts) -> list[Piece]:
 
 
 def _cut(piece: Piece, rows: Rows) -> Tensor | None:
-    """Return the part of a difference's left factor that belongs to some rows, None if there is none."""
+    """Return the part of a difference's left factor that belongs to some rows, None if no row of it does."""
     first, last = rows.start - piece.start, rows.start + rows.height - piece.start
     if last <= 0 or first >= len(piece.left):
         return None

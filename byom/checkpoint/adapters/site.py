@@ -60,7 +60,7 @@ def shift(paths: Sequence[str], base: Weights, origin: str, remedy: str) -> Shif
         remedy: What to do if its modules are not in the base.
 
     Raises:
-        CheckpointError: If there is none, or more than one.
+        CheckpointError: If no change fits, or more than one.
     """
     paths = sorted(paths)
     for dropped in _starts(paths):

@@ -85,7 +85,7 @@ class Hub(Source):
         return signature([self._load(split)._fingerprint for split in self.splits], digits=64)
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a split, its rows in order."""
+        """Return one pool per split, its rows in order."""
         return {split: self._pool(self._load(split)) for split in self.splits}
 
     def _load(self, split: str) -> Any:
@@ -104,7 +104,7 @@ class Hub(Source):
 
     @property
     def _remote(self) -> bool:
-        """Whether the path is a name on the hub; it may be a folder or a builder such as ``parquet``."""
+        """True where the path is a name on the hub; it may be a folder or a builder such as ``parquet``."""
         return "/" in self.path and not Path(self.path).exists()
 
     @property
@@ -120,11 +120,11 @@ class Hub(Source):
         return hub.fetch(self._repository, self._patterns)
 
     def _pool(self, dataset: Any) -> Pool:
-        wanted = [self.input] if isinstance(self.input, str) else self.input
-        for column in (*wanted, self.label):
+        columns = [self.input] if isinstance(self.input, str) else self.input
+        for column in (*columns, self.label):
             if column not in dataset.column_names:
                 raise DataError(f"{self.path} has no column {column!r}; {suggest(column, dataset.column_names)}")
         names = None if self.numbers else getattr(dataset.features[self.label], "names", None)
         labels = dataset.select_columns([self.label])[:][self.label]
-        kept = (int(label) if self.numbers else label for label in labels)
-        return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in kept])
+        values = (int(label) if self.numbers else label for label in labels)
+        return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in values])

@@ -40,7 +40,7 @@ class Idx(FileSource):
         return [name for pair in self.splits.values() for name in pair]
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a split, its images in order."""
+        """Return one pool per split, its images in order."""
         folder = self.root.folder()
         return {split: _pool(folder / pair[0], folder / pair[1]) for split, pair in self.splits.items()}
 

@@ -37,7 +37,7 @@ class Images(Sequence[Image.Image]):
 
 @dataclass(frozen=True)
 class ImageFolder(FileSource):
-    """Images sorted into one folder a class.
+    """Images sorted into one folder per class.
 
     Args:
         splits: Glob pattern of each split's images, relative to the root, such as ``train/*/*.jpg``; files that
@@ -58,7 +58,7 @@ class ImageFolder(FileSource):
         return [path.relative_to(folder).as_posix() for split in self.splits for path in self._images(split)]
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a split, its images in the order of their paths."""
+        """Return one pool per split, its images in the order of their paths."""
         return {split: self._pool(self._images(split)) for split in self.splits}
 
     def _images(self, split: str) -> list[Path]:
@@ -76,5 +76,5 @@ class ImageFolder(FileSource):
         for path in paths:
             above = path.relative_to(folder).parts[:-1]
             if len(above) < self.parent:
-                raise DataError(f"{path} lies in no class folder; put one folder a class below {folder}")
+                raise DataError(f"{path} lies in no class folder; put one folder per class below {folder}")
             yield above[-self.parent]

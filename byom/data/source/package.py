@@ -43,15 +43,15 @@ class Package(Root):
             DataError: If it has another version.
         """
         try:
-            found = distribution(self.name)
+            package = distribution(self.name)
         except PackageNotFoundError as error:
             raise PackageMissing(f"the data package {self.name} is not installed; run: {self._install()}") from error
-        if self.version is not None and found.version != self.version:
+        if self.version is not None and package.version != self.version:
             raise DataError(
-                f"the data package {self.name} has version {found.version}, but {self.version} is needed; "
+                f"the data package {self.name} has version {package.version}, but {self.version} is needed; "
                 f"run: {self._install()}"
             )
-        return Path(str(found.locate_file(self.inner)))
+        return Path(str(package.locate_file(self.inner)))
 
     def digest(self, files: Iterable[str], cache: Path | None = None) -> str:
         """Return the content digest of `files`.

@@ -1,4 +1,4 @@
-"""Images written as numbers: one row an image, one column a pixel."""
+"""Images written as numbers: one row per image, one column per pixel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Arrays(Sequence[Image.Image]):
 
 @dataclass(frozen=True)
 class Pixels(FileSource):
-    """A csv file of grey values, one image a row, with the label in one of the columns.
+    """A csv file of grey values, one image per row, with the label in one of the columns.
 
     Args:
         splits: The table of each split, relative to the root.
@@ -61,7 +61,7 @@ class Pixels(FileSource):
         return list(self.splits.values())
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a table, its rows in order."""
+        """Return one pool per table, its rows in order."""
         return {split: self._pool(name) for split, name in self.splits.items()}
 
     def _pool(self, name: str) -> Pool:

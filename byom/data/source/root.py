@@ -42,7 +42,7 @@ class Root(ABC):
 
 @dataclass(frozen=True)
 class Folder(Root):
-    """A folder of the user's own; where it lies is no part of a result's signature, what is in it is.
+    """A folder of the user's own; a result's signature covers what is in it, not where it lies.
 
     Args:
         path: The folder; ``~`` is expanded.
@@ -51,11 +51,11 @@ class Folder(Root):
     path: str = field(metadata={"signature": False})
 
     def folder(self) -> Path:
-        """Return the folder, or raise DataError if there is none."""
-        found = Path(self.path).expanduser()
-        if not found.is_dir():
-            raise DataError(f"the data folder {found} does not exist; set `root` to the folder that holds the data")
-        return found
+        """Return the folder, or raise DataError if it does not exist."""
+        folder = Path(self.path).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"the data folder {folder} does not exist; set `root` to the folder that holds the data")
+        return folder
 
     def digest(self, files: Iterable[str], cache: Path | None = None) -> str:
         """Return the content digest of `files`; see `Root.digest`."""

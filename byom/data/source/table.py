@@ -33,7 +33,7 @@ class TableSource(FileSource):
         delimiter: What separates columns, a regular expression if longer than a character; None goes by the
             file's ending.
         header: Whether the first line names the columns.
-        skip: How many lines after the header are no data.
+        skip: How many lines after the header are not data.
         where: Column to the values that are kept, as in ``{category: [fresh, rotten]}``; empty keeps all rows.
     """
 
@@ -56,8 +56,8 @@ class TableSource(FileSource):
         """
         path = self.root.folder() / self.splits[split]
         table: Any = read_table(path, self.delimiter, self.header, self.skip)
-        for name, kept in self.where.items():
-            table = table[_column(path, table, name).astype(str).isin([str(value) for value in kept])]
+        for name, values in self.where.items():
+            table = table[_column(path, table, name).astype(str).isin([str(value) for value in values])]
         if table.empty:
             raise DataError(f"the table {path} has no rows that `where` keeps; correct `where` or the file")
         return _strings(path, table, column), _strings(path, table, self.label)
@@ -78,7 +78,7 @@ class Table(TableSource):
         return list(self.splits.values())
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a table, its rows in order."""
+        """Return one pool per table, its rows in order."""
         return {split: Pool(*self.rows(split, self.text)) for split in self.splits}
 
 
@@ -99,7 +99,7 @@ class ImageTable(TableSource):
         return [*self.splits.values(), *listed]
 
     def read(self) -> dict[str, Pool]:
-        """Return one pool a table, its rows in order."""
+        """Return one pool per table, its rows in order."""
         listed = {split: self._listed(split) for split in self.splits}
         return {split: Pool(Images(paths), labels) for split, (paths, labels) in listed.items()}
 

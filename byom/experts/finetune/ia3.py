@@ -12,9 +12,9 @@ from byom.experts.finetune.targets import checked, chosen
 
 @dataclass(frozen=True)
 class Ia3(Added):
-    """Train one factor a unit: on what the layers of `targets` put out, and on what those of `inputs` take in.
+    """Train one factor per unit: on what the layers of `targets` put out, and on what those of `inputs` take in.
 
-    Everything else is frozen, factors start at 1. ``2 d + h`` values a block at the defaults, h hidden units.
+    Everything else is frozen, factors start at 1. ``2 d + h`` values per block at the defaults, h hidden units.
 
     Args:
         epochs: See `byom.experts.finetune.base.Recipe`, as for the next five.

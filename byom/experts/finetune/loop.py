@@ -1,4 +1,4 @@
-"""The one training loop of every backbone, task and recipe."""
+"""A single training loop for every backbone, task and recipe."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def _train(
     folder: Path,
     label: str,
 ) -> None:
+    """Do the work of `finetune`, whose arguments it repeats: every process of a command imports and calls it."""
     team = processes.team()
     optimizer = torch.optim.AdamW(_groups(encoder, recipe.weight_decay), lr=rate, fused=True)
     steps = sum(_turns(lessons, recipe.batch_size))

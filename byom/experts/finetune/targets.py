@@ -33,16 +33,16 @@ def checked(name: str, targets: Sequence[str]) -> tuple[str, ...]:
         targets: Words of `WORDS`, or shell-style patterns of module paths.
 
     Raises:
-        OptionError: If there is none, or one is neither a word nor a pattern.
+        OptionError: If `targets` is empty, or one is neither a word nor a pattern.
     """
-    found = (targets,) if isinstance(targets, str) else tuple(targets)
-    odd = [target for target in found if target not in WORDS and not set("*?[.") & set(target)]
-    if odd or not found:
+    words = (targets,) if isinstance(targets, str) else tuple(targets)
+    odd = [target for target in words if target not in WORDS and not set("*?[.") & set(target)]
+    if odd or not words:
         raise OptionError(
-            f"{name}={list(found)} must list some of {', '.join(WORDS)}, or patterns of module paths such as "
+            f"{name}={list(words)} must list some of {', '.join(WORDS)}, or patterns of module paths such as "
             "'*.mlp.fc1'"
         )
-    return found
+    return words
 
 
 def chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:

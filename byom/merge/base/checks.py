@@ -37,10 +37,10 @@ def require_shape(group: Group, statistic: str) -> None:
     Raises:
         CheckpointError: Naming the parameter.
     """
-    found = group.statistics[statistic].shape[1:]
-    if found != group.pretrained.shape:
+    shape = group.statistics[statistic].shape[1:]
+    if shape != group.pretrained.shape:
         raise CheckpointError(
-            f"the statistic '{statistic}' of '{group.name}' has shape {tuple(found)}, the parameter "
+            f"the statistic '{statistic}' of '{group.name}' has shape {tuple(shape)}, the parameter "
             f"{tuple(group.pretrained.shape)}; compute it for this model"
         )
 

@@ -83,8 +83,8 @@ def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) ->
     """
 
     def merge(start: int, piece: Group) -> Tensor:
-        found = vectors(piece, start)
-        return piece.pretrained + total(found * coefficients.to(found.dtype)[:, None])
+        deltas = vectors(piece, start)
+        return piece.pretrained + total(deltas * coefficients.to(deltas.dtype)[:, None])
 
     return blockwise(group, merge)
 

@@ -19,7 +19,7 @@ def patterns(name: str, given: Iterable[str]) -> tuple[str, ...]:
         The patterns as a tuple, so that what holds them stays hashable.
 
     Raises:
-        OptionError: If it is one string, or holds something that is no string.
+        OptionError: If it is one string, or holds something that is not a string.
     """
     if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(f"{name}={given} is not a list of patterns; write {name}=['*text_projection*']")

@@ -24,7 +24,7 @@ class MergeMethod(ABC):
     title: ClassVar[str]
     """Name in tables."""
     merges: ClassVar[bool] = True
-    """Whether it makes a model of its own; where it does not, the result is theta_0 itself."""
+    """True where it makes a model of its own; otherwise the result is theta_0 itself."""
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:

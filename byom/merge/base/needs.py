@@ -16,7 +16,7 @@ class Needs:
         statistics: Names of per-task statistics (`byom.statistics`).
         inputs: Splits whose inputs are looked at, any of ``train``, ``validation`` and ``test``.
         labels: Whether their labels are used as well.
-        members: Fine-tuned models a task, for methods that merge several.
+        members: Fine-tuned models per task, for methods that merge several.
         joint: Whether a jointly fine-tuned model is asked for.
     """
 
@@ -38,7 +38,7 @@ class Needs:
 
     @property
     def sees_test(self) -> bool:
-        """Whether test inputs are looked at, which a table must flag."""
+        """True where test inputs are looked at, which a table must flag."""
         return "test" in self.inputs
 
     @property

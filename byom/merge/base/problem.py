@@ -87,7 +87,7 @@ class Problem:
         probe: The tasks' inputs, for methods that look at them.
 
     Raises:
-        CheckpointError: If there is no expert, or names or shapes differ.
+        CheckpointError: If `finetuned` is empty, or names or shapes differ.
     """
 
     pretrained: Weights

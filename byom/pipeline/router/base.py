@@ -43,7 +43,7 @@ class Router(ABC):
     """Name in tables, appended to a row's; empty where the task is known."""
     needs: ClassVar[Needs]
     routes: ClassVar[bool] = True
-    """Whether tasks have to be told apart; not where they are known."""
+    """True where tasks have to be told apart, False where they are known."""
 
     @abstractmethod
     def fit(self, problem: Problem, served: Served) -> Routing | None:

@@ -19,5 +19,5 @@ class Oracle(Router):
     routes = False
 
     def fit(self, problem: Problem, served: Served) -> Routing | None:
-        """Return None: there is nothing to learn."""
+        """Return None: nothing needs to be learned."""
         return None

@@ -35,23 +35,23 @@ THIN: dict[str, Any] = {"color": "#b0b0b0", "linewidth": 0.6, "zorder": 1}
 
 
 @styled
-def mass_by_layer(found: pd.DataFrame) -> Figure:
+def mass_by_layer(frame: pd.DataFrame) -> Figure:
     """Draw which share of the squared norm of a task vector lies in which layer, by kind of parameter.
 
     Args:
-        found: What `byom.report.anatomy.masses` returned; the mean over tasks is drawn.
+        frame: A frame made by `byom.report.anatomy.masses`; the mean over tasks is drawn.
 
     Returns:
         The figure: stacked bars, and dots for the share of the parameters.
     """
-    table = pd.DataFrame(100 * shares(found, "layer", "kind").unstack(fill_value=0.0))
+    table = pd.DataFrame(100 * shares(frame, "layer", "kind").unstack(fill_value=0.0))
     kinds = [kind for kind in FILLS if kind in table and table[kind].to_numpy().max() > UNSEEN]
     figure, axes = blank(2.3, [*kinds, "Share of the parameters"])
     bottom, places = np.zeros(len(table)), np.arange(len(table))
     for kind in kinds:
         axes.bar(places, table[kind], 0.8, bottom, label=kind[0].upper() + kind[1:], **FILLS[kind])
         bottom += table[kind].to_numpy()
-    entries = sums(found, ["layer"], "entries").to_numpy()
+    entries = sums(frame, ["layer"], "entries").to_numpy()
     axes.plot(places, 100 * entries / entries.sum(), label="Share of the parameters", **LEVEL)
     _layer_axis(axes, table.index)
     axes.set_ylabel("Share of the squared norm (%)")
@@ -71,7 +71,7 @@ def concentration(whole: pd.DataFrame, within: pd.DataFrame) -> Figure:
     """Draw which share of the squared norm the largest entries hold.
 
     Args:
-        whole: A row a density, a column a task, of `byom.report.anatomy.concentration`: the largest entries of the
+        whole: A row per density, a column per task, of `byom.report.anatomy.concentration`: the largest entries of the
             model.
         within: The same where each tensor gives its largest entries.
 
@@ -103,17 +103,17 @@ def _density_axis(axes: Axes, densities: Sequence[float] | pd.Index) -> None:
 
 
 @styled
-def conflicts(found: Mapping[str, pd.DataFrame]) -> Figure:
+def conflicts(frames: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw how many of the entries that several tasks move are moved both up and down, layer by layer.
 
     Args:
-        found: What was trimmed, in words, to what `byom.report.anatomy.conflicts` returned.
+        frames: What was trimmed, in words, to what `byom.report.anatomy.conflicts` returned.
 
     Returns:
         The figure: a line each; dotted where signs would be coins.
     """
-    figure, axes = blank(2.3, [*found, "If signs were coins"])
-    for (title, frame), look in zip(found.items(), (STEPS[1], STEPS[2], *SPARE), strict=False):
+    figure, axes = blank(2.3, [*frames, "If signs were coins"])
+    for (title, frame), look in zip(frames.items(), (STEPS[1], STEPS[2], *SPARE), strict=False):
         rows = sums(frame, ["layer"], "conflicting", "by_chance", "shared")
         conflicting, by_chance, shared = rows.to_numpy().T
         axes.plot(100 * conflicting / shared, label=title, **look.line)
@@ -126,23 +126,23 @@ def conflicts(found: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 @styled
-def distances(found: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+def distances(frame: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     """Draw how far every task's model is from the pre-trained and from merged models.
 
     Args:
-        found: What `byom.report.anatomy.distances` returned.
+        frame: A frame made by `byom.report.anatomy.distances`.
         titles: Column to how the legend writes it.
 
     Returns:
-        The figure: a row a task, a marker a reference.
+        The figure: a row per task, a marker per reference.
     """
-    figure = Figure(figsize=(COLUMN, 1.1 + 0.2 * len(found)), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 1.1 + 0.2 * len(frame)), layout="constrained")
     axes = figure.add_subplot()
-    for name, look in looks({name: name for name in found}).items():
+    for name, look in looks({name: name for name in frame}).items():
         style: dict[str, Any] = {**look.line, "linestyle": "none"}
-        axes.plot(found[name], range(len(found)), label=titles[name], **style)
-    axes.set_yticks(range(len(found)), labels=[str(task).replace("_", " ") for task in found.index])
-    axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.plot(frame[name], range(len(frame)), label=titles[name], **style)
+    axes.set_yticks(range(len(frame)), labels=[str(task).replace("_", " ") for task in frame.index])
+    axes.set_ylim(len(frame) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set(xlim=(0, None), xlabel=r"Distance of $\theta_t$, Euclidean norm", axisbelow=True)
@@ -151,17 +151,17 @@ def distances(found: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
 
 @styled
-def cosines(found: pd.DataFrame) -> Figure:
+def cosines(frame: pd.DataFrame) -> Figure:
     """Draw the cosine between every two task vectors.
 
     Args:
-        found: What `byom.report.anatomy.cosines` returned; the ones on the diagonal are left white.
+        frame: A frame made by `byom.report.anatomy.cosines`; the ones on the diagonal are left white.
 
     Returns:
         The figure.
     """
-    values = np.where(np.eye(len(found), dtype=bool), np.nan, found.to_numpy())
-    side = 1.0 + 0.31 * len(found)
+    values = np.where(np.eye(len(frame), dtype=bool), np.nan, frame.to_numpy())
+    side = 1.0 + 0.31 * len(frame)
     figure = Figure(figsize=(side + 0.5, side), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="cividis_r")
@@ -170,7 +170,7 @@ def cosines(found: pd.DataFrame) -> Figure:
         if row != column:
             color = "white" if value > middle else "black"
             axes.text(column, row, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=color, fontsize=6)
-    names = [str(task).replace("_", " ") for task in found.index]
+    names = [str(task).replace("_", " ") for task in frame.index]
     axes.set_xticks(range(len(names)), labels=names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), labels=names)
     axes.tick_params(length=0)
@@ -179,22 +179,22 @@ def cosines(found: pd.DataFrame) -> Figure:
 
 
 @styled
-def put_back(found: pd.DataFrame) -> Figure:
+def put_back(frame: pd.DataFrame) -> Figure:
     """Draw which part of every layer is put back, by number and by squared norm.
 
     Args:
-        found: What `byom.report.anatomy.put_back` returned; of several tasks one below the other, which are taken
+        frame: A frame made by `byom.report.anatomy.put_back`; of several tasks one below the other, which are taken
             together.
 
     Returns:
-        The figure: two panels, a line a density; dotted lines are what an equal share of each layer would be.
+        The figure: two panels, a line per density; dotted lines are what an equal share of each layer would be.
     """
     figure = Figure(figsize=(PAGE, 2.4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
-    for density, look in zip(sorted(set(found["density"])), (*STEPS, *SPARE), strict=False):
-        rows = sums(pd.DataFrame(found[found["density"] == density]), ["layer"], "kept", "entries", "kept_mass", "mass")
-        kept, entries, kept_mass, mass = rows.to_numpy().T
-        for axes, shown in zip(panels, (kept / entries, kept_mass / mass), strict=True):
+    for density, look in zip(sorted(set(frame["density"])), (*STEPS, *SPARE), strict=False):
+        rows = sums(pd.DataFrame(frame[frame["density"] == density]), ["layer"], "kept", "entries", "kept_mass", "mass")
+        largest, entries, largest_mass, mass = rows.to_numpy().T
+        for axes, shown in zip(panels, (largest / entries, largest_mass / mass), strict=True):
             axes.plot(100 * shown, label=f"m = {percent(density)} %", **look.line)
             _layer_axis(axes, rows.index)
         panels[0].axhline(100 * density, color=look.color, zorder=0, **CHANCE)

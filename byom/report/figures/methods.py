@@ -19,7 +19,7 @@ NEEDS = {
     "another model": Look("#6e6e6e", "v", fill=False),
 }
 GROUPS = ("references", "one merged model", "a model for each task", "task not known")
-ROW = 0.145  # inches a method
+ROW = 0.145  # inches per method
 
 
 def groups(frame: pd.DataFrame) -> pd.Series:

@@ -14,7 +14,7 @@ from byom.report.figures.style import COLUMN, Look, legend, styled
 if TYPE_CHECKING:
     from byom.report.published import Pair, Published
 
-ROW = 0.16  # inches a method
+ROW = 0.16  # inches per method
 THEIRS, OURS = Look("#6e6e6e", "s", fill=False), Look("#14306b", "o")
 
 

@@ -85,7 +85,7 @@ def looks(keys: Mapping[str, str]) -> dict[str, Look]:
         keys: For each name the merge method or kind of row whose look it takes, if it is the first to.
 
     Returns:
-        One look a name, distinct as long as the spare ones last.
+        One look per name, distinct as long as the spare ones last.
     """
     spare, taken, out = cycle(SPARE), set(), {}
     for name, key in keys.items():

@@ -178,7 +178,7 @@ class Served:
         """Return one task's weights, lazily.
 
         Raises:
-            OptionError: If there is no such task.
+            OptionError: If the bundle does not hold the task.
         """
         if task not in self.deltas:
             raise OptionError(f"the bundle has no task '{task}'; {suggest(task, self.deltas)}")

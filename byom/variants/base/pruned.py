@@ -24,10 +24,8 @@ class Pruned(Preparation):
     the problem are left as they are.
 
     Args:
-        density: Fraction of entries kept (m), in [0, 1]; exactly ``floor(density * n)`` of the n entries that are
-            ranked together, ties going to the lowest position in sorted parameter order.
-        scope: ``global`` ranks all parameters of the model together, ``tensor`` each tensor on its own, ``row`` each
-            vector along the last axis of a tensor on its own.
+        density: Fraction of entries kept (m), in [0, 1], as `byom.variants.base.sparse.TopMagnitude` counts them.
+        scope: Entries that are ranked together: ``global``, ``tensor`` or ``row``, as `TopMagnitude` ranks them.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -47,13 +45,13 @@ class Pruned(Preparation):
 
     def _pruned(self, expert: Weights, base: Weights) -> Weights:
         @cache  # fingerprints of both models are taken once, not with every tensor
-        def found() -> Cuts:
+        def plan() -> Cuts:
             return cuts(expert, base, self.density, self.scope)
 
         def read(name: str) -> Tensor:
             if not expert.dtype(name).is_floating_point:
                 return expert[name]
-            cut, offset = found()[name]
+            cut, offset = plan()[name]
             values, origin = expert.read_finite(name), base.read_finite(name)
             return torch.where(cut.mask(wide(values) - wide(origin), offset), values, origin)
 
