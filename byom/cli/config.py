@@ -136,8 +136,9 @@ class _Base:
                 return False
             node = node[name]
         scalars = value if isinstance(value, list) else [value]
-        fits = not (isinstance(node, dict) and isinstance(value, list))
-        return fits and path[0] not in self.referred and all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
+        if path[0] in self.referred or (isinstance(node, dict) and isinstance(value, list)):
+            return False
+        return all(type(v) in (int, float, bool) or (type(v) is str and "$" not in v) for v in scalars)
 
 
 Environment = tuple[tuple[str, str], ...]
