@@ -128,8 +128,8 @@ class PreviewRecord:
 
     @property
     def shown(self) -> str:
-        """The split whose accuracies tables show."""
-        return list(self.summary)[-1]
+        """The split whose accuracies tables show: test, or validation where nothing else was scored."""
+        return "test" if "test" in self.summary else next(iter(self.summary))
 
     @property
     def chosen(self) -> Mapping[str, Summary]:
@@ -163,21 +163,23 @@ class PreviewRecord:
     def lift(cls, values: Json, path: Path | None = None) -> Self:
         """Return the record of a file's values.
 
+        Files are sorted by name; the methods are in the order in which they were asked for.
+
         Args:
             values: What the file holds.
             path: The file.
         """
+        methods = (values.get("preview") or {}).get("methods") or list(values["points"])
         return cls(
             **{name: values["choices"][name] for name in ("suite", "backbone", "finetune", "seed")},
             tasks=tuple(values["tasks"]),
-            titles=values["titles"],
-            points={name: _rows(rows) for name, rows in values["points"].items()},
+            titles={name: values["titles"][name] for name in methods},
+            points={name: _rows(values["points"][name]) for name in methods},
             joint=_rows(values["joint"]),
             pretrained=Weighting.lift(values["pretrained"]),
             experts=_rows(values["experts"]),
             summary={
-                split: {name: Summary.lift(row) for name, row in rows.items()}
-                for split, rows in values["summary"].items()
+                split: {name: Summary.lift(rows[name]) for name in methods} for split, rows in values["summary"].items()
             },
             path=path,
         )

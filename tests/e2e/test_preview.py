@@ -119,6 +119,13 @@ def test_a_finished_preview_is_shown_again_without_work(command, record, monkeyp
     assert status == 0 and read(shown) == record
 
 
+def test_a_finished_preview_says_the_same_again(command):
+    options = ("steps=1", "joint=0", "methods=[hessian_weighted,average]", "examples=6", "evaluate=both")
+    fresh, again = command(*options)[1].out, command(*options)[1].out
+    assert "accuracy in % on test data, weights chosen on validation data" in fresh
+    assert again == fresh
+
+
 def interrupted_after(scored, monkeypatch):
     count, score = [0], scorer.Scorer._score
 

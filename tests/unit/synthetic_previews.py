@@ -59,6 +59,7 @@ def values(tasks=2, joint=3, methods=tuple(TITLES), splits=("validation",)):
         "signature": "0123456789ab",
         "choices": {"suite": "vision8_offline", "backbone": "vit_small_dinov2", "finetune": "full", "seed": 0},
         "tasks": list(TASKS[:tasks]),
+        "preview": {"methods": list(methods)},
         "titles": {name: TITLES[name] for name in methods},
         "points": {name: _json(rows) for name, rows in points.items()},
         "joint": _json(together),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from byom.errors import ByomError
+from byom.report.preview import text
 from byom.storage.atomic import write_json
 from byom.storage.preview import NEEDED, PreviewRecord, Summary, Weighting
 from tests.unit.synthetic_previews import values
@@ -65,6 +66,21 @@ def test_weights_and_what_lies_in_a_weighting_cannot_change():
     assert agreement and isinstance(agreement.difference, tuple) and isinstance(agreement.rank, tuple)
 
 
+def test_a_preview_that_is_read_again_says_what_a_fresh_one_says(tmp_path):
+    made = values(2, methods=("mixture", "average"), splits=("validation", "test"))
+    read = PreviewRecord.read(write_json(tmp_path / "x.json", made))
+    assert list(read.summary) == ["test", "validation"]  # files are sorted
+    assert (read.choosing, read.shown) == ("validation", "test")
+    assert list(read.points) == list(read.titles) == list(read.chosen) == ["mixture", "average"]
+    assert text(read) == text(PreviewRecord.lift(made))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_weights_are_chosen_on_the_split_that_is_shown_where_there_is_one(split):
+    record = PreviewRecord.lift(values(2, splits=(split,)))
+    assert record.choosing == record.shown == split
+
+
 @pytest.mark.parametrize("name", NEEDED)
 def test_a_record_without_a_field_is_refused_by_its_file(tmp_path, name):
     held = values(2)
@@ -73,9 +89,9 @@ def test_a_record_without_a_field_is_refused_by_its_file(tmp_path, name):
         PreviewRecord.read(write_json(tmp_path / "x.json", held))
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON .* preview again"), ('{"format": 9}', "format 9")])
-def test_a_damaged_record_is_named(tmp_path, text, said):
+@pytest.mark.parametrize(("written", "said"), [("{", "is not JSON .* preview again"), ('{"format": 9}', "format 9")])
+def test_a_damaged_record_is_named(tmp_path, written, said):
     file = tmp_path / "x.json"
-    file.write_text(text)
+    file.write_text(written)
     with pytest.raises(ByomError, match=rf"x\.json .*{said}"):
         PreviewRecord.read(file)
