@@ -291,6 +291,17 @@ def test_weights_chosen_on_validation_are_shown_on_test():
     assert table.loc["Mixture of Gaussians", TASKS[0]] == f"{100 * best.accuracy['test'][0]:.1f}"
 
 
+def test_weights_of_joint_fine_tuning_are_chosen_on_validation_too():
+    made = record(2, joint=2, splits=("validation", "test"))
+    first, second = (
+        replace(row, accuracy={"validation": (high, high), "test": (1 - high, 1 - high)})
+        for row, high in zip(made.joint, (0.4, 0.7), strict=True)
+    )
+    table = best_table(replace(made, joint=(first, second)), "validation", "test").set_index("Model")
+    assert table.loc["Jointly fine-tuned", "Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in second.weights)
+    assert table.loc["Jointly fine-tuned", "Mean"] == "30.0"
+
+
 def test_the_agreement_is_shown_in_points():
     made = record(2, joint=3)
     row = agreement_table(made, "validation").set_index("Preview").loc["Average"]
