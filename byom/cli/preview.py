@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from byom.cli import config, sweeps
 from byom.cli.run import print_config
@@ -28,8 +28,8 @@ def preview(arguments: Sequence[str]) -> int:
     if "--cfg" in arguments:
         return print_config(resolved)
     options = previews.Preview.of(resolved)
-    record, path = previews.run(options, _by_method(options, overrides))
-    _show(record, path)
+    _, path = previews.run(options, _by_method(options, overrides))
+    _show(path)
     return 0
 
 
@@ -42,9 +42,11 @@ def _by_method(options: Preview, overrides: Sequence[str]) -> dict[str, Settings
     return {one.names["merge"]: one for one in built}
 
 
-def _show(record: Mapping[str, Any], path: Path) -> None:
+def _show(path: Path) -> None:
     from byom.report import preview as tables
     from byom.report.figures import preview as figures
+    from byom.storage.preview import PreviewRecord
 
+    record = PreviewRecord.read(path)
     files = [path, *figures.save_all(record, path)]
     sys.stdout.write(f"\n{tables.text(record)}\n" + "".join(f"{file}\n" for file in files))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +129,3 @@ is 1 for five classes or fewer.
 def ratio(accuracy: float, single: float) -> float:
     """Return an accuracy relative to the single-task model's; 1 where both are 0."""
     return accuracy / single if single else float(accuracy == single)
-
-
-def accuracies(rows: Sequence[Mapping[str, Any]], split: str) -> np.ndarray:
-    """Return ``[N, T]`` accuracies of scored weightings."""
-    return np.array([list(row["accuracy"][split]) for row in rows])

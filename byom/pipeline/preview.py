@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 
 from byom.data.suite import Suite
 from byom.errors import OptionError, suggest
-from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement, hypervolume, unbeaten
 from byom.functional.simplex import Point, simplex, spread, trained
 from byom.merge.base import MergeMethod, Problem
@@ -24,6 +23,7 @@ from byom.pipeline.provenance import Stages, provenance, results_root
 from byom.pipeline.scorer import Job, Scorer
 from byom.pipeline.settings import Settings
 from byom.storage.place import Place, now
+from byom.storage.preview import Summary, Weighting, accuracies
 from byom.storage.record import FORMAT
 from byom.storage.signature import describe, signature
 from byom.weights import Weights
@@ -32,8 +32,6 @@ STEPS = {2: 20, 3: 8}
 # the time to find a volume grows as the points to the power of the tasks less one
 MEASURED_TASKS = 4
 GROUPS = ("suite", "backbone", "finetune", "statistics", "evaluate", "merge", "seed", "device", "results", "cache")
-
-Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -193,18 +191,18 @@ def execute(preview: Preview, settings: Mapping[str, Settings]) -> dict[str, Any
     points = {name: results[n * len(grid) : (n + 1) * len(grid)] for n, name in enumerate(settings)}
     return {
         "tasks": list(lab.tasks),
-        "points": points,
-        "joint": joint,
-        "pretrained": own[0],
-        "experts": own[1:],
-        "summary": {split: summary(points, joint, split) for split in splits},
+        "points": {name: _json(rows) for name, rows in points.items()},
+        "joint": _json(joint),
+        "pretrained": own[0].to_json(),
+        "experts": _json(own[1:]),
+        "summary": {split: _said(summary(points, joint, split)) for split in splits},
         "examples": {split: {task: len(scorer.split(task, split)) for task in lab.tasks} for split in splits},
         "stages": stages.taken,
         "fingerprints": measure.fingerprints(lab, experts),
     }
 
 
-def summary(points: Mapping[str, Sequence[Result]], joint: Sequence[Result], split: str) -> dict[str, Any]:
+def summary(points: Mapping[str, Sequence[Weighting]], joint: Sequence[Weighting], split: str) -> dict[str, Summary]:
     """Return what a preview says on one split.
 
     Args:
@@ -220,15 +218,23 @@ def summary(points: Mapping[str, Sequence[Result]], joint: Sequence[Result], spl
     return {name: _summary(rows, joint, truth, split) for name, rows in points.items()}
 
 
-def _summary(rows: Sequence[Result], joint: Sequence[Result], truth: np.ndarray, split: str) -> dict[str, Any]:
-    scores, place = accuracies(rows, split), {tuple(row["weights"]): n for n, row in enumerate(rows)}
-    same = [place[tuple(row["weights"])] for row in joint]
-    return {
-        "best": int(scores.mean(1).argmax()),
-        "pareto": np.flatnonzero(unbeaten(scores)).tolist(),
-        "hypervolume": hypervolume(scores) if scores.shape[1] <= MEASURED_TASKS else None,
-        "agreement": asdict(agreement(scores[same], truth)) if same else None,
-    }
+def _summary(rows: Sequence[Weighting], joint: Sequence[Weighting], truth: np.ndarray, split: str) -> Summary:
+    scores, place = accuracies(rows, split), {row.weights: n for n, row in enumerate(rows)}
+    same = [place[row.weights] for row in joint]
+    return Summary(
+        best=int(scores.mean(1).argmax()),
+        pareto=tuple(np.flatnonzero(unbeaten(scores)).tolist()),
+        hypervolume=hypervolume(scores) if scores.shape[1] <= MEASURED_TASKS else None,
+        agreement=agreement(scores[same], truth) if same else None,
+    )
+
+
+def _json(rows: Iterable[Weighting]) -> list[dict[str, Any]]:
+    return [row.to_json() for row in rows]
+
+
+def _said(found: Mapping[str, Summary]) -> dict[str, Any]:
+    return {name: one.to_json() for name, one in found.items()}
 
 
 def _previewed(settings: Settings, problem: Problem, grid: Sequence[Point]) -> Iterable[Job]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from byom.data.splits import Split
 from byom.pipeline.evaluate import evaluate
 from byom.pipeline.lab import Lab
 from byom.storage.atomic import write_json
+from byom.storage.preview import Seconds, Weighting
 from byom.storage.signature import signature
 from byom.weights import Weights
 
@@ -55,7 +55,7 @@ class Scorer:
             self._held[task, split] = _first(self.lab.splits(task)[split], self.examples)
         return self._held[task, split]
 
-    def run(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    def run(self, jobs: Iterable[Job]) -> list[Weighting]:
         """Score the jobs that have no score yet, and return all scores in order."""
         jobs = list(jobs)
         files = [self._file(job) for job in jobs]
@@ -64,20 +64,23 @@ class Scorer:
         with tqdm(total=total, desc="preview", unit="task", leave=False, mininterval=1) as bar:
             for job, file in missing:
                 bar.set_description_str(f"preview {job.label}", refresh=False)
-                write_json(file, self._score(job, bar))
-        return [json.loads(file.read_text()) for file in files]
+                write_json(file, self._score(job, bar).to_json())
+        return [Weighting.lift(json.loads(file.read_text())) for file in files]
 
     def _file(self, job: Job) -> Path:
         name = signature(self.lab.signature, job.key, self.splits, self.examples)
         return self.lab.cache / "preview" / f"{name}.json"
 
-    def _score(self, job: Job, bar: tqdm) -> dict[str, Any]:
+    def _score(self, job: Job, bar: tqdm) -> Weighting:
         start = time.perf_counter()
         self.lab.fill(job.make().state())
         ready = time.perf_counter()
-        accuracy = {split: [self._accuracy(task, split, bar) for task in self.lab.tasks] for split in self.splits}
-        seconds = {"make": round(ready - start, 3), "evaluate": round(time.perf_counter() - ready, 3)}
-        return {"weights": list(job.weights), "accuracy": accuracy, "seconds": seconds}
+        accuracy = {split: self._accuracies(split, bar) for split in self.splits}
+        seconds = Seconds(round(ready - start, 3), round(time.perf_counter() - ready, 3))
+        return Weighting(job.weights, accuracy, seconds)
+
+    def _accuracies(self, split: str, bar: tqdm) -> tuple[float, ...]:
+        return tuple(self._accuracy(task, split, bar) for task in self.lab.tasks)
 
     def _accuracy(self, task: str, split: str, bar: tqdm) -> float:
         lab, held = self.lab, self.split(task, split)

@@ -39,6 +39,26 @@ VARIANTS = {
 Json = Mapping[str, Any]
 
 
+def values_of(path: Path, again: str) -> dict[str, Any]:
+    """Return what a record's file holds.
+
+    Args:
+        path: The file.
+        again: What makes a damaged one anew.
+
+    Raises:
+        ByomError: If it is not JSON, or of a format that this byom does not know.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ByomError(f"{path} is not JSON ({error}); delete it and {again}") from None
+    known = values.get("format") if isinstance(values, dict) else None
+    if known != FORMAT:
+        raise ByomError(f"{path} has format {known!r}, this byom reads {FORMAT}: use the byom that wrote it")
+    return values
+
+
 @dataclass(frozen=True)
 class Record:
     """One run, finished or failed; a failed one lacks everything that is measured.
@@ -126,13 +146,7 @@ class Record:
         Raises:
             ByomError: If the file is damaged, or of a format that this byom does not know.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ByomError(f"{path} is not JSON ({error}); delete it and run that cell again") from None
-        known = values.get("format") if isinstance(values, dict) else None
-        if known != FORMAT:
-            raise ByomError(f"{path} has format {known!r}, this byom reads {FORMAT}: use the byom that wrote it")
+        values = values_of(path, "run that cell again")
         needed = ("choices", "signature", "status") if values.get("status") == "failed" else ("status", *NEEDED)
         if missing := [name for name in needed if name not in values]:
             raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and run that cell again")

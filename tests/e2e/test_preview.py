@@ -10,10 +10,10 @@ import pytest
 from byom.__main__ import main
 from byom.cli import config
 from byom.data.source.base import DataError
-from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement
 from byom.pipeline import preview, scorer
 from byom.pipeline.run import run
+from byom.storage.preview import PreviewRecord, accuracies
 from tests.e2e.tiny import KEPT, overrides
 
 pytestmark = pytest.mark.data
@@ -107,8 +107,9 @@ def test_joint_points_are_those_of_joint_fine_tuning(record, folder):
 
 def test_the_agreement_compares_the_same_weights(record):
     said = record["summary"]["validation"]["average"]["agreement"]
-    rows = record["points"]["average"]
-    expected = agreement(accuracies([rows[2], rows[3]], "validation"), accuracies(record["joint"], "validation"))
+    read = PreviewRecord.lift(record)
+    rows = read.points["average"]
+    expected = agreement(accuracies([rows[2], rows[3]], "validation"), accuracies(read.joint, "validation"))
     assert said["points"] == 2 and said["difference"] == list(expected.difference)
 
 
@@ -116,6 +117,13 @@ def test_a_finished_preview_is_shown_again_without_work(command, record, monkeyp
     monkeypatch.setattr("byom.pipeline.preview.execute", lambda *_: pytest.fail("ran again"))
     status, shown = command(*OPTIONS)
     assert status == 0 and read(shown) == record
+
+
+def test_a_finished_preview_says_the_same_again(command):
+    options = ("steps=1", "joint=0", "methods=[hessian_weighted,average]", "examples=6", "evaluate=both")
+    fresh, again = command(*options)[1].out, command(*options)[1].out
+    assert "accuracy in % on test data, weights chosen on validation data" in fresh
+    assert again == fresh
 
 
 def interrupted_after(scored, monkeypatch):

@@ -174,8 +174,8 @@ REPORT = (
     Mutant(
         "weights-are-chosen-on-what-is-shown",
         "report",
-        'best = int(accuracies(record["joint"], choosing).mean(1).argmax())',
-        'best = int(accuracies(record["joint"], shown).mean(1).argmax())',
+        "best = int(accuracies(record.joint, choosing).mean(1).argmax())",
+        "best = int(accuracies(record.joint, shown).mean(1).argmax())",
         ("tests/unit/test_preview.py -k 'shown or chosen'",),
     ),
 )

@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as arrays
 
 from byom.cli import config
 from byom.errors import OptionError
-from byom.functional.metrics import accuracies
 from byom.functional.pareto import agreement, hypervolume, rank_correlation, unbeaten
 from byom.functional.simplex import simplex, spread, trained
 from byom.merge.average import Average
@@ -25,6 +24,7 @@ from byom.merge.ties import Ties
 from byom.pipeline.preview import Preview, require_known, require_weighable, summary
 from byom.report.preview import agreement_table, best_table, text
 from byom.storage.place import Place
+from byom.storage.preview import accuracies
 from tests.unit.synthetic_previews import TASKS, record
 
 # integers, so that ties are frequent and sums exact
@@ -250,53 +250,64 @@ def test_only_methods_with_task_weights_are_previewed():
 
 def test_the_summary_is_of_the_points():
     made = record(3, joint=4)
-    for name, said in made["summary"]["validation"].items():
-        rows = made["points"][name]
+    for name, said in made.summary["validation"].items():
+        rows = made.points[name]
         scores = accuracies(rows, "validation")
         assert scores.shape == (len(rows), 3)
-        assert said["best"] == int(np.argmax(scores.mean(1)))
-        assert said["pareto"] == np.flatnonzero(unbeaten(scores)).tolist()
-        assert said["hypervolume"] == hypervolume(scores)
-        same = [row for point in made["joint"] for row in rows if row["weights"] == point["weights"]]
-        expected = agreement(accuracies(same, "validation"), accuracies(made["joint"], "validation"))
-        assert tuple(said["agreement"]["difference"]) == expected.difference
-    assert record(3, joint=0)["summary"]["validation"]["average"]["agreement"] is None
-    many = record(8)["summary"]["validation"]["average"]
-    assert many["hypervolume"] is None
+        assert said.best == int(np.argmax(scores.mean(1)))
+        assert said.pareto == tuple(np.flatnonzero(unbeaten(scores)))
+        assert said.hypervolume == hypervolume(scores)
+        same = [row for point in made.joint for row in rows if row.weights == point.weights]
+        expected = agreement(accuracies(same, "validation"), accuracies(made.joint, "validation"))
+        assert said.agreement.difference == expected.difference
+    assert record(3, joint=0).summary["validation"]["average"].agreement is None
+    many = record(8).summary["validation"]["average"]
+    assert many.hypervolume is None
 
 
 def test_a_joint_point_that_was_not_previewed_is_an_error():
     made = record(2)
     with pytest.raises(KeyError):
-        summary({"average": made["points"]["average"][:1]}, made["joint"], "validation")
+        summary({"average": made.points["average"][:1]}, made.joint, "validation")
 
 
 def test_the_table_shows_the_best_weights_and_what_they_reach():
     made = record(2, joint=3)
     table = best_table(made, "validation", "validation").set_index("Model")
-    assert list(table.index) == [*made["titles"].values(), "Jointly fine-tuned", "Single-task", "Pre-trained"]
-    best = made["points"]["average"][made["summary"]["validation"]["average"]["best"]]
-    assert table.loc["Average", "Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in best["weights"])
-    assert table.loc["Average", TASKS[0]] == f"{100 * best['accuracy']['validation'][0]:.1f}"
-    assert table.loc["Average", "Mean"] == f"{100 * np.mean(best['accuracy']['validation']):.1f}"
+    assert list(table.index) == [*made.titles.values(), "Jointly fine-tuned", "Single-task", "Pre-trained"]
+    best = made.points["average"][made.summary["validation"]["average"].best]
+    assert table.loc["Average", "Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in best.weights)
+    assert table.loc["Average", TASKS[0]] == f"{100 * best.accuracy['validation'][0]:.1f}"
+    assert table.loc["Average", "Mean"] == f"{100 * np.mean(best.accuracy['validation']):.1f}"
     assert table.loc["Single-task", "Relative"] == "100.0"
-    assert table.loc["Average", "Pareto"].endswith(f"of {len(made['points']['average'])}")
+    assert table.loc["Average", "Pareto"].endswith(f"of {len(made.points['average'])}")
 
 
 def test_weights_chosen_on_validation_are_shown_on_test():
     made = record(2, splits=("validation", "test"))
     assert "accuracy in % on test data, weights chosen on validation data" in text(made)
-    best = made["points"]["mixture"][made["summary"]["validation"]["mixture"]["best"]]
+    best = made.points["mixture"][made.summary["validation"]["mixture"].best]
     table = best_table(made, "validation", "test").set_index("Model")
-    assert table.loc["Mixture of Gaussians", TASKS[0]] == f"{100 * best['accuracy']['test'][0]:.1f}"
+    assert table.loc["Mixture of Gaussians", TASKS[0]] == f"{100 * best.accuracy['test'][0]:.1f}"
+
+
+def test_weights_of_joint_fine_tuning_are_chosen_on_validation_too():
+    made = record(2, joint=2, splits=("validation", "test"))
+    first, second = (
+        replace(row, accuracy={"validation": (high, high), "test": (1 - high, 1 - high)})
+        for row, high in zip(made.joint, (0.4, 0.7), strict=True)
+    )
+    table = best_table(replace(made, joint=(first, second)), "validation", "test").set_index("Model")
+    assert table.loc["Jointly fine-tuned", "Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in second.weights)
+    assert table.loc["Jointly fine-tuned", "Mean"] == "30.0"
 
 
 def test_the_agreement_is_shown_in_points():
     made = record(2, joint=3)
     row = agreement_table(made, "validation").set_index("Preview").loc["Average"]
-    found = made["summary"]["validation"]["average"]["agreement"]
-    assert row[TASKS[1]] == f"{100 * found['difference'][1]:.1f} ({found['rank'][1]:+.2f})"
-    assert row["Regret"] == f"{100 * found['regret']:.1f}"
+    found = made.summary["validation"]["average"].agreement
+    assert row[TASKS[1]] == f"{100 * found.difference[1]:.1f} ({found.rank[1]:+.2f})"
+    assert row["Regret"] == f"{100 * found.regret:.1f}"
     two = agreement_table(record(2, joint=2), "validation")
     assert two[TASKS[0]].str.endswith("(—)").all()
     assert "jointly fine-tuned models" not in text(record(2, joint=0))

@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from byom.functional.metrics import accuracies
 from byom.report.figures import preview as figures
 from byom.report.figures.triangle import HEIGHT, places
+from byom.storage.preview import accuracies
 from tests.unit.synthetic_previews import record
 
 RECORDS = {
@@ -26,7 +26,7 @@ RECORDS = {
 
 
 PAIRS = [(draw, name) for draw in (figures.preview, figures.agreement) for name in RECORDS]
-DRAWN = [(draw, name) for draw, name in PAIRS if draw is figures.preview or RECORDS[name]["joint"]]
+DRAWN = [(draw, name) for draw, name in PAIRS if draw is figures.preview or RECORDS[name].joint]
 
 
 @pytest.fixture(params=DRAWN, ids=lambda pair: f"{pair[0].__name__}: {pair[1]}")
@@ -73,15 +73,15 @@ def test_the_legend_stands_outside_the_data_and_names_nothing_twice(figure):
 def test_curves_plot_both_accuracies_and_the_trade_off():
     made = RECORDS["two"]
     one, two, plane = figures.curves(made).axes
-    rows = sorted(made["points"]["average"], key=lambda row: row["weights"])
-    weight, scores = [row["weights"][0] for row in rows], percent(rows)
+    rows = sorted(made.points["average"], key=lambda row: row.weights)
+    weight, scores = [row.weights[0] for row in rows], percent(rows)
     for axes, x, y in ((one, weight, scores[:, 0]), (two, weight, scores[:, 1]), (plane, scores[:, 0], scores[:, 1])):
         (line,) = [line for line in axes.lines if line.get_label() == "Average"]
         np.testing.assert_allclose(line.get_xdata(), x)
         np.testing.assert_allclose(line.get_ydata(), y)
         (joint,) = [line for line in axes.lines if line.get_label() == "Jointly fine-tuned"]
-        assert len(joint.get_xdata()) == len(made["joint"])
-    np.testing.assert_allclose(joint.get_ydata(), percent(made["joint"])[:, 1])
+        assert len(joint.get_xdata()) == len(made.joint)
+    np.testing.assert_allclose(joint.get_ydata(), percent(made.joint)[:, 1])
     assert one.get_xlabel() == "Weight of mnist" and plane.get_ylabel() == "traffic lights: validation accuracy (%)"
 
 
@@ -90,7 +90,7 @@ def test_rings_stand_at_the_best_mean():
     plane = figures.curves(made).axes[2]
     rings = {to_hex(r.get_color()): r for r in plane.lines if r.get_markersize() == 9 and len(r.get_xdata()) == 1}
     for name, look in figures._looks(made).items():
-        best = percent(made["points"][name])[made["summary"]["validation"][name]["best"]]
+        best = percent(made.points[name])[made.summary["validation"][name].best]
         ring = rings[look.color]
         np.testing.assert_allclose([ring.get_xdata()[0], ring.get_ydata()[0]], best)
 
@@ -110,7 +110,7 @@ def test_triangles_colour_the_mean_and_every_task():
     figure = figures.triangles(made)
     panels = [axes for axes in figure.axes if any(isinstance(c, TriMesh) for c in axes.collections)]
     assert len(panels) == 3 * 4
-    scores = percent(made["points"]["hessian_weighted"])
+    scores = percent(made.points["hessian_weighted"])
     for axes, values in zip(panels[4:8], [scores.mean(1), *scores.T], strict=True):
         (mesh,) = [c for c in axes.collections if isinstance(c, TriMesh)]
         np.testing.assert_allclose(np.asarray(mesh.get_array()), values)
@@ -122,8 +122,8 @@ def test_discs_have_the_colour_of_what_joint_fine_tuning_reached():
     axes = figure.axes[1]  # the first method, the first task
     (discs,) = [c for c in axes.collections if isinstance(c, PathCollection)]
     (mesh,) = [c for c in axes.collections if isinstance(c, TriMesh)]
-    np.testing.assert_allclose(np.asarray(discs.get_array()), percent(made["joint"])[:, 0])
-    np.testing.assert_allclose(discs.get_offsets(), places(np.array([row["weights"] for row in made["joint"]])))
+    np.testing.assert_allclose(np.asarray(discs.get_array()), percent(made.joint)[:, 0])
+    np.testing.assert_allclose(discs.get_offsets(), places(np.array([row.weights for row in made.joint])))
     assert discs.get_clim() == mesh.get_clim()
 
 
@@ -140,26 +140,26 @@ def test_the_lattice_is_covered_without_slivers():
 def test_parallel_lines_are_the_weightings_and_colour_is_the_pareto_set():
     made = RECORDS["five"]
     axes = figures.parallel(made).axes[0]
-    rows, said = made["points"]["average"], made["summary"]["validation"]["average"]
+    rows, said = made.points["average"], made.summary["validation"]["average"]
     scores = percent(rows)
     expected = {tuple(np.round([*row, row.mean()], 6)) for row in scores}
     lines = {tuple(np.round(line.get_ydata(), 6)): line for line in axes.lines if line.get_zorder() in (1, 2)}
     assert set(lines) - {()} == expected
     for place, row in enumerate(scores):
         line = lines[tuple(np.round([*row, row.mean()], 6))]
-        assert line.get_zorder() == (2 if place in said["pareto"] else 1)
+        assert line.get_zorder() == (2 if place in said.pareto else 1)
     best = next(line for line in axes.lines if line.get_label() == "Best mean")
-    np.testing.assert_allclose(best.get_ydata()[:-1], scores[said["best"]])
+    np.testing.assert_allclose(best.get_ydata()[:-1], scores[said.best])
     dashed = [line for line in axes.lines if line.get_zorder() == 4]
-    np.testing.assert_allclose([line.get_ydata()[:-1] for line in dashed], percent(made["joint"]))
+    np.testing.assert_allclose([line.get_ydata()[:-1] for line in dashed], percent(made.joint))
 
 
 def test_agreement_plots_the_gap_to_joint_fine_tuning():
     made = RECORDS["five"]
     axes = figures.agreement(made).axes[0]
     (line,) = [line for line in axes.lines if line.get_label() == "Hessian-weighted"]
-    same = [next(r for r in made["points"]["hessian_weighted"] if r["weights"] == j["weights"]) for j in made["joint"]]
-    gaps = percent(same) - percent(made["joint"])
+    same = [next(r for r in made.points["hessian_weighted"] if r.weights == j.weights) for j in made.joint]
+    gaps = percent(same) - percent(made.joint)
     expected = np.concatenate([gaps, gaps.mean(1, keepdims=True)], 1)
     np.testing.assert_allclose(line.get_xdata(), expected.ravel())
 
