@@ -42,6 +42,14 @@ def test_a_task_that_alone_depends_on_a_parameter_decides_it():
     assert_close(merged([FIRST, SECOND], fishers), torch.tensor([1, 3, 0.5, -2]).double(), rtol=0, atol=1e-5)
 
 
+def test_a_parameter_of_which_one_task_lacks_the_fisher_is_averaged_and_said():
+    experts = {t: Weights.of({"w": value, "x": -value}) for t, value in (("a", FIRST), ("b", SECOND))}
+    fishers = {"a": Weights.of({"w": torch.ones(4), "x": torch.ones(4)}), "b": Weights.of({"w": 2 * torch.ones(4)})}
+    given = Problem(Weights.of({"w": torch.zeros(4), "x": torch.zeros(4)}), experts, {"fisher": fishers})
+    assert FisherMerging().fallbacks(given) == ["x"]
+    assert_close(FisherMerging()(given)["x"].double(), -(FIRST + SECOND) / 2)
+
+
 def test_what_no_task_depends_on_is_averaged():
     assert_close(merged([FIRST, SECOND], [torch.zeros(4), torch.full((4,), 1e-9)]), (FIRST + SECOND) / 2)
 

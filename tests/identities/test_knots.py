@@ -85,6 +85,14 @@ def test_a_linear_method_on_all_tensors_of_a_model(concat, rest):
         assert_close(merged[name], (expected if name in matrices or rest == "merged" else given.pretrained)[name])
 
 
+def test_the_scale_is_that_of_matrices_and_of_the_rest():
+    given = problem(*models(3, torch.float64))
+    merged = knots(TaskArithmetic(1.0), scale=0.25, rest="merged")(given)
+    expected = TaskArithmetic(0.25)(given)
+    for name in given.pretrained.mergeable():
+        assert_close(merged[name], expected[name])
+
+
 def test_what_is_excluded_is_no_matrix():
     given = thin(factors())
     merged = knots(TaskArithmetic(0.3), exclude=["wi*"])(given)

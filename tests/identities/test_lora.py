@@ -106,6 +106,13 @@ def test_all_directions_of_a_dense_difference_give_the_expert_up_to_rounding(sol
             assert_close(put_back[name], expert[name], rtol=1e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("solver", ["exact", "randomised"])
+def test_ranks_above_those_of_a_sweep_are_not_cut_to_them(solver):
+    base, rank = Weights.of({"w": torch.zeros(40, 40)}), lora.KEPT + 4
+    delta = ByomLora(rank, solver=solver).delta(Weights.of({"w": random(40, 40)}), base)
+    assert len(delta.parts["w"]["singular@0"]) == rank
+
+
 def test_an_adapter_on_a_merged_reference_is_cut_as_its_dense_difference():
     base = model()
     experts = {str(seed): adapted(base, seed) for seed in (1, 2)}

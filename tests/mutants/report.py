@@ -29,7 +29,7 @@ REPORT = (
         "report",
         '[record.summary["validation"].absolute for record in records]',
         '[record.summary["test"].absolute for record in records]',
-        ("tests/unit/test_report.py", "tests/unit/test_figures.py"),
+        ("tests/unit/test_rows.py -k validation",),
     ),
     Mutant(
         "bold-compares-what-is-not-printed",
@@ -43,14 +43,14 @@ REPORT = (
         "report",
         'f"{value:020.9f}"',
         'f"{value}"',
-        ("tests/unit/test_report.py -k 'order or curves'",),
+        ("tests/unit/test_rows.py -k sort",),
     ),
     Mutant(
         "the-seed-of-a-method-splits-its-rows",
         "report",
         'k.rpartition(".")[2] != "seed"',
         'k != "seed"',
-        ("tests/unit/test_report.py -k seed",),
+        ("tests/unit/test_rows.py -k seed",),
     ),
     Mutant(
         "what-was-tuned-splits-rows",
@@ -64,14 +64,14 @@ REPORT = (
         "report",
         "key=lambda r: (r.choices.seed, r.signature)",
         "key=lambda r: r.signature",
-        ("tests/unit/test_report.py", "tests/unit/test_rank_table.py"),
+        ("tests/unit/test_rank_table.py -k seeds",),
     ),
     Mutant(
         "names-tell-numbers-first",
         "report",
         "apart.sort(key=lambda n: any(isinstance(",
         "apart.sort(key=lambda n: not any(isinstance(",
-        ("tests/unit/test_report.py -k 'apart or settings'",),
+        ("tests/unit/test_rows.py -k apart",),
     ),
     Mutant(
         "tables-mix-test-data",
@@ -85,7 +85,7 @@ REPORT = (
         "report",
         'if k not in ("seed", "_target_")}',
         'if k not in ("seed",)}',
-        ("tests/unit/test_report.py -k recipe",),
+        ("tests/unit/test_rows.py -k recipe",),
     ),
     Mutant(
         "post-pruning-less-byom",
@@ -113,14 +113,14 @@ REPORT = (
         "report",
         "max(stage.extra_mib for stage in",
         "sum(stage.extra_mib for stage in",
-        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_methods.py -k memory",),
     ),
     Mutant(
         "the-price-of-routing-is-a-gain",
         "report",
         "np.mean([a - b for a, b in pairs])",
         "np.mean([b - a for a, b in pairs])",
-        ("tests/unit/test_report.py", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_methods.py -k price",),
     ),
     Mutant(
         "rows-without-density-fall-out",
@@ -169,7 +169,7 @@ REPORT = (
         "report",
         "if max(map(len, lines)) <= width:",
         "if max(map(len, lines)) < width:",
-        ("tests/unit/test_report.py -k text",),
+        ("tests/unit/test_rows.py -k terminal",),
     ),
     Mutant(
         "weights-are-chosen-on-what-is-shown",

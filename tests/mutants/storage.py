@@ -121,7 +121,7 @@ STORAGE = (
         "storage",
         '(another process makes it)\\n")\n        lock.acquire()',
         '(another process makes it)\\n")',
-        ("tests/e2e/test_resume.py -k lock",),
+        ("tests/unit/test_lock.py",),
     ),
     Mutant(
         "an-old-failure-stays-beside-the-result",
@@ -135,7 +135,7 @@ STORAGE = (
         "storage",
         '"--porcelain", "--", ".", ":!results")',
         '"--porcelain", "--", ".")',
-        ("tests/unit/test_evaluate.py", "tests/unit/test_report.py -k uncommitted"),
+        ("tests/unit/test_evaluate.py -k code",),
     ),
     Mutant(
         "scratch-in-scratch",
@@ -149,6 +149,6 @@ STORAGE = (
         "storage",
         '"extra_mib": max(0.0, peak - before)',
         '"extra_mib": peak',
-        ("tests/unit/test_evaluate.py", "tests/e2e/test_methods.py"),
+        ("tests/unit/test_evaluate.py -k memory",),
     ),
 )

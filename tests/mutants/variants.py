@@ -99,7 +99,7 @@ VARIANTS = (
         "variants",
         "cut.mask(left - right, offset + start)",
         "cut.mask(left - right, offset)",
-        ("tests/contract/test_variants.py -k blocks", "tests/unit/test_identities.py -k byom"),
+        ("tests/unit/test_cuts.py -k pieces",),
     ),
     Mutant(
         "values-are-added-instead-of-put-back",

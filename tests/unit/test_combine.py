@@ -100,6 +100,14 @@ def test_factors_keep_their_precision():
     assert cut.left.dtype == cut.right.dtype == torch.float32
 
 
+@pytest.mark.parametrize("narrow", [1, 2], ids=["left", "right"])
+def test_one_factor_in_fp64_is_enough_to_stay_in_it(narrow):
+    parts = list(piece(0, 6, 4, 3, 1))
+    parts[narrow] = parts[narrow].float()
+    (cut,) = truncated(Adapted(base(), {"layer": [Piece(*parts)]}), 3).pieces("layer")
+    assert_close(cut.left @ cut.right, parts[1].double() @ parts[2].double(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("combine", [lambda a: cat({"a": a}, {"a": 0.5}), lambda a: truncated(a, 2)])
 def test_an_adapter_of_nothing(combine):
     zero = base()

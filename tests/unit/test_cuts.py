@@ -8,6 +8,7 @@ import torch
 
 from byom.errors import OptionError
 from byom.functional.selection import top_mask
+from byom.variants.base import sparse
 from byom.weights import Weights
 from byom.weights.cuts import _HELD as held
 from byom.weights.cuts import cuts, cuts_at, require_scope, sweep
@@ -53,6 +54,20 @@ def test_densities_that_are_said_come_from_one_pass_and_are_the_same():
     assert len(reads) == second > first
     cuts(target, reference, 0.6)
     assert len(reads) > second
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+def test_survivors_do_not_depend_on_the_pieces_a_difference_is_formed_in(scope, monkeypatch):
+    reference = weights(1)
+    target = Weights.of({name: reference[name] + 1 for name in SHAPES})  # ties alone: positions decide
+    where = cuts(target, reference, 0.5, scope)
+
+    def kept():
+        return [sparse.survivors(where[n][0], target[n], reference[n], where[n][1]).tolist() for n in SHAPES]
+
+    whole = kept()
+    monkeypatch.setattr(sparse, "PIECE", 3)
+    assert kept() == whole
 
 
 def test_each_reference_has_cuts_of_its_own():

@@ -47,6 +47,12 @@ def test_gap_bytes(gap, expected):
     assert (kind, data.tolist()) == ("gap8", expected)
 
 
+def test_escapes_are_counted_before_gaps_are_chosen():
+    beside, apart = torch.arange(255), torch.tensor([2047])  # 256 gaps fill as many bytes as the bitmap, before escapes
+    assert round_trip(torch.cat([beside, apart]), 2048) == ("bitmap", 256)
+    assert round_trip(torch.cat([beside, apart - 1792]), 2048) == ("gap8", 256)
+
+
 def test_extremes():
     assert round_trip(torch.tensor([10**6]), 10**6 + 1) == ("gap8", 10**6 // 255 + 1)
     assert round_trip(torch.tensor([2**33 - 1, 2**33]) - 2**33 + 10**6, 2**33)[0] == "gap8"

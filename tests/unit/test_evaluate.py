@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from byom.functional.seeding import keyed
 from byom.merge.average import Average
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline.evaluate import score
-from byom.pipeline.provenance import Stages, results_root
+from byom.pipeline.provenance import Stages, results_root, revision
 from byom.pipeline.tune import AsGiven, Validation
 from byom.storage.place import Place
 from byom.storage.signature import describe, signature
@@ -64,6 +65,7 @@ class Choice:
 @dataclass(frozen=True)
 class Later(Choice):
     added: bool = False
+    many: dict[str, int] = field(default_factory=dict)
 
 
 def test_a_signature_counts_what_differs_from_the_defaults():
@@ -71,6 +73,7 @@ def test_a_signature_counts_what_differs_from_the_defaults():
     assert signature(Choice()) == signature(Choice(place="there"))
     assert signature(Choice()) != signature(Choice(b=0.25))
     assert describe(Later())["class"] == "Later" and set(describe(Later())) == {"class"}
+    assert describe(Later(many={"x": 1}))["many"] == {"x": 1}
 
 
 def test_what_has_no_stable_description_is_refused():
@@ -107,6 +110,21 @@ def test_a_dirty_tree_writes_to_scratch(monkeypatch):
     assert results_root(Path("results")) == Path("results")
 
 
+def test_new_results_are_no_change_of_the_code(tmp_path, monkeypatch):
+    package = tmp_path / "byom" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    identity = ("-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false")
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr("byom.__file__", str(package))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "record.json").write_text("{}")
+    assert not revision.__wrapped__()["dirty"]
+    package.write_text("changed = True")
+    assert revision.__wrapped__()["dirty"]
+
+
 def test_stages_hold_seconds_and_peak_memory():
     stages = Stages()
     with stages.stage("work"):
@@ -116,5 +134,6 @@ def test_stages_hold_seconds_and_peak_memory():
         pass
     del block
     assert stages.taken["work"]["peak_mib"] > 200
+    assert stages.taken["rest"]["extra_mib"] < 100 < stages.taken["work"]["extra_mib"]
     assert stages.taken["work"]["seconds"] >= stages.taken["rest"]["seconds"]
     json.dumps(stages.taken)

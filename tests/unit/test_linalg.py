@@ -125,6 +125,12 @@ def test_the_polar_factor_leaves_out_directions_that_are_not_there():
     assert not polar(torch.zeros(3, 2)).any()
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e12])
+def test_the_polar_factor_does_not_depend_on_the_scale(scale):
+    matrix = random(6, 4)
+    assert_close(polar(scale * matrix), polar(matrix))
+
+
 def test_the_threshold_of_the_polar_factor_is_relative_to_the_largest_value():
     matrix = torch.diag(torch.tensor([1.0, 1e-5, 1e-9]))
     assert_close(polar(1e6 * matrix), torch.diag(torch.tensor([1.0, 1, 0])).double())

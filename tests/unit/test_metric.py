@@ -46,6 +46,11 @@ def test_perfect_is_one_and_a_constant_prediction_of_a_correlation_is_none(name)
         assert metric(name)(torch.zeros_like(labels), labels) == 0
 
 
+@pytest.mark.parametrize("name", ["spearman", "pearson_spearman"])
+def test_nothing_correlates_with_constant_labels(name):
+    assert metric(name)(torch.tensor([0.1, 0.2, 0.7]), torch.ones(3)) == 0
+
+
 def test_an_unknown_metric_is_refused():
     with pytest.raises(OptionError, match="no metric 'acuracy'; did you mean 'accuracy'"):
         metric("acuracy")

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from byom.cli import config
 from byom.errors import OptionError
 from byom.functional.pareto import agreement, hypervolume, rank_correlation, unbeaten
-from byom.functional.simplex import simplex, spread, trained
+from byom.functional.simplex import _grained, simplex, spread, trained
 from byom.merge.average import Average
 from byom.merge.hessian_weighted import HessianWeighted
 from byom.merge.mtl import JointFineTuning
@@ -72,6 +72,11 @@ def test_a_sample_is_uniform_and_the_same_each_time():
     np.testing.assert_allclose(1000 * drawn, np.round(1000 * drawn), atol=1e-9)
     assert spread(4, 30) == spread(4, 30) != spread(4, 30, seed=1)
     assert spread(4, 30) == spread(4, 60)[: len(spread(4, 30))]
+
+
+def test_the_largest_remainders_of_a_drawn_weighting_round_up():
+    for shares, rounded in (([1.75, 1.25, 997], [2, 1, 997]), ([0.5, 0.75, 998.75], [0, 1, 999])):
+        assert _grained(np.array(shares) / 1000) == rounded
 
 
 def test_trained_points_begin_at_the_centre_and_near_the_corners():
@@ -281,6 +286,15 @@ def test_the_table_shows_the_best_weights_and_what_they_reach():
     assert table.loc["Average", "Mean"] == f"{100 * np.mean(best.accuracy['validation']):.1f}"
     assert table.loc["Single-task", "Relative"] == "100.0"
     assert table.loc["Average", "Pareto"].endswith(f"of {len(made.points['average'])}")
+
+
+def test_the_joint_model_that_is_shown_on_test_is_chosen_on_validation():
+    made = record(2, joint=2, splits=("validation", "test"))
+    for row, validation, test in zip(made["joint"], (0.5, 0.75), (0.625, 0.25), strict=True):
+        row["accuracy"] = {"validation": [validation, validation], "test": [test, test]}
+    shown = best_table(made, "validation", "test").set_index("Model").loc["Jointly fine-tuned"]
+    assert shown["Mean"] == "25.0"
+    assert shown["Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in made["joint"][1]["weights"])
 
 
 def test_weights_chosen_on_validation_are_shown_on_test():

@@ -170,6 +170,17 @@ def test_fused_attention_taken_apart_computes_the_same(backbone):
     torch.testing.assert_close(apart(**inputs), plain(**inputs), atol=1e-6, rtol=1e-6)
 
 
+def test_a_mask_hides_the_same_places_once_attention_is_taken_apart():
+    torch.manual_seed(0)
+    fused = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    inputs, later = torch.randn(2, 5, 8), torch.ones(5, 5).triu(1).bool()
+    hidden = torch.zeros(5, 5).masked_fill(later, float("-inf"))
+    apart = split(nn.ModuleList([fused]))[0]
+    for mask in (later, hidden):
+        wanted = fused(inputs, inputs, inputs, need_weights=False, attn_mask=mask)[0]
+        torch.testing.assert_close(apart(inputs, inputs, inputs, attn_mask=mask)[0], wanted)
+
+
 def test_words_find_the_same_layers_in_every_family(backbone):
     inner = split(backbone.load().get_submodule(backbone.inner.rstrip(".")))
     layers = {"timm": 6, "open_clip": 2, "bert": 2}[backbone.family]

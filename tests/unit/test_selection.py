@@ -224,6 +224,14 @@ def test_a_stream_of_two_precisions_compares_in_the_wider():
     assert cut.mask(narrow, 1).tolist() == [False, True]
 
 
+def test_a_threshold_between_two_narrow_values_is_not_rounded_to_either():
+    narrow = torch.tensor([1.0, 2.0, 1.0])
+    for wide, mask in ((1 + 1e-9, [False, True, False]), (1 - 1e-9, [True, True, True])):
+        for offset in (0, 1):  # before the tie that survives, and after it
+            cut = Cut(wide, last=3 * (1 - offset), count=2)
+            assert cut.mask(narrow, offset).tolist() == mask
+
+
 def test_gradients_are_not_followed():
     values = torch.randn(9, requires_grad=True)
     [cut] = locate([Part(9, values.__getitem__)], [4])

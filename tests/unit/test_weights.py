@@ -288,6 +288,13 @@ def test_fingerprint_sees_ties():
     shared = torch.randn(3, 2)
     tied, apart = Weights.of({"a": shared, "b": shared}), Weights.of({"a": shared, "b": shared.clone()})
     assert tied.ties and not apart.ties and tied.fingerprint() != apart.fingerprint()
+    assert tied.fingerprint() != Weights.of({"a": shared}).fingerprint()
+
+
+def test_fingerprint_sees_with_which_tensor_one_is_tied():
+    one, two = torch.zeros(2), torch.ones(2)
+    first, second = (Weights.of({"a": one, "b": two, "c": tied}) for tied in (one, two))
+    assert first.ties == {"c": "a"} and second.ties == {"c": "b"} and first.fingerprint() != second.fingerprint()
 
 
 def test_fingerprint_ignores_key_order_and_origin():
