@@ -11,7 +11,7 @@ import pytest
 
 from byom.__main__ import main
 from byom.cli import config
-from byom.cli.why import _literal, rebuilt
+from byom.cli.rebuilt import _literal, rebuilt
 from byom.errors import ByomError
 from byom.merge.base.needs import Needs
 from byom.storage.parts import Needs as Recorded
