@@ -91,6 +91,7 @@ def _command(name: str, module: str = "") -> Callable[[list[str]], int]:
 
     def call(arguments: list[str]) -> int:
         _quiet()
+        _rest()
         return getattr(import_module(f"byom.cli.{module or name}"), name)(arguments)
 
     return call
@@ -100,6 +101,11 @@ def _quiet() -> None:
     """Keep the hubs' libraries from reporting at every load; they read these when they are imported."""
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
         os.environ.setdefault(name, value)
+
+
+def _rest() -> None:
+    """Let threads sleep while they wait: those that spin slow torch down beside other work (`benchmarks.threads`)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

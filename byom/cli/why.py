@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import pandas as pd
 
 from byom.cli import config
 from byom.cli.rebuilt import rebuilt
 from byom.errors import ByomError, OptionError, suggest
+from byom.report.comparison import against_post_pruning, display_comparison, partner
 from byom.report.frame import HEADS, chosen_text, percent
+from byom.report.methods import display_methods, methods, with_known_task
 from byom.report.report import Tables, backbones, read_runs
 from byom.report.rows import Row
 from byom.storage.record import Record
@@ -104,9 +109,10 @@ def _named(row: Row) -> str:
 
 
 def _column(tables: Tables, name: str) -> str:
-    """Return a column's name in the frame: a task, or a key of `HEADS`."""
-    heads = {**{task: task for task in tables.runs.tasks}, **{name: name for name in HEADS}}
+    """Return a column's name: a task, a key of `HEADS`, or a key of `FURTHER`."""
+    heads = {**{task: task for task in tables.runs.tasks}, **{name: name for name in (*HEADS, *FURTHER)}}
     heads |= {head: name for name, head in HEADS.items()} | {"accuracy": "mean", "relative": "normalised"}
+    heads |= {column.head: name for name, column in reversed(FURTHER.items())}
     by_text = {text.lower(): column for text, column in heads.items()}
     text = name.removeprefix("accuracy_").strip()
     if text.lower() not in by_text:
@@ -115,15 +121,25 @@ def _column(tables: Tables, name: str) -> str:
 
 
 def _explained(tables: Tables, row: Row, column: str, results: Path, records: Sequence[Record]) -> str:
-    place = next(n for n, one in enumerate(tables.rows) if one is row)
-    head = HEADS.get(column, column)
+    if further := FURTHER.get(column):
+        head, shown = further.head, further.shown(row, tables.rows)
+    else:
+        place = next(n for n, one in enumerate(tables.rows) if one is row)
+        head = HEADS.get(column, column)
+        shown = tables.shown[head].iloc[place]
     runs, count = tables.runs, len(row.records)
-    top = f"{runs.suite}, {runs.backbone}: {_named(row)}, {head}: {tables.shown[head].iloc[place]}"
+    top = f"{runs.suite}, {runs.backbone}: {_named(row)}, {head}: {shown}"
     over = f" (over {count} seed{'s' * (count > 1)})" if column not in ("chosen", "seeds") else ""
-    return f"{top}{over}\n" + "".join(_run(record, results, _value(record, column)) for record in records)
+    parts = [f"{top}{over}\n", *(_run(record, results, _value(tables, row, record, column)) for record in records)]
+    if further and (other := further.against(row, tables.rows)):
+        parts += [f"\nagainst {_named(other)}\n", *(_run(record, results, "") for record in other.records)]
+    return "".join(parts)
 
 
-def _value(record: Record, column: str) -> str:
+def _value(tables: Tables, row: Row, record: Record, column: str) -> str:
+    if further := FURTHER.get(column):
+        seed = record.choices.seed
+        return further.shown(_of_seed(row, seed), [_of_seed(other, seed) for other in tables.rows])
     stored = {"parameters": record.storage.parameters, "bytes": record.storage.bytes}
     if column in stored:
         return f"{stored[column] / 1e6:.1f}"
@@ -131,6 +147,72 @@ def _value(record: Record, column: str) -> str:
         return chosen_text(record.tuning.chosen) if column == "chosen" else ""
     means = {"mean": record.mean, "normalised": record.summary["test"].normalised}
     return f"{100 * (means[column] if column in means else record.test[column].value):.2f}"
+
+
+def _of_seed(row: Row, seed: int) -> Row:
+    return replace(row, records=tuple(record for record in row.records if record.choices.seed == seed))
+
+
+@dataclass(frozen=True)
+class Further:
+    """A column of the table of methods, or of BYOM-FFT against Post-Pruning.
+
+    Args:
+        head: Its name as these tables print it.
+        table: Prints some rows, computed among all rows.
+        against: Gives the row that a row is compared with; None where it stands alone.
+        absent: Says why a row may lack it.
+    """
+
+    head: str
+    table: Callable[[Row, Sequence[Row]], pd.DataFrame]
+    against: Callable[[Row, Sequence[Row]], Row | None]
+    absent: str
+
+    def shown(self, row: Row, rows: Sequence[Row]) -> str:
+        """Return the cell of a row as its table prints it.
+
+        Raises:
+            OptionError: If the row lacks it.
+        """
+        table = self.table(row, [other for other in rows if other.records])
+        if not len(table) or self.head not in table:
+            raise OptionError(f"'{_named(row)}' has no '{self.head}': {self.absent}")
+        return str(table[self.head].iloc[0])
+
+
+def _alone(row: Row, rows: Sequence[Row]) -> None:
+    """Return that a row is compared with no other."""
+
+
+def _costs(row: Row, rows: Sequence[Row]) -> pd.DataFrame:
+    if any(record.cost is None for record in row.records):
+        return pd.DataFrame()
+    known = with_known_task(row, rows)
+    return display_methods(methods([row, *([known] if known else [])]))
+
+
+def _compared(row: Row, rows: Sequence[Row]) -> pd.DataFrame:
+    pruned = partner(row, rows)
+    return display_comparison(against_post_pruning([row, *([pruned] if pruned else [])]))
+
+
+NO_COST = "its records do not say that; results=results/methods holds the sweep over all methods, which do"
+NOT_COMPARED = "only BYOM-FFT is compared with Post-Pruning"
+COSTS = {
+    "task_parameters": "Stored a task (M)", "stored": "MB", "statistics_seconds": "Statistics s",
+    "merge_seconds": "Merge s", "variant_seconds": "Variant s", "extra_mib": "Memory MiB", "right": "Right %",
+}  # fmt: skip
+AGAINST = {
+    "distance": "Distance ratio", "residual": "Dropped ratio", "difference": "Difference (points)",
+    "lower": "95 % interval", "upper": "95 % interval",
+}  # fmt: skip
+FURTHER = {
+    **{name: Further(head, _costs, _alone, NO_COST) for name, head in COSTS.items()},
+    "price": Further("Price", _costs, with_known_task, NO_COST),
+    **{name: Further(head, _compared, partner, NOT_COMPARED) for name, head in AGAINST.items()},
+}
+"""Columns of the tables of methods and of the comparison, by their names in these tables' CSV."""
 
 
 def _run(record: Record, results: Path, value: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -31,17 +31,17 @@ def against_post_pruning(rows: Iterable[Row]) -> pd.DataFrame:
         quantity without its partner is NaN.
     """
     every = list(rows)
-    pruned = [row for row in every if row.variant == "post_pruning"]
     compared = [
-        {"method": row.label, "density": row.density, **_compare(row, _partner(row, pruned))}
+        {"method": row.label, "density": row.density, **_compare(row, partner(row, every))}
         for row in every
         if row.variant == "fft"
     ]
     return pd.DataFrame(compared, columns=list(COLUMNS))
 
 
-def _partner(row: Row, pruned: Sequence[Row]) -> Row | None:
+def partner(row: Row, rows: Iterable[Row]) -> Row | None:
     """Return the post-pruning row chosen in the same way: every BYOM setting the two share is equal."""
+    pruned = (other for other in rows if other.variant == "post_pruning")
     return next((other for other in pruned if _same_choice(row.settings, other.settings)), None)
 
 
@@ -50,9 +50,9 @@ def _same_choice(one: Mapping, two: Mapping) -> bool:
     return "byom.density" in shared and all(one[name] == two[name] for name in shared)
 
 
-def _compare(row: Row, partner: Row | None) -> dict[str, float]:
+def _compare(row: Row, other: Row | None) -> dict[str, float]:
     distance = [float(np.mean(_distances(record))) for record in row.records if record.norms]
-    pairs = _paired(row, partner)
+    pairs = _paired(row, other)
     measured = [pair for pair in pairs if all(record.norms for record in pair)]
     residual = [float(np.mean(_residuals(*pair))) for pair in measured]
     difference = [one.mean - two.mean for one, two in pairs]
@@ -61,8 +61,8 @@ def _compare(row: Row, partner: Row | None) -> dict[str, float]:
     return out | {"lower": lower, "upper": upper, "seeds": len(pairs)}
 
 
-def _paired(row: Row, partner: Row | None) -> list[tuple[Record, Record]]:
-    other = {record.choices.seed: record for record in partner.records} if partner else {}
+def _paired(row: Row, pruned: Row | None) -> list[tuple[Record, Record]]:
+    other = {record.choices.seed: record for record in pruned.records} if pruned else {}
     seeds = [(record, record.choices.seed) for record in row.records]
     return [(record, other[seed]) for record, seed in seeds if seed in other]
 

@@ -86,13 +86,18 @@ def _right(record: Record) -> float:
 
 def _price(row: Row, rows: Sequence[Row]) -> float:
     """Return what not knowing the task costs, over the seeds that both rows have."""
-    if "router" not in row.settings:
-        return np.nan
-    own = {k: v for k, v in row.settings.items() if not k.startswith("router")}
-    known = next((other for other in rows if dict(other.settings) == own), None)
+    known = with_known_task(row, rows)
     means = {record.choices.seed: record.mean for record in known.records} if known else {}
     pairs = [(means[record.choices.seed], record.mean) for record in row.records if record.choices.seed in means]
     return float(np.mean([a - b for a, b in pairs])) if pairs else np.nan
+
+
+def with_known_task(row: Row, rows: Iterable[Row]) -> Row | None:
+    """Return the row that differs from a routed one in nothing but that the task is known; None if it is not routed."""
+    if "router" not in row.settings:
+        return None
+    own = {k: v for k, v in row.settings.items() if not k.startswith("router")}
+    return next((other for other in rows if dict(other.settings) == own), None)
 
 
 def display_methods(frame: pd.DataFrame) -> pd.DataFrame:

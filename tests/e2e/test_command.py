@@ -56,6 +56,16 @@ def test_a_mistake_is_one_sentence_and_status_one(capsys):
     assert "did you mean 'run'" in capsys.readouterr().err
 
 
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, capsys):
+    for given, then in ((None, "passive"), ("active", "active")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "x")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        assert main(["list", "tune"]) == 0
+        assert os.environ["OMP_WAIT_POLICY"] == then
+    capsys.readouterr()
+
+
 def test_report_accepts_only_what_it_uses(capsys):
     assert main(["report", "merge=ties"]) == 1
     assert "knows no 'merge=ties'" in capsys.readouterr().err

@@ -12,8 +12,11 @@ import pytest
 from byom.__main__ import main
 from byom.cli import config
 from byom.cli.rebuilt import _literal, rebuilt
+from byom.cli.why import FURTHER
 from byom.errors import ByomError
 from byom.merge.base.needs import Needs
+from byom.report.comparison import display_comparison
+from byom.report.report import read_runs
 from byom.storage.parts import Needs as Recorded
 from byom.storage.record import Record
 from tests.unit import synthetic_runs as synthetic
@@ -138,6 +141,41 @@ def test_why_prints_value_records_choices_and_commands(results, capsys, row, col
     assert text.count("byom run suite=vision8_offline backbone=vit_small_dinov2 finetune=full merge=ties byom=fft") == 3
 
 
+@pytest.mark.parametrize("column", ["difference", "Dropped ratio", "95 % interval"])
+def test_why_explains_the_comparison_with_the_records_of_both_rows(results, capsys, column):
+    assert why("vision8_offline", "BYOM-FFT on TIES, 10 %", column, f"results={results}") == 0
+    text = capsys.readouterr().out
+    tables = synthetic.tables(synthetic.records())
+    shown, head = display_comparison(tables.comparison), FURTHER.get(column, FURTHER["residual"]).head
+    head = column if column in shown else head
+    place = next(n for n, row in enumerate(shown.itertuples()) if (row.Method, row[2]) == ("BYOM-FFT on TIES", "10"))
+    assert f", {head}: {shown[head].iloc[place]} (over 3 seeds)" in text
+    rows = [row for row in tables.rows if row.density == 0.1 and row.name in ("BYOM-FFT on TIES", "Post-Pruning")]
+    assert sorted(row.name for row in rows) == ["BYOM-FFT on TIES", "Post-Pruning"]
+    assert all(f"{record.signature}.json" in text for row in rows for record in row.records)
+    assert "against Post-Pruning, 10 %" in text and text.count("byom run") == 6
+    if column == "difference":
+        means = [{record.choices.seed: record.mean for record in row.records} for row in rows]
+        fft, pruned = means if rows[0].variant == "fft" else means[::-1]
+        assert all(f"seed {seed}: {100 * (fft[seed] - pruned[seed]):+.1f}" in text for seed in fft)
+
+
+def test_why_explains_costs(capsys):
+    results = ROOT / "results" / "methods"
+    assert why("vision8_offline", "PCB-Merging", "merge seconds", f"results={results}") == 1
+    assert "did you mean" in capsys.readouterr().err
+    assert why("vision8_offline", "PCB-Merging", "Merge s", f"results={results}") == 0
+    text = capsys.readouterr().out
+    runs = read_runs(results, "vision8_offline", "vit_small_dinov2")
+    taken = [r.cost.merge.seconds for r in runs.done if r.choices.merge == "pcb" and r.choices.byom == "none"]
+    assert taken and all(f": {seconds:.1f}\n" in text for seconds in taken)
+    assert why("vision8_offline", "EMR-Merging, kNN-routed", "price", f"results={results}") == 0
+    text = capsys.readouterr().out
+    means = [r.mean for r in runs.done if r.choices.byom == "emr" and r.choices.router != "mlp"]
+    assert len(means) == 2 and f"Price: {100 * (max(means) - min(means)):.1f} (over" in text
+    assert "against EMR-Merging\n" in text
+
+
 def test_why_of_a_record_names_its_row_and_a_rebuilt_cell_that_is_another(results, capsys):
     file = sorted(results.rglob("ties+fft--*.json"))[0]
     assert why(file) == 0
@@ -155,6 +193,8 @@ def test_why_of_a_record_names_its_row_and_a_rebuilt_cell_that_is_another(result
         (("vision8_offline", "Post-Pruning", "mean"), "there are 4 rows 'Post-Pruning', of 1 %, 5 %, 10 %, 20 %"),
         (("vision8_offline", "TIES", "mean", "backbone=vit"), "has no record of backbone=vit"),
         (("vision8_offline",), "which number?"),
+        (("vision8_offline", "TIES", "difference"), "only BYOM-FFT is compared"),
+        (("vision8_offline", "TIES", "Merge s"), "results=results/methods"),
     ],
 )
 def test_a_miss_names_the_nearest(results, capsys, arguments, said):
