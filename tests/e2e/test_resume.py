@@ -71,7 +71,7 @@ def scores(folder):
 @pytest.mark.slow
 @pytest.mark.data
 def test_two_processes_that_want_one_cell_train_each_expert_once(tmp_path):
-    options = [*overrides(tmp_path, own=True), "finetune.epochs=40", "merge=average", "byom=none", "evaluate=test"]
+    options = [*overrides(tmp_path, own=True), "finetune.epochs=20", "merge=average", "byom=none", "evaluate=test"]
     both = [start("-m", "byom", "run", *options) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said

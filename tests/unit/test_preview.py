@@ -288,15 +288,6 @@ def test_the_table_shows_the_best_weights_and_what_they_reach():
     assert table.loc["Average", "Pareto"].endswith(f"of {len(made.points['average'])}")
 
 
-def test_the_joint_model_that_is_shown_on_test_is_chosen_on_validation():
-    made = record(2, joint=2, splits=("validation", "test"))
-    for row, validation, test in zip(made["joint"], (0.5, 0.75), (0.625, 0.25), strict=True):
-        row["accuracy"] = {"validation": [validation, validation], "test": [test, test]}
-    shown = best_table(made, "validation", "test").set_index("Model").loc["Jointly fine-tuned"]
-    assert shown["Mean"] == "25.0"
-    assert shown["Weights (%)"] == " ".join(f"{100 * w:.0f}" for w in made["joint"][1]["weights"])
-
-
 def test_weights_chosen_on_validation_are_shown_on_test():
     made = record(2, splits=("validation", "test"))
     assert "accuracy in % on test data, weights chosen on validation data" in text(made)
