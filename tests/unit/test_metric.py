@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.metrics import matthews_corrcoef
 
 from byom.data.source.table import Table
 from byom.data.suite import Suite, Task
@@ -29,6 +30,21 @@ def test_correlations_are_those_of_the_definitions():
     pearson, spearman = np.corrcoef(predictions, labels)[0, 1], spearmanr(predictions, labels).statistic
     assert metric("spearman")(predictions, labels) == pytest.approx(spearman)
     assert metric("pearson_spearman")(predictions, labels) == pytest.approx((pearson + spearman) / 2, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize(("classes", "count"), [(2, 1), (2, 40), (5, 300), (3, 200_000)])
+def test_matthews_is_that_of_scikit_learn(classes, count):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(classes, size=count)
+    for predictions in (
+        np.where(rng.random(count) < 0.4, labels, rng.integers(classes, size=count)),
+        labels,
+        0 * labels,
+    ):
+        expected = matthews_corrcoef(labels, predictions)
+        assert METRICS["matthews"].value(predictions, labels) == pytest.approx(expected, abs=1e-12)
+        assert METRICS["matthews"].value(predictions + 7, labels + 7) == pytest.approx(expected, abs=1e-12)
 
 
 def test_matthews_is_the_correlation_of_two_binary_vectors():
