@@ -155,7 +155,7 @@ def table(result: dict) -> str:
     for width, rows in result["layers"].items():
         for name, taken in rows.items():
             lines.append(f"| {SHOWN[name]} | {width} | {1e3 * taken:.2f} | {taken / rows['product']:.1f} |")
-    lines += ["", "| {tasks} adapters cut to rank {kept} | s | values a task, before and after |".format(**result)]
+    lines += ["", "| {tasks} adapters cut to rank {kept} | s | values per task, before and after |".format(**result)]
     lines += ["|---|---:|---:|"]
     for name, row in result["compression"].items():
         lines.append(f"| {name} | {row['seconds']:.2f} | {row['values_before']:,} and {row['values_after']:,} |")

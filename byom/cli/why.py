@@ -200,7 +200,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> pd.DataFrame:
 NO_COST = "its records do not say that; results=results/methods holds the sweep over all methods, which do"
 NOT_COMPARED = "only BYOM-FFT is compared with Post-Pruning"
 COSTS = {
-    "task_parameters": "Stored a task (M)", "stored": "MB", "statistics_seconds": "Statistics s",
+    "task_parameters": "Stored per task (M)", "stored": "MB", "statistics_seconds": "Statistics s",
     "merge_seconds": "Merge s", "variant_seconds": "Variant s", "extra_mib": "Memory MiB", "right": "Right %",
 }  # fmt: skip
 AGAINST = {

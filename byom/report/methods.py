@@ -17,7 +17,7 @@ from byom.storage.record import Record
 NOTES = (
     "Needs: what a method is given besides theta_0. Test inputs are looked at without their labels, which is "
     "transductive: such a row is not comparable with one that sees weights alone.",
-    "Stored a task: floating-point values kept for each task, in millions. MB: everything that serves all tasks, "
+    "Stored per task: floating-point values kept for each task, in millions. MB: everything that serves all tasks, "
     "shared models, values, positions, masks and router.",
     "Seconds: statistics of all tasks; merging, which includes adaptation and training; what the variant adds. "
     "Memory: peak resident memory of merging and packing above what the process held before, in MiB. Measured when "
@@ -107,7 +107,7 @@ def display_methods(frame: pd.DataFrame) -> pd.DataFrame:
     out = pd.DataFrame({"Method": frame["method"], "m %": [percent(m) for m in frame["density"]], "Needs": marked})
     out["Mean"] = [_accuracy(*pair) for pair in zip(frame["mean"], frame["mean_std"], strict=True)]
     out["Normalised"] = [f"{100 * value:.1f}" for value in frame["normalised"]]
-    out["Stored a task (M)"] = [f"{value / 1e6:.2f}" for value in frame["task_parameters"]]
+    out["Stored per task (M)"] = [f"{value / 1e6:.2f}" for value in frame["task_parameters"]]
     out["MB"] = [f"{value / 1e6:.0f}" for value in frame["bytes"]]
     for head, name in (("Statistics s", "statistics"), ("Merge s", "merge"), ("Variant s", "variant")):
         out[head] = [f"{value:.1f}" if value else MISSING for value in frame[f"{name}_seconds"]]

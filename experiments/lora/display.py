@@ -11,7 +11,7 @@ from byom.report.frame import MISSING, percent, task_names
 from experiments.lora.tables import FAMILIES, SPARSE
 
 HEADS = {
-    "task_parameters": "Stored a task (M)", "task_bytes": "Stored a task (kB)", "parameters": "Parameters (M)",
+    "task_parameters": "Stored per task (M)", "task_bytes": "Stored per task (kB)", "parameters": "Parameters (M)",
     "error": "Relative error", "difference": "Difference (points)", "interval": "95 % interval",
 }  # fmt: skip
 INTERVAL = (
@@ -24,20 +24,20 @@ RANK_NOTES = (
     "lie in one fused matrix, each has its own q in an adapter; they share one q on a merged model and in full "
     "fine-tunes, whose differences are dense.",
     "Normalised: the mean over tasks of the accuracy divided by that of the task's own model.",
-    "Stored a task: values kept for each task beside the shared model, q (m + n + 1) for an m x n matrix; kB: 1000 "
+    "Stored per task: values kept for each task beside the shared model, q (m + n + 1) for an m x n matrix; kB: 1000 "
     "bytes of what is stored, positions included. Parameters: one shared model and what every task adds. Task heads "
     "count in none of them.",
     "Relative error: the mean over tasks of ‖θₜ − θ‖ / ‖θₜ − θ₀‖ (θₜ: the task's own model, θ: what serves it, θ₀: "
     "pre-trained).",
 )
 BYTES_NOTES = (
-    "Beside every BYOM-LoRA the sparse model that is nearest in bytes a task (kB: 1000 bytes, values and encoded "
+    "Beside every BYOM-LoRA the sparse model that is nearest in bytes per task (kB: 1000 bytes, values and encoded "
     "positions); no difference is given where the two sizes are more than 10 % apart.",
     "Difference: BYOM-LoRA less the sparse model, in points of mean accuracy.",
     INTERVAL,
 )
 RECIPE_NOTES = (
-    "Single-task models. Stored a task: the values that fine-tuning trained.",
+    "Single-task models. Stored per task: the values that fine-tuning trained.",
     "Difference: the LoRA that stores as many values less this recipe, in points of mean accuracy.",
     INTERVAL,
 )
@@ -66,9 +66,9 @@ def display_ranks(frame: pd.DataFrame, by_task: bool = True) -> pd.DataFrame:
 def display_bytes(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the printed form of `at_equal_bytes`."""
     out = pd.DataFrame({"Method": frame["method"], "q": frame["rank"].astype(str)})
-    out["kB a task"], out["Mean"] = _kilobytes(frame["task_bytes"]), _percents(frame, "mean")
+    out["kB per task"], out["Mean"] = _kilobytes(frame["task_bytes"]), _percents(frame, "mean")
     out["Beside"], out["m %"] = frame["sparse"], [percent(m) for m in frame["density"]]
-    out["Its kB a task"], out["Its mean"] = _kilobytes(frame["sparse_bytes"]), _percents(frame, "sparse_mean")
+    out["Its kB per task"], out["Its mean"] = _kilobytes(frame["sparse_bytes"]), _percents(frame, "sparse_mean")
     return _with_difference(out, frame)
 
 

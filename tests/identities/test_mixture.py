@@ -138,7 +138,7 @@ def test_elements_without_precision_give_no_nan():
 
 def test_too_few_members_or_members_without_statistics_are_refused():
     problem, *_ = posed(members=2)
-    with pytest.raises(OptionError, match="merges 3 models a task, and task '0' has fewer"):
+    with pytest.raises(OptionError, match="merges 3 models per task, and task '0' has fewer"):
         MixtureOfGaussians()(problem)
     bare = {task: [Member(one.weights) for one in ones] for task, ones in problem.members.items()}
     with pytest.raises(OptionError, match="member '0/0' has no statistic 'fisher'"):

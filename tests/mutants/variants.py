@@ -1,4 +1,4 @@
-"""Mutants of what is stored a task and of how it goes back."""
+"""Mutants of what is stored per task and of how it goes back."""
 
 from tests.mutants.mutant import Mutant
 

@@ -110,7 +110,7 @@ def test_sizes_more_than_a_tenth_apart_are_not_compared(records):
     shown = display.display_bytes(found)
     assert (shown.loc[far, "Difference (points)"] == "—").all()
     assert (shown.loc[far, "95 % interval"] == "—").all()
-    assert (shown["Its kB a task"] != "—").all()
+    assert (shown["Its kB per task"] != "—").all()
 
 
 def test_the_difference_is_paired_over_examples(records):
@@ -184,5 +184,5 @@ def test_the_printed_rank_table_has_no_sparse_rows(frame):
         *(display.HEADS[name] for name in ("task_parameters", "task_bytes", "parameters", "error")),
     ]
     first = shown[(shown["Method"] == "BYOM-LoRA") & (shown["q"] == "4")].to_dict("records")[0]
-    assert first["Stored a task (M)"] == "0.1476" and first["Stored a task (kB)"] == "591"
+    assert first["Stored per task (M)"] == "0.1476" and first["Stored per task (kB)"] == "591"
     assert not set(synthetic.TASKS) & set(display.display_ranks(frame, by_task=False).columns)

@@ -56,7 +56,7 @@ class MergeMethod(ABC):
         short = [t for t in problem.tasks if needs.members > 1 and len(problem.members.get(t, ())) < needs.members]
         if short:
             raise OptionError(
-                f"{name} merges {needs.members} models a task, and task '{short[0]}' has fewer; give "
+                f"{name} merges {needs.members} models per task, and task '{short[0]}' has fewer; give "
                 "Problem(..., members=...), or byom run trains them"
             )
 
