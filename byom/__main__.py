@@ -37,8 +37,9 @@ Commands
   list     methods, variants, suites, backbones, and the experts in the cache
 
 Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
-`byom list` the options of each group. Records go to results/runs (results=FOLDER), everything that
-can be made again to ~/.cache/byom (cache=FOLDER or BYOM_CACHE).
+`byom list` the options of each group. Records go to results/runs (results=FOLDER; to results/scratch
+while a source tree has uncommitted changes), everything that can be made again to ~/.cache/byom
+(cache=FOLDER or BYOM_CACHE).
 """
 
 

@@ -24,6 +24,9 @@ from byom.storage.record import Record
 USAGE = 'byom why RECORD.json, or byom why SUITE ROW COLUMN, as in byom why vision8_offline "TIES" mean'
 
 
+AGAIN = "A finished cell is not run again: add results=FOLDER to a command to see its number come out anew."
+
+
 def why(arguments: Sequence[str]) -> int:
     """Print where the number of a table or a record comes from."""
     options = dict(a.split("=", 1) for a in arguments if a.startswith(("results=", "backbone=")))
@@ -111,7 +114,11 @@ def _named(row: Row) -> str:
 def _column(tables: Tables, name: str) -> str:
     """Return a column's name: a task, a key of `HEADS`, or a key of `FURTHER`."""
     heads = {**{task: task for task in tables.runs.tasks}, **{name: name for name in (*HEADS, *FURTHER)}}
-    heads |= {head: name for name, head in HEADS.items()} | {"accuracy": "mean", "relative": "normalised"}
+    heads |= {head: name for name, head in HEADS.items()} | {
+        "accuracy": "mean",
+        "relative": "normalised",
+        "stored": "bytes",
+    }
     heads |= {column.head: name for name, column in reversed(FURTHER.items())}
     by_text = {text.lower(): column for text, column in heads.items()}
     text = name.removeprefix("accuracy_").strip()
@@ -133,7 +140,7 @@ def _explained(tables: Tables, row: Row, column: str, results: Path, records: Se
     parts = [f"{top}{over}\n", *(_run(record, results, _value(tables, row, record, column)) for record in records)]
     if further and (other := further.against(row, tables.rows)):
         parts += [f"\nagainst {_named(other)}\n", *(_run(record, results, "") for record in other.records)]
-    return "".join(parts)
+    return "".join([*parts, f"\n{AGAIN}\n"])
 
 
 def _value(tables: Tables, row: Row, record: Record, column: str) -> str:
@@ -200,7 +207,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> pd.DataFrame:
 NO_COST = "its records do not say that; results=results/methods holds the sweep over all methods, which do"
 NOT_COMPARED = "only BYOM-FFT is compared with Post-Pruning"
 COSTS = {
-    "task_parameters": "Stored per task (M)", "stored": "MB", "statistics_seconds": "Statistics s",
+    "task_parameters": "Stored per task (M)", "mb": "MB", "statistics_seconds": "Statistics s",
     "merge_seconds": "Merge s", "variant_seconds": "Variant s", "extra_mib": "Memory MiB", "right": "Right %",
 }  # fmt: skip
 AGAINST = {

@@ -193,7 +193,7 @@ def _totals(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> str:
-    training = f"; {plan.train} experts are fine-tuned first, of which nothing is known here" if plan.train else ""
+    training = f"; {plan.train} experts are fine-tuned first, which is not in this time" if plan.train else ""
     if plan.seconds is None and plan.pace:
         missing = plan.cells - plan.finished
         return (

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from byom.__main__ import main
 from byom.cli import config
+from byom.pipeline import provenance
 from byom.storage import repository as hub
 from tests.hub import build, visit
 from tests.published_models import add_experts
@@ -43,7 +44,12 @@ def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home
         assert main(["run", *CELL, *tiny(tmp_path)]) == 0
         capsys.readouterr()
         assert main(["plan", *CELL, *tiny(tmp_path)]) == 0
-        assert "1 cells, 1 finished, 0 missing" in capsys.readouterr().out
+        plan = capsys.readouterr().out
+        assert "1 cells, 1 finished, 0 missing" in plan and "uncommitted" not in plan
+        monkeypatch.setattr(provenance, "revision", lambda: {"commit": "0", "dirty": True})
+        elsewhere = [option for option in tiny(tmp_path) if not option.startswith("results=")]
+        assert main(["plan", *CELL, *elsewhere, f"results={tmp_path}/results"]) == 0
+        assert f"looked for in {tmp_path}/results/scratch alone: this source tree has" in capsys.readouterr().out
 
 
 def test_what_is_not_here_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):

@@ -146,8 +146,8 @@ FUNCTIONAL = (
     Mutant(
         "minus-infinity-is-finite",
         "functional",
-        "low.isfinite() & high.isfinite()",
-        "high.isfinite()",
+        "math.isfinite(low.item()) and math.isfinite(high.item())",
+        "math.isfinite(high.item())",
         ("tests/unit/test_weights.py -k finite", "tests/contract/test_merge.py -k finite"),
     ),
     Mutant(

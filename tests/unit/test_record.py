@@ -125,7 +125,8 @@ def why(*arguments):
 
 @pytest.mark.parametrize("row", ["BYOM-FFT on TIES, 10 %", "byom-fft on ties, 10%"])
 @pytest.mark.parametrize(
-    ("column", "head"), [("mean", "Mean"), ("Normalised mean", "Normalised mean"), ("svhn", "svhn")]
+    ("column", "head"),
+    [("mean", "Mean"), ("Normalised mean", "Normalised mean"), ("svhn", "svhn"), ("stored", "Bytes (MB)")],
 )
 def test_why_prints_value_records_choices_and_commands(results, capsys, row, column, head):
     assert why("vision8_offline", row, column, f"results={results}") == 0
