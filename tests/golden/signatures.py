@@ -21,8 +21,9 @@ NAMES += ["number_of_tasks_offline"]
 
 
 def committed() -> set[str]:
-    """Return every committed record, relative to the tree."""
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "results").rglob("runs/*/*/*.json")}
+    """Return every committed record, relative to the tree; what commands left in scratch is none of them."""
+    every = (path.relative_to(ROOT) for path in (ROOT / "results").rglob("runs/*/*/*.json"))
+    return {path.as_posix() for path in every if "scratch" not in path.parts}
 
 
 def cells(experiment: str, *more: str) -> list[list[str]]:
