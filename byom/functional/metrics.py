@@ -90,7 +90,8 @@ def _among(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return Matthews' correlation for any number of classes; 0 where one side is constant.
 
-    It is scikit-learn's, whose checks of its inputs would take most of the time of an interval over 2000 resamples.
+    Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient"; as scikit-learn has
+    it, whose checks of its inputs would take most of the time of an interval over 2000 resamples.
     """
     codes = np.unique(np.concatenate([labels, predictions]), return_inverse=True)[1]
     truth, guess = (np.bincount(half, minlength=codes.max() + 1).astype(np.float64) for half in np.split(codes, 2))

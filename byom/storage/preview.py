@@ -9,10 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from byom.errors import ByomError
 from byom.functional.pareto import Agreement
 from byom.storage.parts import Lifted
-from byom.storage.record import Json, values_of
+from byom.storage.record import Json, require_fields, values_of
 
 NEEDED = ("choices", "tasks", "titles", "points", "joint", "pretrained", "experts", "summary")
 AGAIN = "preview again"
@@ -155,8 +154,7 @@ class PreviewRecord:
             ByomError: If the file is damaged, or of a format that this byom does not know.
         """
         values = values_of(path, AGAIN)
-        if missing := [name for name in NEEDED if name not in values]:
-            raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and {AGAIN}")
+        require_fields(values, NEEDED, path, AGAIN)
         return cls.lift(values, path)
 
     @classmethod

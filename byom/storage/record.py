@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ from byom.storage.parts import (
 )  # fmt: skip
 
 FORMAT = 1
+AGAIN = "run that cell again"
 NEEDED = ("choices", "hyperparameters", "scores", "summary", "storage", "signature")
 MERGES = {
     "pretrained": "Pre-trained", "average": "Averaging", "task_arithmetic": "Task Arithmetic", "ties": "TIES",
@@ -57,6 +58,16 @@ def values_of(path: Path, again: str) -> dict[str, Any]:
     if known != FORMAT:
         raise ByomError(f"{path} has format {known!r}, this byom reads {FORMAT}: use the byom that wrote it")
     return values
+
+
+def require_fields(values: Json, needed: Iterable[str], path: Path, again: str) -> None:
+    """Refuse a record without one of its fields.
+
+    Raises:
+        ByomError: Naming the file, what it lacks, and the remedy (`again`, as in `values_of`).
+    """
+    if missing := [name for name in needed if name not in values]:
+        raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and {again}")
 
 
 @dataclass(frozen=True)
@@ -146,10 +157,9 @@ class Record:
         Raises:
             ByomError: If the file is damaged, or of a format that this byom does not know.
         """
-        values = values_of(path, "run that cell again")
+        values = values_of(path, AGAIN)
         needed = ("choices", "signature", "status") if values.get("status") == "failed" else ("status", *NEEDED)
-        if missing := [name for name in needed if name not in values]:
-            raise ByomError(f"{path} lacks {', '.join(missing)}; delete it and run that cell again")
+        require_fields(values, needed, path, AGAIN)
         return cls.lift(values, path)
 
     @classmethod
