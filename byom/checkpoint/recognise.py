@@ -15,6 +15,7 @@ from byom.checkpoint.clip import from_hugging_face
 from byom.checkpoint.files import open_raw
 from byom.errors import CheckpointError, listed
 from byom.weights import Spec, Weights
+from byom.weights.ties import groups, joined, kept
 
 HEADS = ("classifier.", "pooler.", "score.", "lm_head.", "cls.", "qa_outputs.")
 TEXT = (
@@ -26,6 +27,8 @@ HUGGING_FACE_TEXT = ("text_model.", "text_projection.", "logit_scale")
 BUFFERS = ("position_ids", "token_type_ids", "attn_mask")
 """Ends of names of what is computed, not learned."""
 CLIP_MARK = "pre_layrnorm.weight"
+Matches = dict[str, dict[str, str]]
+"""Canonical names of a backbone to the names that it ties with them, and those in a file: several where it has them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
         base: The backbone's pre-trained weights.
 
     Returns:
-        The checkpoint; lazy where the format allows it.
+        The checkpoint; lazy where the format allows it. What the base ties and the file holds twice, differently, is
+        not tied in it.
 
     Raises:
         CheckpointError: If tensors are missing, unknown or of another shape, or the file cannot be read safely.
@@ -104,7 +108,7 @@ def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint
 
 def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
     matches, start = _places(raw, base)
-    places = {name: every[0] for name, every in matches.items()}
+    places = {name: every[kept(every)] for name, every in matches.items()}
     wrong = [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]
     if wrong:
         ours, theirs = base.shape(wrong[0]), raw.shape(places[wrong[0]])
@@ -112,9 +116,10 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
             f"{raw.origin}: '{places[wrong[0]]}' has shape {list(theirs)} where the backbone has {list(ours)} "
             f"({len(wrong)} such tensors); choose the backbone of the same size"
         )
-    _require_alike(raw, matches)
-    used = {theirs for every in matches.values() for theirs in every}
-    left = [name for name in raw if name not in used and raw.ties.get(name) not in used]
+    apart, before = _apart(raw, places, matches), base.ties
+    used = {theirs for every in matches.values() for theirs in every.values()}
+    used |= {name for name in raw for theirs in used if raw.ties.get(name, name) == raw.ties.get(theirs, theirs)}
+    left = [name for name in raw if name not in used]
     frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
     heads = [name for name in left if name not in frozen and _is_head(name)]
     unknown = [n for n in left if n not in frozen and n not in heads and not n.endswith(BUFFERS)]
@@ -123,6 +128,9 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
             f"{raw.origin} holds tensors that are neither the backbone's nor a head's: {listed(unknown)}; "
             "choose the backbone that it was made from"
         )
+    if apart:
+        base = base.tied(joined([name for name in every if name not in apart] for every in groups(base.ties).values()))
+        places |= {name: places[first] for name, first in before.items() if first in places} | apart
     view = base.derived(lambda name: raw[places[name]] if name in places else base[name], raw.origin)
     return Checkpoint(
         view,
@@ -137,7 +145,7 @@ def _named(raw: Weights, places: Mapping[str, str]) -> Weights:
     return Weights(specs, lambda name: raw[places[name]], origin=raw.origin)
 
 
-def _places(raw: Weights, base: Weights) -> tuple[dict[str, list[str]], str]:
+def _places(raw: Weights, base: Weights) -> tuple[Matches, str]:
     """Return where every tensor of the backbone is, by one change of the names' start; and that start."""
     candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
     names = base.mergeable()
@@ -162,29 +170,24 @@ def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:
     return shifts
 
 
-def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> dict[str, list[str]]:
-    """Return canonical names of the backbone to their names in the file: several where tensors are tied."""
-    aliases: dict[str, list[str]] = {name: [name] for name in base.canonical()}
-    for alias, name in base.ties.items():
-        aliases[name].append(alias)
-    matches = {}
-    for name, every in aliases.items():
-        theirs = (added + each.removeprefix(dropped) for each in every if each.startswith(dropped))
-        if present := [each for each in theirs if each in raw]:
-            matches[name] = present
+def _matched(raw: Weights, base: Weights, dropped: str, added: str) -> Matches:
+    every = {name: [name] for name in base.canonical()} | groups(base.ties)
+    matches: Matches = {}
+    for canonical, names in every.items():
+        theirs = {name: added + name.removeprefix(dropped) for name in names if name.startswith(dropped)}
+        if present := {name: other for name, other in theirs.items() if other in raw}:
+            matches[canonical] = present
     return matches
 
 
-def _require_alike(raw: Weights, matches: Mapping[str, list[str]]) -> None:
-    """Refuse a file with several values for what is one tensor in the backbone: all but one would be lost."""
-    for first, *others in matches.values():
-        for other in others:
-            one = raw.ties.get(first, first) == raw.ties.get(other, other)
-            if not one and not torch.equal(raw[first], raw[other]):
-                raise CheckpointError(
-                    f"{raw.origin}: '{first}' and '{other}' differ, and the backbone ties them; choose a backbone "
-                    "that does not"
-                )
+def _apart(raw: Weights, places: Mapping[str, str], matches: Matches) -> dict[str, str]:
+    """Return names that the backbone ties and the file gives a value of their own, to their names in the file."""
+    return {
+        name: theirs
+        for canonical, every in matches.items()
+        for name, theirs in every.items()
+        if theirs != places[canonical] and not torch.equal(raw[theirs], raw[places[canonical]])
+    }
 
 
 def _is_text(name: str, base: Weights) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.checkpoint.recognise import same_left_overs
-from byom.errors import CheckpointError, OptionError
+from byom.errors import CheckpointError, OptionError, listed
 from byom.experts.base import Experts, Host, require_related
 from byom.weights import Weights
 
@@ -30,7 +30,13 @@ class Checkpoints(Experts):
             raise OptionError(
                 f"a method asks for several experts per task, and {self.family} has one; use experts=trained for it"
             )
-        return require_related(host.checkpoint(self.path(task)).weights, host.pretrained, task)
+        expert = require_related(host.checkpoint(self.path(task)).weights, host.pretrained, task)
+        if apart := sorted(host.pretrained.ties.keys() - expert.ties.keys()):
+            raise CheckpointError(
+                f"{expert.origin} holds values of its own for {listed(apart)}, which {type(host.backbone).__name__} "
+                "ties, so that it cannot compute with them; merge such models as weights (byom.checkpoint.read)"
+            )
+        return expert
 
     def head(self, host: Host, task: str) -> Readout | None:
         """Return the head in the checkpoint, if heads are taken from there.

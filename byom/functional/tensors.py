@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from byom.errors import CheckpointError, listed
+
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in fp32, or as it is if it is fp64: the precision of all arithmetic here."""
@@ -21,15 +23,95 @@ def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name in sorted(tensors):
         t = tensors[name]
         key = (t.device, t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
-        if t.numel() and first.setdefault(key, name) != name:
+        if t.data_ptr() and first.setdefault(key, name) != name:
             ties[name] = first[key]
     return ties
 
 
 def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
+    if tensor.dtype.itemsize == 1:  # of 8 bits, for which torch has no such kernel
+        tensor = tensor.float()
     low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def require_values(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse tensors on the meta device.
+
+    Raises:
+        CheckpointError: Naming them.
+    """
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"{origin}: {listed(empty)} have no values (they are on the meta device), as device_map='auto' leaves what "
+            "it offloads; load the model without device_map"
+        )
+
+
+def require_finite(tensor: Tensor, what: str) -> Tensor:
+    """Return an input, refusing NaN and infinity.
+
+    Args:
+        tensor: ``[*shape]``.
+        what: What the message calls it.
+
+    Raises:
+        CheckpointError: If a value is not finite.
+    """
+    if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{what} has {bad} of {tensor.numel()} values that are NaN or infinite; merging would spread them. Use a "
+            "checkpoint from before training diverged"
+        )
+    return tensor
+
+
+def require_result(tensor: Tensor, what: str) -> Tensor:
+    """Return what is about to be written, refusing NaN and infinity but for masks.
+
+    Args:
+        tensor: ``[*shape]``.
+        what: What the message calls it.
+
+    Raises:
+        CheckpointError: If a value is not finite.
+    """
+    if tensor.is_floating_point() and tensor.numel() and not (finite(tensor) or is_mask(tensor)):
+        raise CheckpointError(
+            f"{what} came out with values that are NaN or infinite, and nothing was written. Look at the inputs, and "
+            "at hyperparameters such as the scale"
+        )
+    return tensor
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Return whether a tensor is a mask to add to scores: 0 and minus infinity only."""
+    return bool(((tensor == 0) | (tensor == -math.inf)).all())
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return a tensor in another dtype, refusing values that become infinite.
+
+    Args:
+        tensor: ``[*shape]``.
+        dtype: What it is cast to.
+        what: What the message calls the tensor.
+
+    Raises:
+        CheckpointError: Naming the largest value that the dtype holds.
+    """
+    cast = tensor.to(dtype)
+    if not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
+        return cast
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(tensor.dtype).max and not finite(cast) and finite(tensor):
+        raise CheckpointError(
+            f"{what} has values up to {float(tensor.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} holds "
+            f"{most:.3g} at most; write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
+        )
+    return cast
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -77,13 +77,14 @@ class AdaptiveWeightDisentanglement(MergeMethod):
         """The needs of the wrapped method."""
         return self.then.needs
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name what the wrapped method names."""
         return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Find the coefficients, then merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
+        problem = problem.settled()
         if len(problem.tasks) < 2:
             raise OptionError("AWD compares task vectors, and there is one task; give two or more, or merge without it")
         shared = self._shared(problem)

@@ -72,13 +72,14 @@ class Dare(MergeMethod):
         """The needs of the wrapped method."""
         return self.then.needs
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name what the wrapped method names."""
         return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Merge the thinned experts lazily; see `MergeMethod.__call__`."""
         self.check(problem)
+        problem = problem.settled()
         thinned = {task: self._thinned(task, expert, problem.pretrained) for task, expert in problem.finetuned.items()}
         return self.then(replace(problem, finetuned=thinned))
 

@@ -58,7 +58,7 @@ class FisherMerging(PlannedMethod):
         """The statistic ``fisher``, which looks at training inputs (at labels only if estimated empirically)."""
         return Needs(statistics=frozenset({"fisher"}), inputs=frozenset({"train"}))
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters without a Fisher value."""
         return problem.uncovered("fisher")
 

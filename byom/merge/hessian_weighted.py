@@ -61,7 +61,7 @@ class HessianWeighted(PlannedMethod):
         """The posterior's statistic, which looks at training inputs, and IVON at their labels too."""
         return posterior_needs(self.posterior)
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters without a Hessian."""
         return problem.uncovered(self.posterior)
 

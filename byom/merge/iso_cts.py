@@ -73,7 +73,7 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
             return group.pretrained + self.scale * isotropic_with_own(deltas, share, self.rank)
         return group.pretrained + self.scale * (total(deltas) / len(deltas))
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the matrices that are too thin to give each task a direction."""
         shapes = {name: problem.pretrained.shape(name) for name in problem.pretrained.mergeable()}
         matrices = [name for name, shape in shapes.items() if is_matrix(name, shape, self.exclude)]

@@ -102,7 +102,7 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
                 "the shared basis; choose a method that needs weights alone, for example merge@merge.then=ties"
             )
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name what is not merged in a shared basis."""
         return [name for name in problem.pretrained.mergeable() if not self._applies(problem.pretrained, name)]
 
@@ -130,7 +130,7 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         """Merge the changes of what is not a matrix."""
         if self.rest == "pretrained":
             return None
-        base = problem.pretrained.select(set(self.fallbacks(problem)).__contains__)
+        base = problem.pretrained.select(set(self.simpler(problem)).__contains__)
         zero = base - base
 
         def change(expert: Weights) -> Weights:

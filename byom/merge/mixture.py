@@ -81,7 +81,7 @@ class MixtureOfGaussians(PlannedMethod):
         """Several models per task, and the posterior's statistic of each."""
         return posterior_needs(self.posterior, self.members)
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters without a Hessian."""
         return self._members(problem).uncovered(self.posterior)
 

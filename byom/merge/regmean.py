@@ -54,7 +54,7 @@ class RegMean(TensorwiseMethod):
         """The statistic ``gram``, which looks at training inputs and at no label."""
         return Needs(statistics=frozenset({"gram"}), inputs=frozenset({"train"}))
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters that are averaged because they have no Gram."""
         return problem.uncovered("gram")
 

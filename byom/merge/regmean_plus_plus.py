@@ -72,7 +72,7 @@ class RegMeanPlusPlus(PlannedMethod):
         """Training inputs, no label."""
         return Needs(inputs=frozenset({"train"}))
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters that are averaged because no forward pass uses them as a linear map."""
         used = {name for group in problem.inputs().order() for name in group}
         return [name for name in problem.pretrained.mergeable() if name not in used]

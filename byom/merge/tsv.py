@@ -60,7 +60,7 @@ class TaskSingularVectors(TensorwiseMethod):
         matrix = is_matrix(group.name, group.pretrained.shape, self.exclude) and not _thin(deltas[0].shape, len(deltas))
         return group.pretrained + self.scale * (add_orthogonalised(deltas) if matrix else total(deltas) / len(deltas))
 
-    def fallbacks(self, problem: Problem) -> list[str]:
+    def simpler(self, problem: Problem) -> list[str]:
         """Name the matrices with a side below the number of tasks."""
         shapes = {name: problem.pretrained.shape(name) for name in problem.pretrained.mergeable()}
         matrices = [name for name, shape in shapes.items() if is_matrix(name, shape, self.exclude)]

@@ -17,7 +17,7 @@ from byom.functional.deltas import inner_products
 from byom.functional.tensors import wide
 from byom.weights import Weights
 from byom.weights.cuts import Cuts, cuts_at
-from byom.weights.weights import require_match
+from byom.weights.matching import matched
 
 FIRST, LAST = "embeddings", "end"  # the layers before and after the numbered ones
 KINDS = {
@@ -91,7 +91,7 @@ def masses(experts: Mapping[str, Weights], reference: Weights) -> pd.DataFrame:
 
 
 def _differences(target: Weights, reference: Weights) -> Iterator[tuple[str, Tensor]]:
-    require_match(target, reference)
+    target, reference = matched(target, reference)
     for name in target.mergeable():
         yield name, wide(target.read_finite(name)) - wide(reference.read_finite(name))
 
@@ -154,7 +154,7 @@ def put_back(
     """
     if scope not in ("global", "tensor"):
         raise OptionError(f"scope={scope} is not known; use global or tensor")
-    require_match(target, reference)
+    target, reference = matched(target, reference)
     by_density = cuts_at(target, reference, [fraction("density", density) for density in densities], scope)
     return _framed(row for name, delta in _differences(target, reference) for row in _largest(name, delta, by_density))
 
@@ -218,13 +218,14 @@ def conflicts(experts: Mapping[str, Weights], pretrained: Weights, density: floa
     """
     if len(experts) < 2:
         raise OptionError(f"signs conflict between two or more tasks; {list(experts)} was given")
+    pretrained, *tied = matched(pretrained, *experts.values())
+    experts = dict(zip(experts, tied, strict=True))
     trims = [_cuts(expert, pretrained, fraction("density", density)) for expert in experts.values()]
     together = zip(*(_differences(expert, pretrained) for expert in experts.values()), strict=True)
     return _framed(_conflict(pairs[0][0], _trimmed(pairs, trims)) for pairs in together)
 
 
 def _cuts(expert: Weights, pretrained: Weights, density: float) -> Cuts:
-    require_match(expert, pretrained)
     return cuts_at(expert, pretrained, [density], "global")[density]
 
 

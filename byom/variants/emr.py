@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import one_of
+from byom.errors import WeightsMismatch, one_of
 from byom.functional.deltas import agreeing, elect_sign
 from byom.functional.tensors import wide
 from byom.merge.base import Problem, blockwise
 from byom.variants.base import WHOLE, Delta, Parts, Served, Shared, Variant, bits
-from byom.weights import Weights, require_match
+from byom.weights import Weights, matched
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class ElectMaskRescale(Variant):
 
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Mask and rescale every task in one pass over the models; see `Variant.serve`."""
-        require_match(problem.pretrained, reference)
+        tied, reference = matched(problem.pretrained, reference)
+        if tied is not problem.pretrained:
+            raise WeightsMismatch(
+                f"{problem.pretrained.origin} and {reference.origin} tie different tensors; give the merged model of "
+                "these experts as it is"
+            )
         packed: dict[str, dict[str, Parts]] = {task: {} for task in problem.tasks}
         sizes = dict.fromkeys(packed, torch.zeros(2, dtype=torch.float64))
         for name in problem.pretrained.mergeable():

@@ -1,5 +1,7 @@
 """`Weights`: lazy named tensors with the algebra of a vector space, dense or low-rank."""
 
-from byom.weights.weights import Spec, Weights, require_match
+from byom.weights.matching import matched, require_match
+from byom.weights.spec import Spec
+from byom.weights.weights import Weights
 
-__all__ = ["Spec", "Weights", "require_match"]
+__all__ = ["Spec", "Weights", "matched", "require_match"]

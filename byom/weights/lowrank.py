@@ -13,7 +13,8 @@ from torch import Tensor
 from byom.errors import CheckpointError, OptionError, listed, whole
 from byom.functional.linalg import product_svd
 from byom.functional.tensors import wide
-from byom.weights.weights import Spec, Weights
+from byom.weights.spec import Spec
+from byom.weights.weights import Weights
 
 Site = tuple[int, int]  # first row, number of rows
 

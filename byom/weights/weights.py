@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, WeightsMismatch, listed
-from byom.functional.tensors import finite, shared, wide
+from byom.errors import CheckpointError, OptionError
+from byom.functional.tensors import narrowed, require_finite, require_result, require_values, shared, wide
 from byom.storage import tensor_files as storage
-
-Reader = Callable[[str], Tensor]
-
-
-class Spec(NamedTuple):
-    """Shape and dtype of one tensor, known without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from byom.weights.algebra import combined, scaled, widened
+from byom.weights.matching import matched
+from byom.weights.spec import Reader, Spec
+from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
 class Weights:
@@ -44,10 +38,12 @@ class Weights:
         ties: Mapping[str, str] | None = None,
         origin: str = "memory",
         checksum: Callable[[str], str] | None = None,
+        doubled: Collection[str] = (),
     ) -> None:
         self._specs = dict(specs)
         self._read = read
         self._ties = dict(ties or {})
+        self._doubled = frozenset(doubled)
         self._checksum = checksum
         self.origin = origin
 
@@ -63,16 +59,22 @@ class Weights:
 
         Returns:
             The weights.
+
+        Raises:
+            CheckpointError: If tensors have no values, on the meta device.
         """
         tensors = {name: tensor.detach() for name, tensor in state.items()}
+        require_values(tensors, origin)
         specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin)
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
-        """Open a ``.safetensors`` file, or a folder with one or with shards and their index; nothing is read yet.
+        """Open a ``.safetensors`` file, or a folder with one or with shards and their index; tensors are read later.
 
-        Tensors of files that byom wrote are checked against their checksum when they are first read.
+        Tensors of files that byom wrote are checked against their checksum when they are first read. Names that a
+        ``config.json`` beside the file ties to one in it are there too; tied tensors that it holds twice are tied if
+        they are equal.
 
         Args:
             path: The file or folder.
@@ -85,14 +87,21 @@ class Weights:
         """
         file = storage.TensorFiles(Path(path))
         specs = {name: Spec(shape, dtype) for name, (shape, dtype) in file.specs.items()}
-        specs |= {alias: specs[name] for alias, name in file.ties.items()}
-        return cls(specs, file.read, ties=file.ties, origin=str(path), checksum=file.checksum)
+        tied = file_ties(file)
+        specs |= {name: specs[stored] for name, stored in tied.stored.items()}
+
+        read, checksum = tied.renamed(file.read), tied.renamed(file.checksum)
+        return cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled)
 
     # reading
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return one tensor in its declared dtype. Do not modify it: it may be the stored one."""
-        return self._value(name).to(self._spec(name).dtype)
+        """Return one tensor in its declared dtype. Do not modify it: it may be the stored one.
+
+        Raises:
+            CheckpointError: If a value is beyond what the dtype can hold, as fp16 beyond 65504.
+        """
+        return narrowed(self.raw(name), self._spec(name).dtype, f"{self.origin}: tensor '{name}'")
 
     def keys(self) -> list[str]:
         """Return every name, tied ones included, sorted."""
@@ -138,7 +147,7 @@ class Weights:
 
     def norm(self) -> float:
         """Return the Euclidean norm over all mergeable parameters."""
-        return sum(float(torch.linalg.vector_norm(self._wide(name))) ** 2 for name in self.mergeable()) ** 0.5
+        return sum(float(torch.linalg.vector_norm(wide(self.raw(name)))) ** 2 for name in self.mergeable()) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
         """Read everything into a plain state dict; tied names share one tensor."""
@@ -147,7 +156,7 @@ class Weights:
 
     def materialise(self) -> Weights:
         """Read everything once, so that later reads cost nothing."""
-        return Weights.of(self.state(), origin=self.origin)
+        return self._like(self.state().__getitem__)
 
     def checksum(self, name: str) -> str:
         """Return the CRC-32 of a tensor's bytes, from the file where it is recorded there."""
@@ -165,14 +174,7 @@ class Weights:
         Raises:
             CheckpointError: If it holds a value that is not finite.
         """
-        tensor = self[name]
-        if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(
-                f"{self.origin}: tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or infinite; "
-                "merging would spread them. Use a checkpoint from before training diverged"
-            )
-        return tensor
+        return require_finite(self[name], f"{self.origin}: tensor '{name}'")
 
     # algebra
 
@@ -188,14 +190,14 @@ class Weights:
     def __mul__(self, factor: float) -> Weights:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return self._derive(lambda name: self._wide(name) * factor, f"{factor} * {self.origin}")
+        return self._like(scaled(self, torch.mul, factor), origin=f"{factor} * {self.origin}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Weights:
         if not isinstance(divisor, int | float):
             return NotImplemented
-        return self._derive(lambda name: self._wide(name) / divisor, f"{self.origin} / {divisor}")
+        return self._like(scaled(self, torch.div, divisor), origin=f"{self.origin} / {divisor}")
 
     def __neg__(self) -> Weights:
         return self * -1.0
@@ -210,90 +212,87 @@ class Weights:
         Returns:
             The new weights, as lazy as `read`.
         """
-        return Weights(self._specs, read, ties=self._ties, origin=origin)
+        return self._like(read, origin=origin)
+
+    def tied(self, ties: Mapping[str, str], doubled: Collection[str] = ()) -> Weights:
+        """Return these weights with other ties, of tensors that are equal; `doubled` of them files hold each."""
+        doubled = self._doubled | frozenset(doubled)
+        checksum = self.checksum if self._checksum else None
+        return Weights(self._specs, self.raw, ties=ties, origin=self.origin, checksum=checksum, doubled=doubled)
+
+    def untied(self) -> Weights:
+        """Return these weights with every name a tensor of its own: for models whose tied tensors are to differ."""
+        return self.tied({})
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """Return these weights with floating-point tensors in another dtype, rounded when they are read.
+
+        Raises:
+            OptionError: If it is not a floating-point dtype.
+        """
+        if not dtype.is_floating_point:
+            raise OptionError(f"dtype={dtype} is not a floating-point dtype; use for example torch.bfloat16")
+        specs = {n: Spec(s.shape, dtype if s.dtype.is_floating_point else s.dtype) for n, s in self._specs.items()}
+        return self._like(self.raw, specs)
 
     def select(self, keep: Callable[[str], bool]) -> Weights:
-        """Return the tensors whose name satisfies `keep`; a kept alias of a dropped tensor becomes independent."""
-        names = [name for name in self.keys() if keep(name)]
-        ties = {alias: name for alias, name in self._ties.items() if alias in names and name in names}
-        return Weights({n: self._specs[n] for n in names}, self._value, ties=ties, origin=self.origin)
+        """Return the tensors whose name satisfies `keep`; names of one tensor that are kept stay tied."""
+        specs = {name: self._specs[name] for name in self.keys() if keep(name)}
+        ties = joined([name for name in every if name in specs] for every in groups(self._ties).values())
+        return self._like(self.raw, specs, ties)
 
-    def save(self, folder: str | Path, shard_bytes: int = 5_000_000_000) -> Path:
+    def save(self, folder: str | Path, shard_bytes: int = 5_000_000_000, dtype: torch.dtype | None = None) -> Path:
         """Write the tensors as safetensors with checksums, one shard in memory at a time, all or nothing.
+
+        Of tied names the file holds that of the input embedding, as transformers keeps it.
 
         Args:
             folder: Created, or replaced as a whole if it holds an earlier result of this method.
             shard_bytes: Largest size of one file in bytes; a single larger tensor gets its own file.
+            dtype: What floating-point tensors are written in; None keeps theirs.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: If the folder holds other files or cannot be written; then nothing changes.
+            CheckpointError: If the folder holds other files or cannot be written, or a value is not finite or beyond
+                what its dtype can hold; then nothing changes.
         """
-        sizes = {name: storage.size(*self._specs[name]) for name in self.canonical()}
-        return storage.save(Path(folder), sizes, self.__getitem__, self._ties, shard_bytes)
+        if dtype is not None:
+            return self.to(dtype).save(folder, shard_bytes)
+        aliases = unwritten(self._ties, self._doubled)
+        sizes = {name: storage.size(*self._specs[name]) for name in self.keys() if name not in aliases}
+
+        def read(name: str) -> Tensor:
+            return require_result(self[name], f"{self.origin}: tensor '{name}'")
+
+        return storage.save(Path(folder), sizes, read, aliases, shard_bytes)
 
     # internals
+
+    def _like(
+        self,
+        read: Reader,
+        specs: Mapping[str, Spec] | None = None,
+        ties: Mapping[str, str] | None = None,
+        origin: str = "",
+    ) -> Weights:
+        specs, ties = self._specs if specs is None else specs, self._ties if ties is None else ties
+        return Weights(specs, read, ties=ties, origin=origin or self.origin, doubled=self._doubled)
 
     def _spec(self, name: str) -> Spec:
         if name not in self._specs:
             raise CheckpointError(f"{self.origin} has no tensor '{name}'")
         return self._specs[name]
 
-    def _value(self, name: str) -> Tensor:
+    def raw(self, name: str) -> Tensor:
+        """Return one tensor as it was computed, before it is rounded to its dtype."""
         self._spec(name)
         return self._read(self._ties.get(name, name))
-
-    def _wide(self, name: str) -> Tensor:
-        return wide(self._value(name))
-
-    def _derive(self, compute: Reader, origin: str, specs: Mapping[str, Spec] | None = None) -> Weights:
-        """Lift a computation on wide tensors; whatever is not floating point passes through."""
-
-        def read(name: str) -> Tensor:
-            return compute(name) if self.dtype(name).is_floating_point else self._value(name)
-
-        return Weights(specs or self._specs, read, ties=self._ties, origin=origin)
 
     def _combine(self, other: Weights, op: Callable[..., Tensor], sign: str, *, difference: bool) -> Weights:
         if not isinstance(other, Weights):
             return NotImplemented
-        require_match(self, other)
-        specs = {name: _widened(spec) for name, spec in self._specs.items()} if difference else None
-        return self._derive(
-            lambda name: op(self._wide(name), other._wide(name)),
-            f"({self.origin} {sign} {other.origin})",
-            specs,
-        )
-
-
-def _widened(spec: Spec) -> Spec:
-    wide = spec.dtype.is_floating_point and spec.dtype != torch.float64
-    return Spec(spec.shape, torch.float32) if wide else spec
-
-
-def require_match(a: Weights, b: Weights) -> None:
-    """Check that two sets of weights have the same names, shapes and ties.
-
-    Raises:
-        WeightsMismatch: With the names that only one has, or the first shapes or ties that differ.
-    """
-    missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
-    if missing or extra:
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have different tensors: {listed(missing)} only in the first, "
-            f"{listed(extra)} only in the second. Merge checkpoints of one architecture, without heads"
-        )
-    shapes = [f"'{n}' {a.shape(n)} and {b.shape(n)}" for n in a if a.shape(n) != b.shape(n)]
-    if shapes:
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have tensors of different shape: {listed(shapes)}. "
-            "Exclude task heads and resized vocabularies before merging"
-        )
-    ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
-    if ties:  # one of two values would be lost without a word
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} tie different tensors: {listed(ties)} are one tensor in one of them only. "
-            "Tie them in both, or clone one of them before Weights.of"
-        )
+        left, right = matched(self, other)
+        origin = f"({self.origin} {sign} {other.origin})"
+        return left._like(combined(left, right, op), widened(left) if difference else None, origin=origin)

@@ -469,8 +469,6 @@ def test_another_architecture_is_refused(variant):
     given, reference = setting(variant)
     with pytest.raises(WeightsMismatch, match="one only in the"):
         variant.serve(given, reference.select(lambda name: name != "one"))
-    with pytest.raises(WeightsMismatch, match="'head' and 'embed'"):
-        variant.serve(given, Weights.of(reference.state() | {"head": reference["head"] + 1}))
 
 
 def test_a_second_shared_model_cannot_be_left_out(variant):

@@ -218,7 +218,7 @@ class Placed:
                 other = next(n for n in values if n != name and base.ties.get(n, n) == first)
                 raise CheckpointError(
                     f"{self.adapter.origin} trained '{other}' and not '{name}' alike, and they are one tensor in "
-                    f"{base.origin}. Untie them in the base (clone one before Weights.of)"
+                    f"{base.origin}. Untie them in the base: give base.untied()"
                 )
         return united
 

@@ -72,16 +72,16 @@ def adapters(
         OptionError: If a task cannot name a folder, or an adapter cannot hold its difference.
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
-    folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module)
+    folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module, base_model)
     merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
-    spare, written = modules.spare(served), {}
+    written = {}
     with replacing(folder, _exported) as partial:
         if merged:
             _write_reference(modules, partial / REFERENCE)
         for task, delta in served.deltas.items():
             weights = served.weights(task)
-            adapter = modules.adapter(modules.factors(delta) or spare, delta, weights)
+            adapter = modules.adapter(modules.factors(delta) or modules.spare(served), delta, weights)
             written[task] = _write_adapter(modules, adapter, weights, partial / task, base)
         for task, (head, classes) in (heads or {}).items():
             _write_head(partial / task, head, task, classes)

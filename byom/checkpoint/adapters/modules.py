@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from byom.checkpoint.adapters.tied import tied_names
 from byom.errors import CheckpointError, OptionError, listed
 from byom.functional.tensors import finite
 from byom.variants.base.delta import Delta, Parts, Served
@@ -20,6 +21,8 @@ from byom.weights.lowrank import Piece
 
 FACTOR = re.compile(r"(left|singular|right)(@\d+)?")
 REMEDY = "byom=lora byom.rest=drop leaves such at the reference, and a bundle (byom pack) holds everything"
+
+TIED = "save a bundle (byom pack), which holds everything, or fine-tune without the embeddings (finetune=lora)"
 
 
 class Site(NamedTuple):
@@ -73,16 +76,21 @@ class Modules:
         prefix: Start of every parameter's name that is missing in the plain model's.
         module: The model, to look the types of its modules up; None takes every matrix for a linear layer.
         apart: Whether adapters go onto a model that `byom.backbone.split_attention.split` took apart.
+        tied: Names of parameters that are one tensor with another in the model.
     """
 
     reference: Weights
     prefix: str
     module: nn.Module | None
     apart: bool
+    tied: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, served: Served, prefix: str, module: nn.Module | None) -> Modules:
-        """Return modules that fit all tasks: taken apart if attention is fused and cannot be adapted as it is."""
+    def of(cls, served: Served, prefix: str, module: nn.Module | None, base_model: str = "") -> Modules:
+        """Return modules that fit all tasks: taken apart if attention is fused and cannot be adapted as it is.
+
+        What is tied is asked of the weights, of the module and, if it is a folder, of the base model's configuration.
+        """
         reference = served.reference
         fused = any(name.endswith("in_proj_weight") for name in reference)
         partial = any(
@@ -92,7 +100,7 @@ class Modules:
             for part, value in parts.items()
             if part.startswith("left") and name in reference
         )
-        return cls(reference, prefix, module, fused or partial)
+        return cls(reference, prefix, module, fused or partial, tied_names(reference, prefix, module, base_model))
 
     @cached_property
     def tensors(self) -> dict[str, list[Site]]:
@@ -154,7 +162,7 @@ class Modules:
         """
         factors: dict[str, SiteFactors] = {}
         for name, parts in sorted(delta.parts.items()):
-            _require(self.reference, delta, name, parts)
+            _require(self, delta, name, parts)
             factors |= self._factors(name, parts)
         return factors
 
@@ -246,14 +254,15 @@ def _cut(piece: Piece, rows: Rows) -> Tensor | None:
     return piece.left[first:last]
 
 
-def _require(reference: Weights, delta: Delta, name: str, parts: Mapping[str, Tensor]) -> None:
+def _require(modules: Modules, delta: Delta, name: str, parts: Mapping[str, Tensor]) -> None:
     """Refuse what is neither low-rank nor whole, what is tied, and what is not finite."""
-    if not _factored(parts) and not _whole(reference, name, parts):
+    if not _factored(parts) and not _whole(modules.reference, name, parts):
         raise OptionError(
             f"{delta.variant.title} has no low-rank difference of '{name}', which is what adapters hold; use byom=lora"
         )
-    if name in reference.ties or name in reference.ties.values():
-        raise OptionError(f"'{name}' is tied to another parameter, which an adapter would not change with it: {REMEDY}")
+    if name in modules.tied:
+        remedy = TIED if _factored(parts) else REMEDY
+        raise OptionError(f"'{name}' is tied to another parameter, which an adapter would not change with it: {remedy}")
     if any(t.is_floating_point() and t.numel() and not finite(t) for t in parts.values()):
         raise CheckpointError(f"the difference of '{name}' holds NaN or infinity; pack it again")
 

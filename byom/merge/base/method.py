@@ -12,6 +12,7 @@ from torch import Tensor
 from byom.errors import OptionError
 from byom.merge.base.needs import Needs
 from byom.merge.base.problem import Group, Problem, blockwise
+from byom.merge.base.running import running
 from byom.weights import Weights
 
 
@@ -28,7 +29,11 @@ class MergeMethod(ABC):
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:
-        """Merge lazily: reading a tensor of the result merges that tensor."""
+        """Merge lazily: reading a tensor of the result merges that tensor.
+
+        A method that does not leave this to a base class merges ``problem.settled()``, so that running statistics are
+        averaged.
+        """
 
     @property
     def needs(self) -> Needs:
@@ -36,7 +41,12 @@ class MergeMethod(ABC):
         return Needs()
 
     def fallbacks(self, problem: Problem) -> list[str]:
-        """Name the parameters that get a simpler rule than the method's own; the record lists them."""
+        """Name what gets a simpler rule than the method's own, running statistics included; the record lists it."""
+        simpler = self.simpler(problem)
+        return [*simpler, *(name for name in running(problem.pretrained) if self.merges and name not in simpler)]
+
+    def simpler(self, problem: Problem) -> list[str]:
+        """Name the parameters that get a simpler rule than the method's own."""
         return []
 
     def check(self, problem: Problem) -> None:
@@ -81,7 +91,7 @@ class TensorwiseMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
-        return _lazily(problem, self._whole)
+        return _lazily(problem.settled() if self.merges else problem, self._whole)
 
     def _whole(self, group: Group) -> Tensor:
         if not self.elementwise:
@@ -112,6 +122,7 @@ class PlannedMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Plan now, merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
+        problem = problem.settled()
         plan = self.plan(problem)
         return _lazily(problem, lambda group: self.merge(group, plan))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from byom.errors import CheckpointError, OptionError
 from byom.functional.tensors import wide
 from byom.merge.base.probe import Probe
+from byom.merge.base.running import settled
 from byom.weights import Weights, require_match
+from byom.weights.ties import united
 
 BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 
@@ -86,6 +88,9 @@ class Problem:
         members: Task name to further solutions of the task, the first being theta_t itself; for mixtures.
         probe: The tasks' inputs, for methods that look at them.
 
+    Tensors that some models tie and others do not are two in all of them, and copies of one tensor that are equal in
+    every model are one, so that they stay equal.
+
     Raises:
         CheckpointError: If `finetuned` is empty, or names or shapes differ.
     """
@@ -101,11 +106,19 @@ class Problem:
             raise CheckpointError("there is no fine-tuned model to merge; give at least one task")
         for expert in self.finetuned.values():
             require_match(self.pretrained, expert)
+        pretrained, *finetuned = united(self.pretrained, *self.finetuned.values())
+        object.__setattr__(self, "pretrained", pretrained)
+        object.__setattr__(self, "finetuned", dict(zip(self.finetuned, finetuned, strict=True)))
 
     @property
     def tasks(self) -> list[str]:
         """Task names, in the order of every ``[T, ...]`` axis."""
         return list(self.finetuned)
+
+    def settled(self) -> Problem:
+        """Return the problem that is merged: all models have the average of the experts' running statistics."""
+        pretrained, finetuned = settled(self.pretrained, self.finetuned)
+        return self if pretrained is self.pretrained else replace(self, pretrained=pretrained, finetuned=finetuned)
 
     def inputs(self) -> Probe:
         """Return the probe.

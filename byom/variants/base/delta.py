@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError, suggest
@@ -19,6 +20,7 @@ from byom.weights import Weights
 
 Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
 READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
+OWN = "own"  # the part that is a task's own value whatever the variant, of running statistics
 WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts next to each parameter's own
 
 
@@ -96,11 +98,16 @@ class Delta:
                 f"is {reference.shape(odd[0])} in {reference.origin}; apply it to the model it was packed against"
             )
         require_base(self.variant, base)
+        aliases = names & reference.ties.keys()
+        if aliases:  # a task whose names are not one tensor, though the reference's are
+            reference = reference.tied({a: n for a, n in reference.ties.items() if a not in aliases})
 
         def read(name: str) -> Tensor:
             value = reference[name]
             if name not in names:
                 return value
+            if OWN in self.parts[name]:
+                return self.parts[name][OWN]
             return self.variant.unpack({**whole, **self.parts[name]}, Shared(value, base[name] if base else None))
 
         return reference.derived(read, f"{reference.origin} + {self.variant.title}")
@@ -189,6 +196,11 @@ class Served:
         """The models stored once for all tasks."""
         stored = [self.reference] if all(delta.variant.shares_reference for delta in self.deltas.values()) else []
         return stored if self.base is None else [*stored, self.base]
+
+
+def own(values: Tensor, shared: Shared) -> Parts:
+    """Return parts that put a task's own values back, nothing if the reference has them."""
+    return {} if torch.equal(values, shared.reference) else {OWN: values}
 
 
 def require_base(variant: Unpacker, base: Weights | None) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from byom.functional.tensors import finite
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
-from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, require_base
-from byom.weights import Weights, require_match
+from byom.merge.base.running import is_running
+from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, own, require_base
+from byom.weights import Weights, matched
 from byom.weights.lowrank import Adapted
 
 
@@ -127,8 +128,9 @@ class PackingVariant(Variant):
             CheckpointError: If names or shapes differ or a value is not finite.
             OptionError: If the variant needs theta_0 and has none.
         """
-        require_match(target, reference)
         require_base(self, base)
+        target, reference, *shared = matched(target, reference, *([] if base is None else [base]))
+        base = shared[0] if shared else None
         if isinstance(self, PacksFactors) and adapts(target, reference):
             require_finite(target, reference)
             packed = self.pack_factors(target, reference)
@@ -141,7 +143,8 @@ class PackingVariant(Variant):
         plan, packed = self.plan(target, reference, base), {}
         for name in target.mergeable():
             shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
-            packed[name] = self.pack(name, target.read_finite(name), shared, plan)
+            values = target.read_finite(name)
+            packed[name] = own(values, shared) if is_running(name) else self.pack(name, values, shared, plan)
         return packed
 
 

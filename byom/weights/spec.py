@@ -1,0 +1,56 @@
+"""What is known of a tensor without reading it, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Reader = Callable[[str], Tensor]
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of one tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Tensors(Protocol):
+    """The part of `Weights` that comparing names, shapes and ties needs."""
+
+    origin: str
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Alias name to canonical name of tied tensors."""
+        ...
+
+    def tied(self, ties: Mapping[str, str], doubled: Collection[str] = ()) -> Any:
+        """Return the same with other ties."""
+        ...
+
+    def mergeable(self) -> list[str]:
+        """Return the canonical names of floating-point tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        ...
+
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor as it was computed, before it is rounded to its dtype."""
+        ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+W = TypeVar("W", bound=Tensors)
