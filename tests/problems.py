@@ -166,6 +166,7 @@ def configured(overrides):
     return config.made(config.resolve(overrides).values["merge"])
 
 
+@cache
 def options(group):
     """Build every option of a group: its yaml, and its yaml with each other value of each `Literal` field."""
     built = {}

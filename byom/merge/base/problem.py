@@ -12,7 +12,7 @@ from torch import Tensor
 from byom.errors import CheckpointError, OptionError
 from byom.functional.tensors import wide
 from byom.merge.base.probe import Probe
-from byom.merge.base.running import settled
+from byom.merge.base.running import averaged
 from byom.weights import Weights, require_match
 from byom.weights.ties import united
 
@@ -117,8 +117,12 @@ class Problem:
 
     def settled(self) -> Problem:
         """Return the problem that is merged: all models have the average of the experts' running statistics."""
-        pretrained, finetuned = settled(self.pretrained, self.finetuned)
-        return self if pretrained is self.pretrained else replace(self, pretrained=pretrained, finetuned=finetuned)
+        agreed = averaged(list(self.finetuned.values()))
+        if agreed(self.pretrained) is self.pretrained:
+            return self
+        finetuned = {task: agreed(expert) for task, expert in self.finetuned.items()}
+        members = {t: [Member(agreed(m.weights), m.statistics) for m in each] for t, each in self.members.items()}
+        return replace(self, pretrained=agreed(self.pretrained), finetuned=finetuned, members=members)
 
     def inputs(self) -> Probe:
         """Return the probe.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -23,23 +23,19 @@ def running(weights: Weights) -> list[str]:
     return [name for name in weights.mergeable() if is_running(name)]
 
 
-def settled(pretrained: Weights, finetuned: Mapping[str, Weights]) -> tuple[Weights, dict[str, Weights]]:
-    """Give every model the average of the experts' running statistics.
+def averaged(experts: Sequence[Weights]) -> Callable[[Weights], Weights]:
+    """Return what gives a model the average of the experts' running statistics.
 
     A variance that task vectors extrapolate may be negative, and the network returns NaN; whatever a method makes of
     models that agree in a tensor is that tensor.
 
     Args:
-        pretrained: theta_0.
-        finetuned: Task name to theta_t.
+        experts: theta_t of every task.
 
     Returns:
-        Both; the same objects if there are no such statistics.
+        A function of weights, which gives back the same object if there are no such statistics.
     """
-    names = frozenset(running(pretrained))
-    if not names:
-        return pretrained, dict(finetuned)
-    experts = list(finetuned.values())
+    names = frozenset(running(experts[0]))
 
     def mean(name: str) -> Tensor:
         total = wide(experts[0].read_finite(name)).clone()
@@ -48,6 +44,8 @@ def settled(pretrained: Weights, finetuned: Mapping[str, Weights]) -> tuple[Weig
         return total / len(experts)
 
     def agreed(weights: Weights) -> Weights:
+        if not names:
+            return weights
         return weights.derived(lambda name: mean(name) if name in names else weights[name], weights.origin)
 
-    return agreed(pretrained), {task: agreed(expert) for task, expert in finetuned.items()}
+    return agreed
