@@ -11,7 +11,13 @@ from torch import Tensor
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in fp32, or as it is if it is fp64: the precision of all arithmetic here."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(widened(tensor.dtype))
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which arithmetic on a type happens; torch has no promotion for those of 8 bits."""
+    eight = dtype.is_floating_point and dtype.itemsize == 1
+    return torch.float32 if eight else torch.promote_types(dtype, torch.float32)
 
 
 def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -28,7 +34,9 @@ def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
-    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
+    low, high = torch.aminmax(
+        wide(tensor) if tensor.itemsize == 1 else tensor
+    )  # propagates NaN, and needs no mask as large as the tensor
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 

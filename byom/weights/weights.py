@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, WeightsMismatch, listed
+from byom.errors import CheckpointError
 from byom.functional.tensors import finite, shared, wide
 from byom.storage import tensor_files as storage
+from byom.storage.quantised import require_plain
+from byom.weights.match import fits, may_be_mask, not_finite, require_alike, require_match
 
 Reader = Callable[[str], Tensor]
 
@@ -44,11 +46,13 @@ class Weights:
         ties: Mapping[str, str] | None = None,
         origin: str = "memory",
         checksum: Callable[[str], str] | None = None,
+        carried: Iterable[str] = (),
     ) -> None:
         self._specs = dict(specs)
         self._read = read
         self._ties = dict(ties or {})
         self._checksum = checksum
+        self._carried = frozenset(carried)
         self.origin = origin
 
     # constructors
@@ -81,9 +85,10 @@ class Weights:
             The weights, reading from disk on demand.
 
         Raises:
-            CheckpointError: If it is missing, truncated, or its index and shards disagree.
+            CheckpointError: If it is missing, truncated, quantised, or its index and shards disagree.
         """
         file = storage.TensorFiles(Path(path))
+        require_plain(Path(path), file.specs)
         specs = {name: Spec(shape, dtype) for name, (shape, dtype) in file.specs.items()}
         specs |= {alias: specs[name] for alias, name in file.ties.items()}
         return cls(specs, file.read, ties=file.ties, origin=str(path), checksum=file.checksum)
@@ -124,7 +129,11 @@ class Weights:
 
     def mergeable(self) -> list[str]:
         """Return the canonical names of floating-point tensors: what merge methods merge, in selection order."""
-        return [name for name in self.canonical() if self.dtype(name).is_floating_point]
+        return [name for name in self.canonical() if self.merges(name)]
+
+    def merges(self, name: str) -> bool:
+        """Say whether a tensor is merged: it holds floating-point numbers, and is no constant such as a mask."""
+        return self.dtype(name).is_floating_point and name not in self._carried
 
     @property
     def ties(self) -> dict[str, str]:
@@ -147,7 +156,16 @@ class Weights:
 
     def materialise(self) -> Weights:
         """Read everything once, so that later reads cost nothing."""
-        return Weights.of(self.state(), origin=self.origin)
+        return Weights.of(self.state(), origin=self.origin).carrying(self._carried)
+
+    def carrying(self, names: Iterable[str]) -> Weights:
+        """Return the same weights with some floating-point tensors carried over, as whole numbers are."""
+        more = self._carried.union(names)
+        if more == self._carried:
+            return self
+        return Weights(
+            self._specs, self._value, ties=self._ties, origin=self.origin, checksum=self._checksum, carried=more
+        )
 
     def checksum(self, name: str) -> str:
         """Return the CRC-32 of a tensor's bytes, from the file where it is recorded there."""
@@ -167,11 +185,7 @@ class Weights:
         """
         tensor = self[name]
         if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(
-                f"{self.origin}: tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or infinite; "
-                "merging would spread them. Use a checkpoint from before training diverged"
-            )
+            raise CheckpointError(not_finite(self.origin, name, tensor))
         return tensor
 
     # algebra
@@ -210,13 +224,14 @@ class Weights:
         Returns:
             The new weights, as lazy as `read`.
         """
-        return Weights(self._specs, read, ties=self._ties, origin=origin)
+        return Weights(self._specs, read, ties=self._ties, origin=origin, carried=self._carried)
 
     def select(self, keep: Callable[[str], bool]) -> Weights:
         """Return the tensors whose name satisfies `keep`; a kept alias of a dropped tensor becomes independent."""
         names = [name for name in self.keys() if keep(name)]
         ties = {alias: name for alias, name in self._ties.items() if alias in names and name in names}
-        return Weights({n: self._specs[n] for n in names}, self._value, ties=ties, origin=self.origin)
+        specs = {n: self._specs[n] for n in names}
+        return Weights(specs, self._value, ties=ties, origin=self.origin, carried=self._carried)
 
     def save(self, folder: str | Path, shard_bytes: int = 5_000_000_000) -> Path:
         """Write the tensors as safetensors with checksums, one shard in memory at a time, all or nothing.
@@ -248,52 +263,37 @@ class Weights:
     def _wide(self, name: str) -> Tensor:
         return wide(self._value(name))
 
-    def _derive(self, compute: Reader, origin: str, specs: Mapping[str, Spec] | None = None) -> Weights:
+    def _derive(self, compute: Reader, origin: str) -> Weights:
         """Lift a computation on wide tensors; whatever is not floating point passes through."""
 
         def read(name: str) -> Tensor:
-            return compute(name) if self.dtype(name).is_floating_point else self._value(name)
+            return compute(name) if self.merges(name) else self._value(name)
 
-        return Weights(specs or self._specs, read, ties=self._ties, origin=origin)
+        return self.derived(read, origin)
 
     def _combine(self, other: Weights, op: Callable[..., Tensor], sign: str, *, difference: bool) -> Weights:
         if not isinstance(other, Weights):
             return NotImplemented
         require_match(self, other)
         specs = {name: _widened(spec) for name, spec in self._specs.items()} if difference else None
-        return self._derive(
-            lambda name: op(self._wide(name), other._wide(name)),
-            f"({self.origin} {sign} {other.origin})",
-            specs,
-        )
+
+        def read(name: str) -> Tensor:
+            if not fits(name, self, other):
+                return self._value(name)
+            if not self.merges(name):
+                value = self._value(name)
+                require_alike(name, (self.origin, value), (other.origin, lambda: other._value(name)))
+                return value
+            value, theirs = self._wide(name), other._wide(name)
+            combined = op(value, theirs)
+            masked = difference and may_be_mask(name, self.shape(name))  # of infinities that are equal, it is 0
+            return combined.masked_fill(value == theirs, 0) if masked else combined
+
+        carried = self._carried | other._carried
+        origin = f"({self.origin} {sign} {other.origin})"
+        return Weights(specs or self._specs, read, ties=self._ties, origin=origin, carried=carried)
 
 
 def _widened(spec: Spec) -> Spec:
     wide = spec.dtype.is_floating_point and spec.dtype != torch.float64
     return Spec(spec.shape, torch.float32) if wide else spec
-
-
-def require_match(a: Weights, b: Weights) -> None:
-    """Check that two sets of weights have the same names, shapes and ties.
-
-    Raises:
-        WeightsMismatch: With the names that only one has, or the first shapes or ties that differ.
-    """
-    missing, extra = sorted(set(a) - set(b)), sorted(set(b) - set(a))
-    if missing or extra:
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have different tensors: {listed(missing)} only in the first, "
-            f"{listed(extra)} only in the second. Merge checkpoints of one architecture, without heads"
-        )
-    shapes = [f"'{n}' {a.shape(n)} and {b.shape(n)}" for n in a if a.shape(n) != b.shape(n)]
-    if shapes:
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} have tensors of different shape: {listed(shapes)}. "
-            "Exclude task heads and resized vocabularies before merging"
-        )
-    ties = [f"'{n}' and '{a.ties.get(n) or b.ties[n]}'" for n in a if a.ties.get(n) != b.ties.get(n)]
-    if ties:  # one of two values would be lost without a word
-        raise WeightsMismatch(
-            f"{a.origin} and {b.origin} tie different tensors: {listed(ties)} are one tensor in one of them only. "
-            "Tie them in both, or clone one of them before Weights.of"
-        )

@@ -13,8 +13,8 @@ WEIGHTS = (
     Mutant(
         "tied-tensors-count-twice",
         "weights",
-        "return [name for name in self.canonical() if self.dtype(name).is_floating_point]",
-        "return [name for name in self.keys() if self.dtype(name).is_floating_point]",
+        "return [name for name in self.canonical() if self.merges(name)]",
+        "return [name for name in self.keys() if self.merges(name)]",
         ("tests/unit/test_weights.py -k tie",),
     ),
     Mutant(
@@ -55,15 +55,15 @@ WEIGHTS = (
     Mutant(
         "only-nan-is-refused",
         "weights",
-        "and tensor.numel() and not finite(tensor):\n            bad =",
-        "and tensor.numel() and tensor.isnan().any():\n            bad =",
+        "and tensor.numel() and not finite(tensor):\n            raise CheckpointError(not_finite",
+        "and tensor.numel() and tensor.isnan().any():\n            raise CheckpointError(not_finite",
         ("tests/unit/test_weights.py -k 'finite or overflow'",),
     ),
     Mutant(
         "ties-of-the-second-model-go-unseen",
         "weights",
-        "for n in a if a.ties.get(n) != b.ties.get(n)]",
-        "for n in a.ties if a.ties.get(n) != b.ties.get(n)]",
+        "for n in ours if one.get(n) != other.get(n)]",
+        "for n in one if one.get(n) != other.get(n)]",
         ("tests/unit/test_weights.py -k tie",),
     ),
     Mutant(
