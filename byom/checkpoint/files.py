@@ -98,4 +98,7 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
 def _loaded(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it then cannot read, we read
+        if path.suffix == ".safetensors":  # by its name, torch would not take it for its own file
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

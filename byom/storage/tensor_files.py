@@ -176,7 +176,7 @@ def _file(path: Path) -> Path:
     if (path / SINGLE).is_file():
         return path / SINGLE
     files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1 or foreign.is_shard(files[0].name):
+    if len(files) != 1 or foreign.is_shard(files[0].name) or not files[0].is_file():
         raise CheckpointError(foreign.unclear(path, (".safetensors",)))
     return files[0]
 

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from byom.functional.tensors import wide
+from byom.functional.tensors import wide, widened
+from byom.storage.quantised import FLOAT8
 from byom.weights.match import fits, has_no_average, may_be_mask, require_alike, require_match
 from byom.weights.weights import Spec, Weights
 
@@ -17,7 +18,7 @@ def aligned(base: Weights, models: Mapping[str, Weights]) -> tuple[Weights, Mapp
     """Check that models fit their base, and give them its names.
 
     A buffer that a model lacks is the base's. Masks, tensors with infinities that are the same in every model, are
-    carried over, as position ids are.
+    carried over, as position ids are. Values of 8 bits become fp32.
 
     Args:
         base: theta_0.
@@ -32,7 +33,7 @@ def aligned(base: Weights, models: Mapping[str, Weights]) -> tuple[Weights, Mapp
     """
     for model in models.values():
         require_match(base, model)
-    fitted = {task: _fitted(model, base) for task, model in models.items()}
+    base, fitted = _fitted(base, base), {task: _fitted(model, base) for task, model in models.items()}
     if any(fitted[task] is not model for task, model in models.items()):
         models = fitted
     every = [base, *models.values()]
@@ -46,17 +47,22 @@ def aligned(base: Weights, models: Mapping[str, Weights]) -> tuple[Weights, Mapp
 
 
 def _fitted(model: Weights, base: Weights) -> Weights:
-    """Return a model under exactly the base's names."""
+    """Return a model under exactly the base's names, and without types of 8 bits, in which no method computes."""
     held = {name for name in base if fits(name, base, model)}
-    if len(held) == len(base) == len(model):
+    narrow = any(model.dtype(name) in FLOAT8 for name in model)
+    if len(held) == len(base) == len(model) and not narrow:
         return model
 
     def read(name: str) -> Tensor:
         return model[name] if name in held else base[name]
 
     sources = {name: model if name in held else base for name in base}
-    specs = {name: Spec(source.shape(name), source.dtype(name)) for name, source in sources.items()}
+    specs = {name: Spec(source.shape(name), _computed(source.dtype(name))) for name, source in sources.items()}
     return Weights(specs, read, ties=base.ties, origin=model.origin)
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    return widened(dtype) if dtype in FLOAT8 else dtype
 
 
 def _require_one_value(name: str, every: list[Weights]) -> None:

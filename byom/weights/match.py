@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, WeightsMismatch, listed
+from byom.functional.tensors import wide
 
 BUFFERS = (
     "position_ids", "token_type_ids", "attn_mask", "inv_freq", "masked_bias", "relative_position_index",
@@ -111,7 +112,7 @@ def require_kind(a: Named, ours: str, b: Named, theirs: str) -> None:
         )
 
 
-def require_alike(name: str, one: tuple[str, Tensor], other: tuple[str, Callable[[], Tensor]]) -> None:
+def require_alike(name: str, one: tuple[str, Tensor], other: tuple[str, Callable[[], Tensor]]) -> Tensor:
     """Refuse different values of a tensor that has no average: a matrix of whole numbers, or complex numbers.
 
     Args:
@@ -119,21 +120,26 @@ def require_alike(name: str, one: tuple[str, Tensor], other: tuple[str, Callable
         one: What a model is called, and its value.
         other: The same of another model; its value is read if it matters.
 
+    Returns:
+        The value.
+
     Raises:
         CheckpointError: Naming the two models.
     """
     value = one[1]
     if has_no_average(name, tuple(value.shape), value.dtype) and not torch.equal(value, other[1]()):
         raise CheckpointError(_unlike(name, value.dtype, one[0], other[0]))
+    return value
 
 
 def not_finite(origin: str, name: str, tensor: Tensor) -> str:
     """Say which values of a tensor are not finite, and what to do."""
-    bad = int((~tensor.isfinite()).sum())
+    values = wide(tensor)
+    bad = int((~values.isfinite()).sum())
     constant = "; or, if it is a constant such as a mask, leave it out of all models with select(lambda name: ...)"
     return (
         f"{origin}: tensor '{name}' has {bad} of {tensor.numel()} values that are NaN or infinite; merging would "
-        f"spread them. Use a checkpoint from before training diverged{'' if tensor.isnan().any() else constant}"
+        f"spread them. Use a checkpoint from before training diverged{'' if values.isnan().any() else constant}"
     )
 
 

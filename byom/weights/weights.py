@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError
-from byom.functional.tensors import finite, shared, wide
+from byom.functional.tensors import finite, shared, wide, widened
 from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.match import fits, may_be_mask, not_finite, require_alike, require_match
@@ -30,8 +30,8 @@ class Weights:
 
     ``theta_0 + 0.3 * sum(taus)`` reads nothing; indexing evaluates one tensor, saving streams them all.
     Arithmetic happens in fp32 (fp64 where an operand is fp64) and is rounded once, when a tensor is read:
-    a difference is fp32, a sum and a multiple keep the dtype of their left operand. Tensors that are not
-    floating point (position ids, counters) are carried over from the left operand.
+    a difference is fp32, as is what comes of fp8; other sums and multiples keep the dtype of their left operand.
+    Tensors that are not floating point (position ids, counters) are carried over from the left operand.
 
     Tied tensors (one storage, several names) count once: `canonical` lists one name of each group.
 
@@ -160,12 +160,10 @@ class Weights:
 
     def carrying(self, names: Iterable[str]) -> Weights:
         """Return the same weights with some floating-point tensors carried over, as whole numbers are."""
-        more = self._carried.union(names)
-        if more == self._carried:
+        if not (more := self._carried.union(names)) - self._carried:
             return self
-        return Weights(
-            self._specs, self._value, ties=self._ties, origin=self.origin, checksum=self._checksum, carried=more
-        )
+        kept = {"ties": self._ties, "origin": self.origin, "checksum": self._checksum}
+        return Weights(self._specs, self._value, carried=more, **kept)
 
     def checksum(self, name: str) -> str:
         """Return the CRC-32 of a tensor's bytes, from the file where it is recorded there."""
@@ -230,8 +228,9 @@ class Weights:
         """Return the tensors whose name satisfies `keep`; a kept alias of a dropped tensor becomes independent."""
         names = [name for name in self.keys() if keep(name)]
         ties = {alias: name for alias, name in self._ties.items() if alias in names and name in names}
-        specs = {n: self._specs[n] for n in names}
-        return Weights(specs, self._value, ties=ties, origin=self.origin, carried=self._carried)
+        return Weights(
+            {n: self._specs[n] for n in names}, self._value, ties=ties, origin=self.origin, carried=self._carried
+        )
 
     def save(self, folder: str | Path, shard_bytes: int = 5_000_000_000) -> Path:
         """Write the tensors as safetensors with checksums, one shard in memory at a time, all or nothing.
@@ -269,31 +268,30 @@ class Weights:
         def read(name: str) -> Tensor:
             return compute(name) if self.merges(name) else self._value(name)
 
-        return self.derived(read, origin)
+        specs = {name: _result(spec) for name, spec in self._specs.items()}
+        return Weights(specs, read, ties=self._ties, origin=origin, carried=self._carried)
 
     def _combine(self, other: Weights, op: Callable[..., Tensor], sign: str, *, difference: bool) -> Weights:
         if not isinstance(other, Weights):
             return NotImplemented
         require_match(self, other)
-        specs = {name: _widened(spec) for name, spec in self._specs.items()} if difference else None
 
         def read(name: str) -> Tensor:
             if not fits(name, self, other):
                 return self._value(name)
             if not self.merges(name):
-                value = self._value(name)
-                require_alike(name, (self.origin, value), (other.origin, lambda: other._value(name)))
-                return value
+                return require_alike(name, (self.origin, self._value(name)), (other.origin, lambda: other._value(name)))
             value, theirs = self._wide(name), other._wide(name)
             combined = op(value, theirs)
             masked = difference and may_be_mask(name, self.shape(name))  # of infinities that are equal, it is 0
             return combined.masked_fill(value == theirs, 0) if masked else combined
 
-        carried = self._carried | other._carried
-        origin = f"({self.origin} {sign} {other.origin})"
-        return Weights(specs or self._specs, read, ties=self._ties, origin=origin, carried=carried)
+        carried, origin = self._carried | other._carried, f"({self.origin} {sign} {other.origin})"
+        specs = {name: _result(spec, difference) for name, spec in self._specs.items()}
+        return Weights(specs, read, ties=self._ties, origin=origin, carried=carried)
 
 
-def _widened(spec: Spec) -> Spec:
-    wide = spec.dtype.is_floating_point and spec.dtype != torch.float64
-    return Spec(spec.shape, torch.float32) if wide else spec
+def _result(spec: Spec, difference: bool = False) -> Spec:
+    """Return the type of a result: that of the operand, but wide for differences and where 8 bits would overflow."""
+    wide = spec.dtype.is_floating_point and (spec.dtype.itemsize == 1 or difference)
+    return Spec(spec.shape, widened(spec.dtype)) if wide else spec
