@@ -11,6 +11,7 @@ from torch import Tensor
 
 from byom.errors import CheckpointError
 from byom.weights import Spec, Weights
+from byom.weights.match import PLAIN
 
 MODEL = ("vision_model.", "")
 """Starts of transformers' names: its version 5 leaves the first out where the model is the tower alone."""
@@ -115,6 +116,10 @@ def _fitting(raw: Weights, source: Source, shape: tuple[int, ...]) -> Source:
     upright = shape[::-1] if source.transposed else shape
     expected = (upright[0] // len(source.names), *upright[1:])
     for name in source.names:
+        if not raw.dtype(name).is_floating_point:
+            raise CheckpointError(
+                f"{raw.origin}: '{name}' holds {raw.dtype(name)}, as of a quantised checkpoint. {PLAIN}"
+            )
         if raw.shape(name) != expected:
             raise CheckpointError(
                 f"{raw.origin}: '{name}' has shape {list(raw.shape(name))} where the backbone has {list(expected)}; "

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from byom.checkpoint.adapters.adapter import Adapter
-from byom.checkpoint.adapters.config import CONFIG
+from byom.checkpoint.adapters.config import CONFIG, PICKLED, SAFE
 from byom.checkpoint.clip import from_hugging_face
 from byom.checkpoint.files import open_raw
+from byom.checkpoint.misfit import lacking, misshapen, strangers
 from byom.errors import CheckpointError, listed
 from byom.weights import Spec, Weights
+from byom.weights.match import BUFFERS, is_buffer, partitioned, require_kind, unwrapped
 from byom.weights.ties import groups, joined, kept
 
 HEADS = ("classifier.", "pooler.", "score.", "lm_head.", "cls.", "qa_outputs.")
@@ -24,8 +26,6 @@ TEXT = (
 )  # fmt: skip
 """Names of the text tower's remains in the image encoders of the task vectors' code."""
 HUGGING_FACE_TEXT = ("text_model.", "text_projection.", "logit_scale")
-BUFFERS = ("position_ids", "token_type_ids", "attn_mask")
-"""Ends of names of what is computed, not learned."""
 CLIP_MARK = "pre_layrnorm.weight"
 Matches = dict[str, dict[str, str]]
 """Canonical names of a backbone to the names that it ties with them, and those in a file: several where it has them."""
@@ -75,12 +75,28 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
         CheckpointError: If tensors are missing, unknown or of another shape, or the file cannot be read safely.
     """
     path = Path(path)
-    if (path / CONFIG).is_file():
-        adapter = Adapter.open(path)
+    folder = path.parent if path.name in (SAFE, PICKLED) else path
+    if (folder / CONFIG).is_file():
+        adapter = Adapter.open(folder)
         return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))
     raw, container = open_raw(path)
+    raw = _unwrapped(raw, base)
     tower = _tower(raw, base)
     return _renamed(raw, base, container) if tower is None else _clip(raw, base, tower, container)
+
+
+def _unwrapped(raw: Weights, base: Weights) -> Weights:
+    """Return weights without the parts of names that wrappers of modules put in, if the backbone's have none."""
+    places = {unwrapped(name): name for name in raw}
+    if any(unwrapped(name) != name for name in base) or list(places) == list(places.values()):
+        return raw
+    if len(places) < len(raw):
+        one, other = next((name, places[unwrapped(name)]) for name in raw if places[unwrapped(name)] != name)
+        raise CheckpointError(
+            f"{raw.origin} holds '{one}' and '{other}', one tensor with and without a wrapper of its module. Keep one"
+        )
+    ties = {unwrapped(alias): unwrapped(name) for alias, name in raw.ties.items()}
+    return Weights(_specs(raw, places), lambda name: raw[places[name]], ties=ties, origin=raw.origin)
 
 
 def _tower(raw: Weights, base: Weights) -> str | None:
@@ -109,25 +125,21 @@ def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint
 def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
     matches, start = _places(raw, base)
     places = {name: every[kept(every)] for name, every in matches.items()}
-    wrong = [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]
-    if wrong:
-        ours, theirs = base.shape(wrong[0]), raw.shape(places[wrong[0]])
-        raise CheckpointError(
-            f"{raw.origin}: '{places[wrong[0]]}' has shape {list(theirs)} where the backbone has {list(ours)} "
-            f"({len(wrong)} such tensors); choose the backbone of the same size"
-        )
+    if wrong := [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]:
+        raise misshapen(raw, base, [(places[name], name) for name in wrong])
+    for name, theirs in places.items():
+        require_kind(base, name, raw, theirs)
     apart, before = _apart(raw, places, matches), base.ties
     used = {theirs for every in matches.values() for theirs in every.values()}
     used |= {name for name in raw for theirs in used if raw.ties.get(name, name) == raw.ties.get(theirs, theirs)}
     left = [name for name in raw if name not in used]
     frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
     heads = [name for name in left if name not in frozen and _is_head(name)]
-    unknown = [n for n in left if n not in frozen and n not in heads and not n.endswith(BUFFERS)]
-    if unknown:
-        raise CheckpointError(
-            f"{raw.origin} holds tensors that are neither the backbone's nor a head's: {listed(unknown)}; "
-            "choose the backbone that it was made from"
-        )
+    if emptied := [name for name in heads if raw.shape(name) == (0,)]:
+        raise CheckpointError(f"{raw.origin}: {partitioned(emptied[0])}")
+    known = {*frozen, *heads}
+    if unknown := [n for n in left if n not in known and not is_buffer(n, raw.shape(n))]:
+        raise strangers(raw, unknown)
     if apart:
         base = base.tied(joined([name for name in every if name not in apart] for every in groups(base.ties).values()))
         places |= {name: places[first] for name, first in before.items() if first in places} | apart
@@ -141,22 +153,26 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
 
 
 def _named(raw: Weights, places: Mapping[str, str]) -> Weights:
-    specs = {name: Spec(raw.shape(theirs), raw.dtype(theirs)) for name, theirs in places.items()}
-    return Weights(specs, lambda name: raw[places[name]], origin=raw.origin)
+    return Weights(_specs(raw, places), lambda name: raw[places[name]], origin=raw.origin)
+
+
+def _specs(raw: Weights, places: Mapping[str, str]) -> dict[str, Spec]:
+    return {name: Spec(raw.shape(theirs), raw.dtype(theirs)) for name, theirs in places.items()}
 
 
 def _places(raw: Weights, base: Weights) -> tuple[Matches, str]:
-    """Return where every tensor of the backbone is, by one change of the names' start; and that start."""
+    """Return where every tensor of the backbone is, by one change of the names' start; and that start.
+
+    A buffer that is computed may be missing, or have another shape: then it is the backbone's.
+    """
     candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
-    names = base.mergeable()
     places, added = max(candidates, key=lambda candidate: (len(candidate[0]), -len(candidate[1])), default=({}, ""))
+    names = [name for name in base.mergeable() if not is_buffer(name, base.shape(name))]
     if lost := [name for name in names if name not in places]:
-        known = f"; it has, for example, {listed(raw.keys(), 3)}" if not places else ""
-        raise CheckpointError(
-            f"{raw.origin} lacks {len(lost)} of {len(names)} tensors of {base.origin}: {listed(lost)}{known}. "
-            "Choose the backbone that it was made from"
-        )
-    return places, added
+        raise lacking(raw, base, lost, names, found=bool(places))
+    buffers = {name: every for name, every in places.items() if is_buffer(name, base.shape(name))}
+    odd = {n for n, every in buffers.items() if raw.shape(every[kept(every)]) != base.shape(n)}
+    return {name: every for name, every in places.items() if name not in odd}, added
 
 
 def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:

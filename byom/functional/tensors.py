@@ -13,7 +13,13 @@ from byom.errors import CheckpointError, listed
 
 def wide(tensor: Tensor) -> Tensor:
     """Return a floating-point tensor in fp32, or as it is if it is fp64: the precision of all arithmetic here."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(widened(tensor.dtype))
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which arithmetic on a type happens; torch has no promotion for those of 8 bits."""
+    eight = dtype.is_floating_point and dtype.itemsize == 1
+    return torch.float32 if eight else torch.promote_types(dtype, torch.float32)
 
 
 def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -30,9 +36,8 @@ def shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
-    if tensor.dtype.itemsize == 1:  # of 8 bits, for which torch has no such kernel
-        tensor = tensor.float()
-    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
+    values = wide(tensor) if tensor.itemsize == 1 else tensor  # torch has no such kernel for 8 bits
+    low, high = torch.aminmax(values)  # propagates NaN, and needs no mask as large as the tensor
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
@@ -47,25 +52,6 @@ def require_values(tensors: Mapping[str, Tensor], origin: str) -> None:
             f"{origin}: {listed(empty)} have no values (they are on the meta device), as device_map='auto' leaves what "
             "it offloads; load the model without device_map"
         )
-
-
-def require_finite(tensor: Tensor, what: str) -> Tensor:
-    """Return an input, refusing NaN and infinity.
-
-    Args:
-        tensor: ``[*shape]``.
-        what: What the message calls it.
-
-    Raises:
-        CheckpointError: If a value is not finite.
-    """
-    if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
-        bad = int((~tensor.isfinite()).sum())
-        raise CheckpointError(
-            f"{what} has {bad} of {tensor.numel()} values that are NaN or infinite; merging would spread them. Use a "
-            "checkpoint from before training diverged"
-        )
-    return tensor
 
 
 def require_result(tensor: Tensor, what: str) -> Tensor:

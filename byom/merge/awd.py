@@ -112,7 +112,7 @@ class AdaptiveWeightDisentanglement(MergeMethod):
 
 def _without(expert: Weights, base: Weights, shared: Callable[[str], Tensor]) -> Weights:
     def read(name: str) -> Tensor:
-        if not expert.dtype(name).is_floating_point:
+        if not expert.merges(name):
             return expert[name]
         return wide(expert.read_finite(name)) - shared(name)
 

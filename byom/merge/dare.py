@@ -85,7 +85,7 @@ class Dare(MergeMethod):
 
     def _thinned(self, task: str, expert: Weights, base: Weights) -> Weights:
         def read(name: str) -> Tensor:
-            if not expert.dtype(name).is_floating_point:
+            if not expert.merges(name):
                 return expert[name]
             theirs, ours = wide(expert.read_finite(name)), wide(base.read_finite(name))
             return ours + self._thin(theirs - ours, keyed(self.seed, task, name)) if self.drop else theirs

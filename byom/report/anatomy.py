@@ -17,7 +17,7 @@ from byom.functional.deltas import inner_products
 from byom.functional.tensors import wide
 from byom.weights import Weights
 from byom.weights.cuts import Cuts, cuts_at
-from byom.weights.matching import matched
+from byom.weights.match import matched
 
 FIRST, LAST = "embeddings", "end"  # the layers before and after the numbered ones
 KINDS = {

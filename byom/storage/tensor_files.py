@@ -16,16 +16,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from byom.errors import CheckpointError
+from byom.storage import foreign
 from byom.storage.atomic import drafted, replacing
+from byom.storage.folder import SAFETENSORS, indexed, parsed, require_agreement
+from byom.storage.quantised import DEQUANTISED
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX, SINGLE = SAFETENSORS.index_file, SAFETENSORS.single_file
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
+"""Types that are read. Of the others, F4 and F6 pack several values into a byte, and F8_E8M0 holds scales of blocks."""
 
 
 def crc32(tensor: Tensor) -> str:
@@ -54,10 +58,14 @@ class TensorFiles:
         self._handles: dict[str, Any] = {}
         self._recorded: dict[str, str] = {}
         self._verified: set[str] = set()
-        for file in _files(path):
-            self._add(file)
-        if lost := sorted(set(_promised(path)) - set(self.specs)):
-            raise CheckpointError(f"{path / INDEX} names tensors that no shard holds: {lost[:5]}. Download it again")
+        if (path / INDEX).is_file():
+            places = indexed(path, SAFETENSORS)
+            held = [(name, shard) for shard in sorted(set(places.values())) for name in self._add(path / shard)]
+            require_agreement(path / INDEX, places, held)
+        else:
+            self._add(_file(path))
+        if lost := sorted(set(self.ties.values()) - set(self.specs)):
+            raise _damaged(path, f"its notes tie tensors to {lost[0]}, which it lacks")
 
     def read(self, name: str) -> Tensor:
         """Return one tensor; the first read of a tensor with a recorded checksum verifies it."""
@@ -78,16 +86,20 @@ class TensorFiles:
             raise _damaged(self.path, f"tensor '{name}' does not match its checksum")
         self._verified.add(name)
 
-    def _add(self, file: Path) -> None:
+    def _add(self, file: Path) -> list[str]:
+        """Open a file, and return its tensors' names."""
         with _readable(file):
+            _require_names_once(file)
             handle = safe_open(file, framework="pt")
-        for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        names = list(handle.keys())
+        for name in names:
             part = handle.get_slice(name)
-            self.specs[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+            self.specs[name] = (tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
             self._handles[name] = handle
-        notes = json.loads((handle.metadata() or {}).get("byom", "{}"))
-        self.ties |= notes.get("ties", {})
-        self._recorded |= notes.get("crc32", {})
+        notes = _notes(file, handle)
+        self.ties |= _table(file, notes, "ties", set(names))
+        self._recorded |= _table(file, notes, "crc32")
+        return names
 
 
 def save(
@@ -141,7 +153,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
 def read_notes(path: Path) -> dict[str, Any]:
     """Return the notes that `write_file` stored in a safetensors file."""
     with _readable(path), safe_open(path, framework="pt") as handle:
-        return json.loads((handle.metadata() or {}).get("byom", "{}"))
+        return _notes(path, handle)
 
 
 def written(*names: str) -> Callable[[Path], bool]:
@@ -153,45 +165,74 @@ def written(*names: str) -> Callable[[Path], bool]:
     return lambda file: bool(read_notes(file)) if file.suffix == ".safetensors" else file.name in {INDEX, *names}
 
 
-def _files(path: Path) -> list[Path]:
+def _file(path: Path) -> Path:
+    """Return the one file that a path stands for."""
     if path.is_file():
-        return [path]
-    if (path / INDEX).is_file():
-        return _indexed(path)
+        return path
+    if not path.is_dir():
+        raise CheckpointError(foreign.missing(path))
+    if (path / foreign.ADAPTER).is_file():
+        raise CheckpointError(foreign.unclear(path, (".safetensors",)))
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if len(files) != 1:
+        return path / SINGLE
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1 or foreign.is_shard(files[0].name) or not files[0].is_file():
+        raise CheckpointError(foreign.unclear(path, (".safetensors",)))
+    return files[0]
+
+
+def _require_names_once(file: Path) -> None:
+    """Refuse a table with a name twice, of which every reader takes one or the other."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length <= file.stat().st_size:  # if not, opening the file says so
+            parsed(handle.read(length).decode())
+
+
+def _dtype(file: Path, name: str, stored: str) -> torch.dtype:
+    if stored not in _DTYPES:
         raise CheckpointError(
-            f"{path} is not a checkpoint: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}"
+            f"{file}: tensor '{name}' has the type {stored}, in which models are quantised (MXFP4, MXFP8 and their "
+            "kin) "
+            f"and not merged. {DEQUANTISED}"
         )
-    return files
+    return _DTYPES[stored]
 
 
-def _indexed(folder: Path) -> list[Path]:
-    names = set(_promised(folder).values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise CheckpointError(f"{folder / INDEX} names shards that are missing: {missing}. Download them again")
-    return [folder / name for name in sorted(names)]
-
-
-def _promised(folder: Path) -> dict[str, str]:
-    """Return the index's tensor names and their shards; empty without an index."""
-    file = folder / INDEX
-    if not file.is_file():
-        return {}
+def _notes(file: Path, handle: Any) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(file, repr(error), "an index") from error
+        notes = parsed((handle.metadata() or {}).get("byom", "{}"))
+    except ValueError as error:
+        raise _damaged(file, f"its notes are no JSON: {error}") from error
+    if not isinstance(notes, dict):
+        raise _damaged(file, "its notes are no table")
+    return notes
+
+
+def _table(file: Path, notes: Mapping[str, Any], key: str, tensors: set[str] | None = None) -> dict[str, str]:
+    """Return an entry of the notes: names and texts; where `tensors` are given, other names of these."""
+    table = notes.get(key, {})
+    fits = isinstance(table, dict) and all(isinstance(value, str) for value in table.values())
+    if not fits or (tensors is not None and (table.keys() & tensors)):
+        raise _damaged(file, f"its notes have {key}={str(table)[:60]}")
+    return table
 
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}). Give yourself the right to read it"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        if foreign.is_pickle(file):
+            raise CheckpointError(
+                f"{file} is PyTorch's own file, not safetensors. Read it with {foreign.READ}"
+            ) from error
+        if why := foreign.cause(file):
+            raise CheckpointError(f"{file} {why}") from error
         raise _damaged(file, str(error)) from error
 
 

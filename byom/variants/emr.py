@@ -109,7 +109,7 @@ def unified(problem: Problem) -> Weights:
     base = problem.pretrained
 
     def read(name: str) -> Tensor:
-        if not base.dtype(name).is_floating_point:
+        if not base.merges(name):
             return base[name]
         return blockwise(problem.group(name), lambda _, piece: unify(piece.deltas))
 

@@ -1,6 +1,6 @@
 """`Weights`: lazy named tensors with the algebra of a vector space, dense or low-rank."""
 
-from byom.weights.matching import matched, require_match
+from byom.weights.match import matched, require_match
 from byom.weights.spec import Spec
 from byom.weights.weights import Weights
 

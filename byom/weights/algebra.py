@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from byom.functional.tensors import wide
+from byom.functional.tensors import wide, widened
+from byom.weights.match import fits, may_be_mask, require_alike
 from byom.weights.spec import Reader, Spec, Tensors
 
+Op = Callable[..., Tensor]
 
-def lifted(weights: Tensors, compute: Reader) -> Reader:
-    """Return what reads a computation on wide tensors; whatever is not floating point passes through.
+
+def scaled(weights: Tensors, op: Op, factor: float) -> Reader:
+    """Return what reads every tensor combined with a number; what is not merged passes through."""
+
+    def read(name: str) -> Tensor:
+        value = weights.raw(name)
+        return op(wide(value), factor) if weights.merges(name) else value
+
+    return read
+
+
+def combined(left: Tensors, right: Tensors, op: Op, *, difference: bool) -> Reader:
+    """Return what reads every tensor of two sets of weights combined; what is not merged passes through.
 
     Args:
-        weights: The left operand.
-        compute: Gives a tensor by canonical name.
+        left: The left operand, whose buffers the result has where the right one has none.
+        right: The right operand.
+        op: Of two wide tensors.
+        difference: Whether it subtracts: of infinities that are equal, the difference is 0.
     """
-    return lambda name: compute(name) if weights.dtype(name).is_floating_point else weights.raw(name)
+
+    def read(name: str) -> Tensor:
+        value = left.raw(name)
+        if not fits(name, left, right):
+            return value
+        if not left.merges(name):
+            return require_alike(name, (left.origin, value), (right.origin, partial(right.raw, name)))
+        ours, theirs = wide(value), wide(right.raw(name))
+        result = op(ours, theirs)
+        masked = difference and may_be_mask(name, left.shape(name))
+        return result.masked_fill(ours == theirs, 0) if masked else result
+
+    return read
 
 
-def scaled(weights: Tensors, op: Callable[[Tensor, float], Tensor], factor: float) -> Reader:
-    """Return what reads every tensor combined with a number."""
-    return lifted(weights, lambda name: op(wide(weights.raw(name)), factor))
+def results(weights: Tensors, *, difference: bool = False) -> dict[str, Spec]:
+    """Return shapes and types of a result: the operand's, but wide for differences and where 8 bits would overflow."""
+    return {name: _result(weights.shape(name), weights.dtype(name), difference) for name in weights}
 
 
-def combined(left: Tensors, right: Tensors, op: Callable[[Tensor, Tensor], Tensor]) -> Reader:
-    """Return what reads every tensor of two sets of weights combined."""
-    return lifted(left, lambda name: op(wide(left.raw(name)), wide(right.raw(name))))
-
-
-def widened(weights: Tensors) -> dict[str, Spec]:
-    """Return shapes, and the dtypes of differences: fp32, or fp64 where the weights are."""
-    return {name: Spec(weights.shape(name), _wide(weights.dtype(name))) for name in weights}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype
+def _result(shape: tuple[int, ...], dtype: torch.dtype, difference: bool) -> Spec:
+    wide = dtype.is_floating_point and (dtype.itemsize == 1 or difference)
+    return Spec(shape, widened(dtype) if wide else dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError, listed, whole
 from byom.functional.linalg import product_svd
-from byom.functional.tensors import wide
+from byom.functional.tensors import wide, widened
 from byom.weights.spec import Spec
 from byom.weights.weights import Weights
 
@@ -56,7 +56,7 @@ class Adapted(Weights):
     ) -> None:
         self.base, self.factored, self.replaced = base, dict(factored), dict(replaced or {})
         moved = {name for name in base if base.ties.get(name, name) in factored}
-        specs = {n: Spec(base.shape(n), _widened(base.dtype(n)) if n in moved else base.dtype(n)) for n in base}
+        specs = {n: Spec(base.shape(n), widened(base.dtype(n)) if n in moved else base.dtype(n)) for n in base}
         super().__init__(specs, self._moved, ties=base.ties, origin=origin)
 
     def pieces(self, name: str) -> Sequence[Piece]:
@@ -199,7 +199,3 @@ def _cut(piece: Piece, rank: int) -> Piece:
     dtype = torch.promote_types(piece.left.dtype, piece.right.dtype)
     scaled = left[:, :rank] * values[:rank]
     return Piece(piece.start, scaled.to(dtype).contiguous(), right[:rank].to(dtype).contiguous())
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

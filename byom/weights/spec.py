@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -28,8 +28,12 @@ class Tensors(Protocol):
         """Alias name to canonical name of tied tensors."""
         ...
 
-    def tied(self, ties: Mapping[str, str], doubled: Collection[str] = ()) -> Any:
+    def tied(self, ties: Mapping[str, str], doubled: Iterable[str] = ()) -> Any:
         """Return the same with other ties."""
+        ...
+
+    def merges(self, name: str) -> bool:
+        """Say whether a tensor is merged."""
         ...
 
     def mergeable(self) -> list[str]:
@@ -49,6 +53,8 @@ class Tensors(Protocol):
         ...
 
     def __getitem__(self, name: str) -> Tensor: ...
+
+    def __contains__(self, name: object) -> bool: ...
 
     def __iter__(self) -> Iterator[str]: ...
 

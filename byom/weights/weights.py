@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
-from byom.functional.tensors import narrowed, require_finite, require_result, require_values, shared, wide
+from byom.functional.tensors import finite, narrowed, require_result, require_values, shared, wide
 from byom.storage import tensor_files as storage
-from byom.weights.algebra import combined, scaled, widened
-from byom.weights.matching import matched
+from byom.storage.quantised import require_plain
+from byom.weights.algebra import combined, results, scaled
+from byom.weights.match import matched, not_finite
 from byom.weights.spec import Reader, Spec
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
@@ -22,8 +24,8 @@ class Weights:
 
     ``theta_0 + 0.3 * sum(taus)`` reads nothing; indexing evaluates one tensor, saving streams them all.
     Arithmetic happens in fp32 (fp64 where an operand is fp64) and is rounded once, when a tensor is read:
-    a difference is fp32, a sum and a multiple keep the dtype of their left operand. Tensors that are not
-    floating point (position ids, counters) are carried over from the left operand.
+    a difference is fp32, as is what comes of fp8; other sums and multiples keep the dtype of their left operand.
+    Tensors that are not floating point (position ids, counters) are carried over from the left operand.
 
     Tied tensors (one storage, several names) count once: `canonical` lists one name of each group.
 
@@ -38,16 +40,15 @@ class Weights:
         ties: Mapping[str, str] | None = None,
         origin: str = "memory",
         checksum: Callable[[str], str] | None = None,
-        doubled: Collection[str] = (),
+        doubled: Iterable[str] = (),
+        carried: Iterable[str] = (),
     ) -> None:
         self._specs = dict(specs)
         self._read = read
         self._ties = dict(ties or {})
-        self._doubled = frozenset(doubled)
+        self._doubled, self._carried = frozenset(doubled), frozenset(carried)
         self._checksum = checksum
         self.origin = origin
-
-    # constructors
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], origin: str = "memory") -> Weights:
@@ -56,9 +57,6 @@ class Weights:
         Args:
             state: Name to tensor, for example ``module.state_dict()``. The tensors are not copied.
             origin: What error messages call these weights.
-
-        Returns:
-            The weights.
 
         Raises:
             CheckpointError: If tensors have no values, on the meta device.
@@ -79,21 +77,16 @@ class Weights:
         Args:
             path: The file or folder.
 
-        Returns:
-            The weights, reading from disk on demand.
-
         Raises:
-            CheckpointError: If it is missing, truncated, or its index and shards disagree.
+            CheckpointError: If it is missing, truncated, quantised, or its index and shards disagree.
         """
         file = storage.TensorFiles(Path(path))
+        require_plain(Path(path), file.specs)
         specs = {name: Spec(shape, dtype) for name, (shape, dtype) in file.specs.items()}
         tied = file_ties(file)
         specs |= {name: specs[stored] for name, stored in tied.stored.items()}
-
         read, checksum = tied.renamed(file.read), tied.renamed(file.checksum)
         return cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled)
-
-    # reading
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor in its declared dtype. Do not modify it: it may be the stored one.
@@ -133,7 +126,11 @@ class Weights:
 
     def mergeable(self) -> list[str]:
         """Return the canonical names of floating-point tensors: what merge methods merge, in selection order."""
-        return [name for name in self.canonical() if self.dtype(name).is_floating_point]
+        return [name for name in self.canonical() if self.merges(name)]
+
+    def merges(self, name: str) -> bool:
+        """Say whether a tensor is merged: it holds floating-point numbers, and is no constant such as a mask."""
+        return self.dtype(name).is_floating_point and name not in self._carried
 
     @property
     def ties(self) -> dict[str, str]:
@@ -158,6 +155,11 @@ class Weights:
         """Read everything once, so that later reads cost nothing."""
         return self._like(self.state().__getitem__)
 
+    def carrying(self, names: Iterable[str]) -> Weights:
+        """Return the same weights with some floating-point tensors carried over, as whole numbers are."""
+        more = self._carried.union(names)
+        return self if more == self._carried else self.tied(self._ties, carried=more)
+
     def checksum(self, name: str) -> str:
         """Return the CRC-32 of a tensor's bytes, from the file where it is recorded there."""
         name = self._ties.get(name, name)
@@ -174,9 +176,10 @@ class Weights:
         Raises:
             CheckpointError: If it holds a value that is not finite.
         """
-        return require_finite(self[name], f"{self.origin}: tensor '{name}'")
-
-    # algebra
+        tensor = self[name]
+        if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
+            raise CheckpointError(not_finite(self.origin, name, tensor))
+        return tensor
 
     def __add__(self, other: Weights) -> Weights:
         return self._combine(other, torch.add, "+", difference=False)
@@ -190,35 +193,33 @@ class Weights:
     def __mul__(self, factor: float) -> Weights:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return self._like(scaled(self, torch.mul, factor), origin=f"{factor} * {self.origin}")
+        return self._like(scaled(self, torch.mul, factor), results(self), origin=f"{factor} * {self.origin}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Weights:
         if not isinstance(divisor, int | float):
             return NotImplemented
-        return self._like(scaled(self, torch.div, divisor), origin=f"{self.origin} / {divisor}")
+        return self._like(scaled(self, torch.div, divisor), results(self), origin=f"{self.origin} / {divisor}")
 
     def __neg__(self) -> Weights:
         return self * -1.0
 
     def derived(self, read: Reader, origin: str) -> Weights:
-        """Return weights with these names, shapes, dtypes and ties, and other values.
+        """Return weights with these names, shapes, dtypes and ties, and other values, lazily.
 
         Args:
             read: Gives a tensor by canonical name; the result is cast to the declared dtype when it is read.
             origin: What error messages call the result.
-
-        Returns:
-            The new weights, as lazy as `read`.
         """
         return self._like(read, origin=origin)
 
-    def tied(self, ties: Mapping[str, str], doubled: Collection[str] = ()) -> Weights:
+    def tied(self, ties: Mapping[str, str], doubled: Iterable[str] = (), carried: Iterable[str] = ()) -> Weights:
         """Return these weights with other ties, of tensors that are equal; `doubled` of them files hold each."""
-        doubled = self._doubled | frozenset(doubled)
-        checksum = self.checksum if self._checksum else None
-        return Weights(self._specs, self.raw, ties=ties, origin=self.origin, checksum=checksum, doubled=doubled)
+        tied = self._like(self.raw, ties=ties)
+        tied._doubled, tied._carried = self._doubled.union(doubled), self._carried.union(carried)
+        tied._checksum = self.checksum if self._checksum else None
+        return tied
 
     def untied(self) -> Weights:
         """Return these weights with every name a tensor of its own: for models whose tied tensors are to differ."""
@@ -255,20 +256,14 @@ class Weights:
             The folder.
 
         Raises:
-            CheckpointError: If the folder holds other files or cannot be written, or a value is not finite or beyond
-                what its dtype can hold; then nothing changes.
+            CheckpointError: If the folder cannot be written, or a value is not finite or beyond what its dtype can
+                hold; then nothing changes.
         """
         if dtype is not None:
             return self.to(dtype).save(folder, shard_bytes)
         aliases = unwritten(self._ties, self._doubled)
         sizes = {name: storage.size(*self._specs[name]) for name in self.keys() if name not in aliases}
-
-        def read(name: str) -> Tensor:
-            return require_result(self[name], f"{self.origin}: tensor '{name}'")
-
-        return storage.save(Path(folder), sizes, read, aliases, shard_bytes)
-
-    # internals
+        return storage.save(Path(folder), sizes, partial(_result, self), aliases, shard_bytes)
 
     def _like(
         self,
@@ -278,7 +273,8 @@ class Weights:
         origin: str = "",
     ) -> Weights:
         specs, ties = self._specs if specs is None else specs, self._ties if ties is None else ties
-        return Weights(specs, read, ties=ties, origin=origin or self.origin, doubled=self._doubled)
+        origin, doubled, carried = origin or self.origin, self._doubled, self._carried
+        return Weights(specs, read, ties=ties, origin=origin, doubled=doubled, carried=carried)
 
     def _spec(self, name: str) -> Spec:
         if name not in self._specs:
@@ -294,5 +290,10 @@ class Weights:
         if not isinstance(other, Weights):
             return NotImplemented
         left, right = matched(self, other)
-        origin = f"({self.origin} {sign} {other.origin})"
-        return left._like(combined(left, right, op), widened(left) if difference else None, origin=origin)
+        read = combined(left, right, op, difference=difference)
+        both = left.carrying(other._carried)
+        return both._like(read, results(left, difference=difference), origin=f"({self.origin} {sign} {other.origin})")
+
+
+def _result(weights: Weights, name: str) -> Tensor:
+    return require_result(weights[name], f"{weights.origin}: tensor '{name}'")

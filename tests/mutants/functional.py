@@ -153,7 +153,7 @@ FUNCTIONAL = (
     Mutant(
         "double-precision-is-narrowed",
         "functional",
-        "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))",
+        "return tensor.to(widened(tensor.dtype))",
         "return tensor.float()",
         ("tests/unit/test_weights.py -k fp64", "tests/contract/test_merge.py -k dtypes"),
     ),

@@ -42,8 +42,8 @@ STORAGE = (
     Mutant(
         "lost-tensors-go-unnoticed",
         "storage",
-        "if lost := sorted(set(_promised(path)) - set(self.specs)):",
-        "if lost := sorted(set(self.specs) - set(self.specs)):",
+        "if lost := sorted(set(places) - set(found)):",
+        "if lost := sorted(set(found) - set(found)):",
         ("tests/unit/test_storage.py",),
     ),
     Mutant(

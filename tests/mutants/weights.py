@@ -13,8 +13,8 @@ WEIGHTS = (
     Mutant(
         "tied-tensors-count-twice",
         "weights",
-        "return [name for name in self.canonical() if self.dtype(name).is_floating_point]",
-        "return [name for name in self.keys() if self.dtype(name).is_floating_point]",
+        "return [name for name in self.canonical() if self.merges(name)]",
+        "return [name for name in self.keys() if self.merges(name)]",
         ("tests/unit/test_weights.py -k tie",),
     ),
     Mutant(
@@ -48,15 +48,15 @@ WEIGHTS = (
     Mutant(
         "differences-of-fp64-are-narrowed",
         "weights",
-        "torch.float32 if dtype.is_floating_point and dtype != torch.float64 else dtype",
-        "torch.float32 if dtype.is_floating_point else dtype",
+        "return Spec(shape, widened(dtype) if wide else dtype)",
+        "return Spec(shape, torch.float32 if wide else dtype)",
         ("tests/unit/test_weights.py -k fp64",),
     ),
     Mutant(
         "only-nan-is-refused",
-        "functional",
-        "and tensor.numel() and not finite(tensor):\n        bad =",
-        "and tensor.numel() and tensor.isnan().any():\n        bad =",
+        "weights",
+        "and tensor.numel() and not finite(tensor):\n            raise CheckpointError(not_finite",
+        "and tensor.numel() and tensor.isnan().any():\n            raise CheckpointError(not_finite",
         ("tests/unit/test_weights.py -k 'finite or overflow'",),
     ),
     Mutant(

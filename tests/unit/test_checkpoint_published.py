@@ -176,7 +176,7 @@ def test_shards_of_pytorch_and_what_a_trainer_leaves_beside_the_weights(tmp_path
     found = read(tmp_path, base)
     assert found.format == "sharded PyTorch state dict" and found.weights.fingerprint() == base.fingerprint()
     (tmp_path / "b.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"names b.bin, which is not there"):
+    with pytest.raises(CheckpointError, match=r"names shards that are missing: .*b.bin"):
         read(tmp_path, base)
     (tmp_path / "pytorch_model.bin.index.json").unlink()
     torch.save(state, tmp_path / "a.bin")
@@ -184,7 +184,7 @@ def test_shards_of_pytorch_and_what_a_trainer_leaves_beside_the_weights(tmp_path
         (tmp_path / beside).write_bytes(b"not weights")
     assert read(tmp_path, base).weights.fingerprint() == base.fingerprint()
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"2 files of weights \(a.bin, other.pt\); name one"):
+    with pytest.raises(CheckpointError, match=r"2 files of weights \(a.bin, other.pt\).*Name one"):
         read(tmp_path, base)
 
 

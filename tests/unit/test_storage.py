@@ -311,12 +311,21 @@ def test_a_damaged_index_is_named(weights, folder, text):
         Weights.open(folder)
 
 
-@pytest.mark.parametrize("files", [None, [], ["pytorch_model.bin"], ["a.safetensors", "b.safetensors"]])
-def test_what_is_no_checkpoint_is_named(weights, folder, files):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "there is no checkpoint at .*model; check the path"),
+        ([], r"model is not a checkpoint: it holds no file of weights \(it is empty\)"),
+        (["pytorch_model.bin"], r"PyTorch's own files \(pytorch_model.bin\).*byom.read_checkpoint"),
+        (["a.safetensors", "b.safetensors"], r"2 files of weights \(a.safetensors, b.safetensors\).*Name one"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(folder, files, message):
+    if files is not None:
+        folder.mkdir(parents=True)
     for name in files or []:
-        folder.mkdir(parents=True, exist_ok=True)
         save_file({"a": torch.zeros(1)}, folder / name)
-    with pytest.raises(CheckpointError, match=r"model is not a checkpoint: expected a \.safetensors file"):
+    with pytest.raises(CheckpointError, match=message):
         Weights.open(folder)
 
 

@@ -158,7 +158,7 @@ def test_many_names_that_differ_are_counted():
 
 def test_shapes_that_differ_are_listed():
     a = model(1)
-    with pytest.raises(WeightsMismatch, match=r"'one' \(1,\) and \(2,\).*vocabularies"):
+    with pytest.raises(WeightsMismatch, match=r"'one' \(1,\) and \(2,\).*task heads"):
         Weights.of(a) + Weights.of(a | {"one": torch.zeros(2)})
 
 

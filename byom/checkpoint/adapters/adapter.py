@@ -12,12 +12,14 @@ from torch import Tensor
 
 from byom.checkpoint.adapters.config import CONFIG, PICKLED, SAFE, AdapterConfig
 from byom.checkpoint.adapters.contents import Factors, equal, read
+from byom.checkpoint.adapters.misfit import VOCABULARY, misfit
 from byom.checkpoint.adapters.site import parameter_rows, shift, site, spelling
 from byom.errors import CheckpointError
 from byom.functional.tensors import wide
 from byom.weights import Weights
 from byom.weights.fused import Rows
 from byom.weights.lowrank import Adapted, Piece
+from byom.weights.match import is_resized
 
 T = TypeVar("T")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -160,10 +162,9 @@ class Placed:
             rows = parameter_rows(self.names[name], self.base)
             if rows is None:
                 continue
-            if value.shape != _shape(rows, self.base):
+            if (shape := tuple(value.shape)) != _shape(rows, self.base):
                 raise CheckpointError(
-                    f"{self.adapter.origin}: '{name}' has shape {tuple(value.shape)} and '{rows.name}' of "
-                    f"{self.base.origin} {_shape(rows, self.base)}. {self._remedy}"
+                    misfit(self.adapter.origin, name, shape, self.base.origin, _shape(rows, self.base), self._remedy)
                 )
             values[rows.name] = _written(value, rows, values.get(rows.name, self.base[rows.name]))
         return self._untied({name: value for name, value in values.items() if not equal(value, self.base[name])})
@@ -203,9 +204,12 @@ class Placed:
             return down.T * factors.scale, up.T
         if upright:
             return up * factors.scale, down
+        product = (len(factors.up), *factors.down.shape[1:])[:: -1 if factors.embedding else 1]
+        resized = is_resized(rows.name, product, shape) or is_resized(rows.name, product[::-1], shape)
         raise CheckpointError(
             f"{self.adapter.origin}: the factors of '{path}', {tuple(factors.up.shape)} and "
-            f"{tuple(factors.down.shape)}, do not fit {shape} of '{rows.name}' in {self.base.origin}. {self._remedy}"
+            f"{tuple(factors.down.shape)}, do not fit {shape} of '{rows.name}' in {self.base.origin}. "
+            f"{VOCABULARY if resized else self._remedy}"
         )
 
     def _untied(self, values: Mapping[str, T]) -> dict[str, T]:

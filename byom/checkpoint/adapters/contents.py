@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor
 
 from byom.checkpoint.adapters.config import INNER, PICKLED, ROOT, SAFE, AdapterConfig
+from byom.checkpoint.plain import MALFORMED, require_dense
 from byom.errors import CheckpointError, listed
 from byom.functional.tensors import finite
+from byom.storage import foreign
 from byom.storage import tensor_files as storage
+from byom.weights.match import partitioned
 
 FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)"
@@ -88,6 +90,8 @@ def read(folder: Path, config: AdapterConfig) -> Contents:
         module, side = _factor(key.removeprefix(ROOT))
         _put(file, parts.setdefault(module, {}) if side else saved, side or _plain(key), key, tensor)
     layers = _layers(file, parts, config)
+    if emptied := [name for name in saved if saved[name].shape == (0,)]:
+        raise CheckpointError(f"{file}: {partitioned(emptied[0])}")
     if unknown := [name for name in saved if not _known(name, config, layers)]:
         raise CheckpointError(
             f"{file} holds tensors that are neither LoRA factors nor trained biases nor of modules_to_save: "
@@ -110,14 +114,17 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        why = str(error).partition("\n")[0]
+    except MALFORMED as error:
+        if why := foreign.cause(file):
+            raise CheckpointError(f"{file} {why}") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{file} is damaged or holds more than tensors ({why}). Fetch or save it again"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file} holds something else than named tensors. Save the adapter again as {SAFE}")
-    return tensors
+    require_dense(file, tensors)
+    return {str(name): tensor for name, tensor in tensors.items()}
 
 
 def _factor(name: str) -> tuple[str, str]:

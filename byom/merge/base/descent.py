@@ -187,6 +187,6 @@ def merged(problem: Problem, coefficients: Mapping[str, Tensor]) -> Weights:
     base = problem.pretrained
 
     def read(name: str) -> Tensor:
-        return blended(problem.group(name), coefficients[name]) if base.dtype(name).is_floating_point else base[name]
+        return blended(problem.group(name), coefficients[name]) if base.merges(name) else base[name]
 
     return base.derived(read, "merged")

@@ -132,6 +132,6 @@ def _lazily(problem: Problem, merge: Any) -> Weights:
     base = problem.pretrained
 
     def read(name: str) -> Tensor:
-        return merge(problem.group(name)) if base.dtype(name).is_floating_point else base[name]
+        return merge(problem.group(name)) if base.merges(name) else base[name]
 
     return base.derived(read, "merged")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
-from byom.functional.tensors import wide
+from byom.functional.tensors import wide, widened
 from byom.merge.base.probe import Probe
 from byom.merge.base.running import averaged
-from byom.weights import Weights, require_match
-from byom.weights.ties import united
+from byom.weights import Weights
+from byom.weights.align import aligned
 
 BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 
@@ -104,11 +104,9 @@ class Problem:
     def __post_init__(self) -> None:
         if not self.finetuned:
             raise CheckpointError("there is no fine-tuned model to merge; give at least one task")
-        for expert in self.finetuned.values():
-            require_match(self.pretrained, expert)
-        pretrained, *finetuned = united(self.pretrained, *self.finetuned.values())
+        pretrained, finetuned = aligned(self.pretrained, self.finetuned)
         object.__setattr__(self, "pretrained", pretrained)
-        object.__setattr__(self, "finetuned", dict(zip(self.finetuned, finetuned, strict=True)))
+        object.__setattr__(self, "finetuned", finetuned)
 
     @property
     def tasks(self) -> list[str]:
@@ -166,7 +164,7 @@ def blockwise(group: Group, merge: Any) -> Tensor:
     Returns:
         ``[*shape]`` merged values.
     """
-    dtype = torch.promote_types(group.pretrained.dtype, torch.float32)
+    dtype = widened(group.pretrained.dtype)
     merged = torch.empty(group.pretrained.numel(), dtype=dtype)
     for start, piece in group.blocks():
         merged[start : start + piece.pretrained.numel()] = merge(start, piece)

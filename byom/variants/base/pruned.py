@@ -49,7 +49,7 @@ class Pruned(Preparation):
             return cuts(expert, base, self.density, self.scope)
 
         def read(name: str) -> Tensor:
-            if not expert.dtype(name).is_floating_point:
+            if not expert.merges(name):
                 return expert[name]
             cut, offset = plan()[name]
             values, origin = expert.read_finite(name), base.read_finite(name)
