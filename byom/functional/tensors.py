@@ -91,8 +91,8 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     cast = tensor.to(dtype)
     if not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
         return cast
-    most = torch.finfo(dtype).max
-    if most < torch.finfo(tensor.dtype).max and not finite(cast) and finite(tensor):
+    most = torch.finfo(dtype).max  # bf16 reaches as far as fp32 but for the last step
+    if most < 1e38 and most < torch.finfo(tensor.dtype).max and not finite(cast) and finite(tensor):
         raise CheckpointError(
             f"{what} has values up to {float(tensor.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} holds "
             f"{most:.3g} at most; write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
