@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from byom.errors import CheckpointError, OptionError, suggest
 from byom.experts.base import Host, Validation, check_family, named
 from byom.experts.checkpoints import Checkpoints
+from byom.experts.labels import Rows, beside
 from byom.storage import repository as hub
 from byom.storage.repository import Download
 
@@ -75,6 +77,15 @@ class Hub(Checkpoints):
         if not path.exists():
             raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
         return path
+
+    def rows(self, host: Host, task: str) -> Rows:
+        """Return which row of a task's classifier stands for which class; see `Checkpoints.rows`."""
+        path = self.path(task)
+        if self.file and not path.is_dir() and not beside(path).is_file():
+            place = beside(path).relative_to(self._folder(task)).as_posix()
+            with suppress(CheckpointError):  # the repository may have none
+                hub.fetch(self.repository(task), (place,))
+        return super().rows(host, task)
 
     def key(self, task: Task, recipe: Recipe) -> Any:
         """Return the repository at the commit that is used, and the file in it."""
