@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
 from byom.functional.heads import Head
 from byom.storage import repository as hub
+from byom.storage.contents import content_digest
 from byom.storage.repository import Download
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -94,6 +96,13 @@ class Clip(Backbone):
         """Bring the weights to this machine."""
         if self._repository():
             self._full()
+
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return the digest of a local file, or the commit that is used; see `Backbone.contents`."""
+        file = Path(self.pretrained)
+        if file.is_file():
+            return content_digest(file.parent, [file.name], cache, CheckpointError)
+        return hub.current(where) if self.pretrained != "random" and (where := self._repository()) else None
 
     def _repository(self) -> hub.Repository | None:
         from open_clip.pretrained import get_pretrained_cfg

@@ -63,13 +63,26 @@ class Experts(ABC):
     """True for the option that names and signatures of runs leave out: runs had it before others existed."""
 
     @abstractmethod
-    def key(self, task: Task, recipe: Recipe) -> Any:
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
         """Return what determines a task's expert, as JSON or as an option.
 
         Args:
             task: The task.
             recipe: How models are fine-tuned here.
+            cache: See `contents`.
         """
+
+    def contents(self, task: Task, cache: Path | None = None) -> str | None:
+        """Return what tells a task's expert from others under the same options; None where the options tell it.
+
+        Args:
+            task: The task.
+            cache: Where digests of unchanged files are remembered; None reads them every time.
+
+        Raises:
+            CheckpointError: If files are missing.
+        """
+        return None
 
     def trains(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """Yield those of some tasks whose experts are fine-tuned here."""

@@ -87,7 +87,7 @@ class Hub(Checkpoints):
                 hub.fetch(self.repository(task), (place,))
         return super().rows(host, task)
 
-    def key(self, task: Task, recipe: Recipe) -> Any:
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
         """Return the repository at the commit that is used, and the file in it."""
         return {
             "family": self.family,
@@ -96,6 +96,11 @@ class Hub(Checkpoints):
             "file": self._file(task.name),
             "heads": self.heads,
         }
+
+    def contents(self, task: Task, cache: Path | None = None) -> str | None:
+        """Return the commit that is used, where a branch or tag names it; see `Experts.contents`."""
+        repository = self.repository(task.name)
+        return None if repository.pinned else hub.current(repository)
 
     def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and repository and commit by task."""

@@ -28,6 +28,7 @@ from byom.functional.seeding import keyed
 from byom.functional.tensors import copied
 from byom.merge.base.probe import Features
 from byom.pipeline.evaluate import Score, evaluate
+from byom.pipeline.inputs import Names
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import write_json
@@ -71,6 +72,7 @@ class Lab:
         self._heads: dict[str, Readout] = {}
         self._experts: dict[str, Weights] = {}
         self._features: dict[tuple[str, str, str], Features] = {}
+        self._names = Names(backbone, experts, recipe, seed, cache)
         self._checkpoints: dict[Path, Checkpoint] = {}
         # the cells of a sweep share experts and references; functions of this lab, so that they end with it
         self.opened = lru_cache(maxsize=4)(Weights.open)
@@ -157,8 +159,7 @@ class Lab:
 
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
-        expert = self.experts.key(self.tasks[task], self.recipe)
-        return signature(self.backbone, self.tasks[task], expert, self.seed, *([member] if member else []))
+        return self._names.expert(self.tasks[task], member)
 
     @property
     def signature(self) -> str:
@@ -252,12 +253,11 @@ class Lab:
         self.encoder.load_state_dict(dict(state))
 
     def _cached_head(self, task: str) -> Readout:
-        file = self.cache / "heads" / f"{signature(self.backbone, self.tasks[task], self.seed)}.safetensors"
+        file = self.cache / "heads" / f"{self._names.head(self.tasks[task])}.safetensors"
         if not file.is_file():
             self.fill(self.pretrained.state())
             shots = self.splits(task)["shots"] if self.backbone.reads_shots else None
             head = self.backbone.head(self.encoder, self.tasks[task], shots)
-            file.parent.mkdir(parents=True, exist_ok=True)
             storage.write_file(file, heads.pack(head), {"task": task})
         return heads.unpack(load_file(file))
 

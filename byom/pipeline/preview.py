@@ -263,6 +263,7 @@ def _place(preview: Preview, settings: Mapping[str, Settings]) -> Place:
     tasks = [task.name for task in s.suite.tasks]
     methods = {name: [one.merge, one.wanted()] for name, one in settings.items()}
     asked = [preview.grid(len(tasks)), trained(len(tasks), preview.joint), preview.examples]
+    asked += [s.contents] if s.contents else []
     name = signature("preview", s.suite, s.backbone, s.finetune, s.seed, s.evaluate, methods, *asked)
     label = "+".join(tasks) if len(tasks) <= MEASURED_TASKS else f"{len(tasks)}-tasks"
     return PreviewPlace(results_root(s.results), s.suite.name, s.names["backbone"], label, name)

@@ -82,6 +82,7 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         },
         "needs": settings.needs.to_json(),
         "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
+        **({"contents": settings.contents} if settings.contents else {}),
         "family": settings.experts.family,
         "skipped_tasks": list(settings.suite.missing),
         **({"note": settings.note} if settings.note else {}),
