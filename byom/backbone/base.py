@@ -75,6 +75,13 @@ class Backbone(ABC):
         assert shots is not None
         return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
 
+    def require_head(self, task: Task) -> None:  # noqa: B027 - most heads are made of examples
+        """Refuse a task for which no head can be made, before anything is loaded.
+
+        Raises:
+            DataError: Naming the task and what it lacks.
+        """
+
     def own_head(self, task: Task, tensors: Mapping[str, Tensor]) -> Readout | None:
         """Make a task's head from the classifier that came with its fine-tuned checkpoint.
 

@@ -117,6 +117,13 @@ class Clip(Backbone):
         model = self._full()
         return PixelEncoder(model.visual, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD).eval()
 
+    def require_head(self, task: Task) -> None:
+        """Refuse a task without templates; see `Backbone.require_head`."""
+        if not task.templates:
+            raise DataError(
+                f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
+            )
+
     @torch.no_grad()
     def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Head:
         """Make the zero-shot head: the normalised mean of the templates' normalised text features per class.
@@ -134,10 +141,7 @@ class Clip(Backbone):
         """
         import open_clip
 
-        if not task.templates:
-            raise DataError(
-                f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
-            )
+        self.require_head(task)
         model, tokenizer = self._full(), open_clip.get_tokenizer(self.model)
         rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
         return Head(torch.stack(rows), float(model.logit_scale.exp()))

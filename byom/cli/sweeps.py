@@ -25,6 +25,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from byom.cli.config import GROUPS, build, compose, plain, resolve
+from byom.cli.overrides import quoted
 from byom.cli.tree import PLUGINS, choices, explained, folder, options, parsed
 from byom.errors import OptionError, suggest
 
@@ -252,7 +253,7 @@ def fitting(overrides: Sequence[str]) -> list[list[str]]:
     Returns:
         Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
     """
-    parts = [list(overrides)]
+    parts = [[quoted(override) for override in overrides]]
     for group in GROUPS:
         parts = [part for each in parts for part in _split(each, group, _values, _fields)]
     return parts

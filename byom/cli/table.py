@@ -42,6 +42,7 @@ def table(arguments: Sequence[str]) -> int:
     experiment = sweeps.experiment(name)
     launcher = [o for o in extra if sweeps.for_hydra(o)]
     every = experiment.cells([o for o in extra if o not in launcher])
+    published_tables(experiment.published)  # what is wrong with them is said before any cell runs
     sweeps.name_sweep()
 
     @cache

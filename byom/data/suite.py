@@ -96,6 +96,15 @@ class Task:
                 "correct `label` of its source, or its metric"
             ) from None
 
+    def _require_filled(self, template: str) -> None:
+        """Refuse a template that a class's name cannot be put into, or that gives every class one sentence."""
+        try:
+            filled = template.format("a") != template.format("b")
+        except (KeyError, IndexError, ValueError):
+            filled = False
+        if not filled:
+            raise OptionError(f"task {self.name} has the template {template!r}; give it one {{}} for the class's name")
+
     def _check(self) -> None:
         if self.modality not in MODALITIES:
             raise OptionError(f"task {self.name} has modality {self.modality!r}; {suggest(self.modality, MODALITIES)}")
@@ -104,6 +113,8 @@ class Task:
         unnamed = sorted(set(self.labels.values()) - set(self.classes))
         if unnamed:
             raise OptionError(f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}")
+        for template in self.templates:
+            self._require_filled(template)
         metric(self.metric)
         if self.holdout not in HOLDOUTS:
             raise OptionError(f"task {self.name} has holdout={self.holdout!r}; {suggest(self.holdout, HOLDOUTS)}")

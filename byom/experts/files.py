@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.checkpoint.files import BESIDE
-from byom.errors import CheckpointError, OptionError
-from byom.experts.base import Validation, check_family, named
+from byom.errors import CheckpointError
+from byom.experts.base import Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
 from byom.experts.labels import beside
 from byom.storage.contents import content_digest
@@ -45,8 +45,7 @@ class Files(Checkpoints):
 
     def __post_init__(self) -> None:
         check_family(self.family, self.validation)
-        if "{task}" not in self.path_of:
-            raise OptionError(f"experts.path_of={self.path_of!r} must have {{task}} in it")
+        require_place("experts.path_of", self.path_of, everywhere=True)
 
     def path(self, task: str) -> Path:
         """Return the file or folder of a task's expert.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.experts.base import Host, Validation, check_family, named
+from byom.experts.base import Host, Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
 from byom.experts.labels import Rows, beside
 from byom.storage import repository as hub
@@ -54,6 +54,10 @@ class Hub(Checkpoints):
         check_family(self.family, self.validation)
         if not self.repositories:
             raise OptionError('experts.repositories is empty; give e.g. experts.repositories={"*":"me/model_{task}"}')
+
+        for task, name in self.repositories.items():
+            require_place(f"experts.repositories.{task}", name)
+        require_place("experts.file", self.file)
 
     def repository(self, task: str) -> hub.Repository:
         """Return a task's repository.

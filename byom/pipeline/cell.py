@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from byom.checkpoint.bundle import Bundle
-from byom.errors import OptionError
-from byom.functional.metrics import metric
 from byom.merge.base import Member, MergeMethod, Problem
 from byom.pipeline import measure
 from byom.pipeline.cached import Keys, note, once
@@ -183,26 +181,6 @@ class Cell:
                 scores[split][task] = known.score(task, split).to_json()
         return Scores(scores, norms, {})
 
-    def require_routable(self) -> None:
-        """Refuse routers where they would see the task, or where a misrouted example cannot count as wrong.
-
-        Raises:
-            OptionError: Naming the backbone or the task, and what to choose instead.
-        """
-        if not self.settings.routed:
-            return
-        backbone, suite = self.settings.backbone, self.settings.suite
-        if backbone.answers:
-            raise OptionError(
-                f"{type(backbone).__name__} scores the answers of each task, which give it away; use router=oracle"
-            )
-        if odd := [task for task in suite.tasks if not metric(task.metric).decomposes]:
-            raise OptionError(
-                f"a router sends some examples to another task's head, where they count as wrong, and task "
-                f"{odd[0].name} has a score that is not a mean over examples ({odd[0].metric}); use router=oracle, or "
-                "metric=accuracy"
-            )
-
     def cost(self, stages: Stages) -> dict[str, Any]:
         """Return seconds and peak memory of what was made, also where this run read it from the cache.
 
@@ -232,7 +210,6 @@ STAGES: Mapping[str, Callable[[Cell], object]] = {
 
 def execute(cell: Cell) -> dict[str, Any]:
     """Do the work of one run, stage by stage, and return the measured part of its record."""
-    cell.require_routable()
     stages = Stages()
     for stage, make in STAGES.items():
         with stages.stage(stage):

@@ -27,6 +27,7 @@ from byom.functional.metrics import value_of
 from byom.functional.seeding import keyed
 from byom.functional.tensors import copied
 from byom.merge.base.probe import Features
+from byom.pipeline.device import resolve
 from byom.pipeline.evaluate import Score, evaluate
 from byom.pipeline.inputs import Names
 from byom.statistics.base import Statistic, fit
@@ -291,10 +292,3 @@ def distance(a: Weights, b: Weights) -> float:
 def count_differing(a: Weights, b: Weights) -> int:
     """Return in how many parameters two models differ."""
     return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
-
-
-def resolve(name: str) -> torch.device:
-    """Return a device by its name; ``auto`` takes a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

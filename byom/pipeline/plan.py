@@ -124,7 +124,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
         return None, None
     import torch
 
-    from byom.pipeline.lab import resolve
+    from byom.pipeline.device import resolve
 
     backbone, device = cells[0].backbone, resolve(cells[0].device)
     here = all(each.local for each in backbone.downloads())

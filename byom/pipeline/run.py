@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from byom.pipeline import cell
+from byom.pipeline.checks import require_possible, require_routable
 from byom.pipeline.labs import Labs
 from byom.pipeline.provenance import provenance
 from byom.pipeline.settings import Evaluation, Settings
@@ -37,6 +38,8 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
     place.require_writable()
     record = _header(settings, place)
     try:
+        require_possible(settings)
+        require_routable(settings)
         record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
     except BaseException as error:
         place.write(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})

@@ -74,6 +74,9 @@ class Settings:
         resolved: The configuration as plain containers.
         note: Shown above every table made of this run's record.
         overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
+
+    Raises:
+        OptionError: If the seed is not a whole number.
     """
 
     suite: Suite
@@ -95,6 +98,10 @@ class Settings:
     resolved: Mapping[str, Any]
     note: str = ""
     overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise OptionError(f"seed={self.seed!r} is not a whole number; use for example seed=0")
 
     @property
     def merges(self) -> bool:

@@ -58,6 +58,21 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def require_own(folder: Path, own: Callable[[Path], bool]) -> None:
+    """Refuse to replace a folder with files of other people's; see `replacing`.
+
+    Raises:
+        CheckpointError: Naming some of the files.
+    """
+    folder = folder.resolve()
+    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
+    if foreign or folder.is_file():
+        raise CheckpointError(
+            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
+            "and would lose them; choose a new folder"
+        )
+
+
 @contextmanager
 def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     """Give a scratch folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
@@ -72,13 +87,8 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     Raises:
         CheckpointError: If the folder holds other files or its parent cannot be written.
     """
+    require_own(folder, own)
     folder = folder.resolve()  # what a link points at is replaced, and the link stays
-    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
-    if foreign or folder.is_file():
-        raise CheckpointError(
-            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
-            "and would lose them; choose a new folder"
-        )
     partial = folder.with_name(f".{folder.name}.partial-{owner()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
