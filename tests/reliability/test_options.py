@@ -22,8 +22,8 @@ from byom.pipeline.device import resolve
 
 TEXTS = [
     "x/{task}", "{task}", "{task}/model.pt", "a b/{task}", "a,b/{task}", "x=y/{task}", "~/m/{task}", "C:\\m\\{task}",
-    "\\\\server\\share\\{task}", "\\\\server\\share", "süß/模型/{task}", "it's/{task}", 'say "x"/{task}', "a\\'b/{task}",
-    "[a]/{task}", "(a)/{task}", "x#/{task}", "a&b;c!/{task}", "x/{task}\\", "x/{task}'", "<x>|{task}?*",
+    "\\\\server\\share\\{task}", "\\\\server\\share", "süß/模型/{task}", "it's/{task}", 'say "x"/{task}',
+    "a\\'b/{task}",    "[a]/{task}", "(a)/{task}", "x#/{task}", "a&b;c!/{task}", "x/{task}\\", "x/{task}'", "<x>|{task}?*",
     "Is {text} good, or bad? a=b", "{a} and {b}", "'{a}' and '{b}'.", "100 % {x}\n{y}",
 ]  # fmt: skip
 

@@ -99,7 +99,7 @@ class Hub(Source):
         return {split: self._pool(self._load(split)) for split in self.splits}
 
     def _load(self, split: str) -> Any:
-        import datasets
+        import datasets.config
 
         path = str(self._folder()) if self._remote else self.path
         options = {"name": self.name, **({} if self._remote else {"revision": self.revision}), **self.options}
