@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byom.cli import config, sweeps
-from byom.errors import CheckpointError, OptionError, one_of, suggest
+from byom.errors import CheckpointError, OptionError, suggest
 from byom.weights import Weights
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def convert(arguments: Sequence[str]) -> int:
         raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
     if not Path(places[0]).exists():  # said before a backbone is loaded, or fetched
         raise CheckpointError(f"there is no checkpoint at {places[0]}")
-    one_of("to", options.get("to", "safetensors"), converter.NAMES)
+    if (to := options.get("to", "safetensors")) not in converter.NAMES:
+        raise OptionError(f"to={to}; {suggest(to, converter.NAMES)}")
     base = pretrained(options["like"]) if options.get("like") else None
-    for line in converter.convert(Path(places[0]), Path(places[1]), base, options.get("to", "safetensors")):
+    for line in converter.convert(Path(places[0]), Path(places[1]), base, to):
         sys.stdout.write(f"{line}\n")
     return 0
 

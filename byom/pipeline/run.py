@@ -42,7 +42,10 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
         require_routable(settings)
         record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
     except BaseException as error:
-        place.write(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        path = place.write(record)
+        if isinstance(error, Exception):  # whoever stops a run does not want to wait for a logger
+            settings.logger.failed(Record.lift(record), path)
         raise
     path = place.write(record)
     settings.logger.finished(Record.lift(record), path)
