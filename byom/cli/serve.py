@@ -36,7 +36,7 @@ def export(arguments: Sequence[str]) -> int:
         heads={name: (cell.lab.head(name), task.classes) for name, task in cell.lab.tasks.items()},
         notes={"suite": settings.suite.name, **{k: v for k, v in settings.titles().items() if v}},
     )
-    for task, notes in json.loads((folder / "export.json").read_text())["tasks"].items():
+    for task, notes in json.loads((folder / "export.json").read_text(encoding="utf-8"))["tasks"].items():
         ranks = "-".join(str(rank) for rank in dict.fromkeys(notes["rank"]))
         size = f"{notes['parameters']:>11,} parameters {notes['bytes']:>12,} bytes"
         sys.stdout.write(f"{task:<18} rank {ranks:<7} {size}  {folder / task}\n")

@@ -13,6 +13,7 @@ from byom.data.source.package import PackageMissing
 from byom.errors import DataError, OptionError, suggest
 from byom.functional.metrics import metric
 from byom.functional.seeding import keyed
+from byom.storage.names import require_file_names
 
 MODALITIES = ("image", "text")
 HOLDOUTS = ("drawn", "task_vectors")
@@ -163,6 +164,8 @@ class Suite:
             raise OptionError(f"suite {self.name} files its tasks under {list(self.tasks)}, but they are named {names}")
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
+        require_file_names(names, "task name")
+        require_file_names([self.name], "suite name")
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "only", tuple(self.only))
         object.__setattr__(self, "missing", tuple(self.missing))

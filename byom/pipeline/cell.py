@@ -96,7 +96,7 @@ class Cell:
         file = self.lab.cache / "tuning" / f"{self.keys.tuning(method, tuner)}.json"
         if not file.is_file():
             write_json(file, tuner.select(method, self._objective(len(candidates)))[1])
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def _objective(self, candidates: int) -> Callable[[MergeMethod], float]:
         """Return the normalised accuracy of a method's merged model on validation data, with a bar over all calls."""
@@ -188,7 +188,8 @@ class Cell:
             stages: The stages of this run.
         """
         notes = {stage: note(folder) for stage, folder in self.folders.items()}
-        earlier = {stage: json.loads(file.read_text()) for stage, file in notes.items() if file.is_file()}
+        there = {stage: file for stage, file in notes.items() if file.is_file()}
+        earlier = {stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in there.items()}
         cost: dict[str, Any] = {stage: earlier.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
         if wanted := self.settings.wanted():
             cost["statistics"] = {"seconds": self.lab.statistics_cost(wanted, self.settings.needs.members)}
@@ -257,7 +258,7 @@ class _Known:
         if not file.is_file():
             head = self.served.deltas[task].readout(self.lab.head(task))
             write_json(file, self.lab.score(task, self.model(task), split, head).to_json())
-        return Score.from_json(json.loads(file.read_text()), self.lab.tasks[task].metric)
+        return Score.from_json(json.loads(file.read_text(encoding="utf-8")), self.lab.tasks[task].metric)
 
 
 def _described(option: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from byom.checkpoint.adapters.export import REFERENCE
 from byom.errors import OptionError
 from byom.experts.finetune.full import Full
 from byom.functional.metrics import metric
@@ -69,6 +70,8 @@ def require_exportable(settings: Settings) -> None:
     Raises:
         OptionError: Saying which variants can be exported.
     """
+    if odd := [task.name for task in settings.suite.tasks if task.name == REFERENCE]:
+        raise OptionError(f"the task '{odd[0]}' cannot name a folder of the export; rename it")
     variant, whole = settings.byom, settings.experts.default and isinstance(settings.finetune, Full)
     own = type(variant).__module__.startswith("byom.")  # of other people's variants it is known when they have packed
     if own and (not variant.low_rank or (isinstance(variant, SingleTask) and whole)):

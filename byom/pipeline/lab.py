@@ -200,7 +200,7 @@ class Lab:
         files = [
             self.cache / "statistics" / signature(key, what) / "cost.json" for key in keys for what in wanted.values()
         ]
-        return sum(json.loads(file.read_text())["seconds"] for file in files)
+        return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
 
     @torch.no_grad()
     def features(self, weights: Weights, task: str, split: str) -> Features:
@@ -247,7 +247,7 @@ class Lab:
         if not file.is_file():
             score = self.score(task, self.expert(task), split)
             write_json(file, {"metric": score.metric, "value": score.value})
-        return value_of(json.loads(file.read_text()))
+        return value_of(json.loads(file.read_text(encoding="utf-8")))
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict into the encoder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from byom.errors import CheckpointError
 from byom.storage.lock import owner
+
+TRIES, PAUSE = 20, 0.05
 
 
 @contextmanager
@@ -31,14 +34,25 @@ def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
     try:
         yield draft
         if settled:
+            with draft.open("r+b") as handle:  # Windows writes nothing out through a handle that only reads
+                os.fsync(handle.fileno())
             umask = os.umask(0)
             os.umask(umask)
             draft.chmod(0o666 & ~umask)
-            with draft.open("rb") as handle:
-                os.fsync(handle.fileno())
-        draft.replace(path)
+        _put(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Move a draft to its place; Windows refuses that for as long as another process has the old file open."""
+    for _ in range(TRIES if os.name == "nt" else 0):
+        try:
+            draft.replace(path)
+            return
+        except PermissionError:
+            time.sleep(PAUSE)
+    draft.replace(path)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:

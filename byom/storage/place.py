@@ -59,7 +59,7 @@ class Place:
         if not self.done.is_file():
             return None
         try:
-            return json.loads(self.done.read_text())
+            return json.loads(self.done.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OptionError(f"{self.done} is damaged ({error}); delete it to run this cell again") from error
 

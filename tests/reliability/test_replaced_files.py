@@ -37,7 +37,7 @@ from tests.unit.synthetic_runs import lift, record
 
 def put(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -53,7 +53,7 @@ def swapped(path: Path, text: str) -> None:
 def overwritten(path: Path, text: str) -> None:
     """Write other bytes into the same file and put its time back."""
     stat = path.stat()
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
