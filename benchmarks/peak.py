@@ -100,7 +100,7 @@ def _work(messages: Connection, threads: int, work: Callable[..., Mapping[str, A
 def anonymous(pid: int | None = None) -> int:
     """Return a process's anonymous memory in bytes; 0 if it has just ended."""
     try:
-        text = Path(f"/proc/{pid or 'self'}/status").read_text()
+        text = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((1024 * int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon")), 0)

@@ -57,7 +57,7 @@ def piece(examples: int) -> dict[str, object]:
         run(settings)
         seconds = time.perf_counter() - start
     mapped = Path("/proc/self/maps")
-    lines = mapped.read_text().splitlines() if mapped.exists() else []
+    lines = mapped.read_text(encoding="utf-8").splitlines() if mapped.exists() else []
     names = {Path(line.split()[-1]).name for line in lines if line}
     runtimes = sorted(name for name in names if name.startswith(("libgomp", "libomp", "libiomp")))
     return {"seconds": seconds, "threads": torch.get_num_threads(), "openmp": runtimes}

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from byom.errors import ByomError
 
+    _legible()
     try:
         return _dispatch(arguments)
     except ByomError as error:
@@ -66,6 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("byom: interrupted; finished cells are kept, run the same command to go on\n")
         return 130
+
+
+def _legible() -> None:
+    """Let output that a terminal's alphabet lacks (Windows) be question marks, not the end of a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -67,12 +67,12 @@ def comparison(root: Path = ROOT / "results") -> str:
 
 def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
     """Return the Markdown table of the committed selection benchmark."""
-    return selection.table(json.loads(file.read_text()))
+    return selection.table(json.loads(file.read_text(encoding="utf-8")))
 
 
 def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
     """Return the Markdown tables of the committed benchmark of low-rank factoring."""
-    return lora.table(json.loads(file.read_text()))
+    return lora.table(json.loads(file.read_text(encoding="utf-8")))
 
 
 def options(group: str, root: str = "", short: bool = False) -> str:

@@ -124,7 +124,7 @@ def _peers(name: str) -> tuple[str, set[str]]:
 
 def compares(path: Path) -> dict[str, str]:
     """Return the option names that a peer test compares, and how."""
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "COMPARES":
             return ast.literal_eval(node.value)
     return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -74,6 +75,13 @@ class Backbone(ABC):
         assert shots is not None
         return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
 
+    def require_head(self, task: Task) -> None:  # noqa: B027 - most heads are made of examples
+        """Refuse a task for which no head can be made, before anything is loaded.
+
+        Raises:
+            DataError: Naming the task and what it lacks.
+        """
+
     def own_head(self, task: Task, tensors: Mapping[str, Tensor]) -> Readout | None:
         """Make a task's head from the classifier that came with its fine-tuned checkpoint.
 
@@ -101,6 +109,20 @@ class Backbone(ABC):
     def hub_name(self) -> str:
         """The name of its model on hubs, which exported adapters give as the model to load them onto."""
         return type(self).__name__
+
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return what tells its weights from others under the same options; None where the options tell them.
+
+        Args:
+            cache: Where digests of unchanged files are remembered; None reads them every time.
+
+        Returns:
+            The digest of local files, or the commit that a branch of a hub points to.
+
+        Raises:
+            CheckpointError: If files cannot be read.
+        """
+        return None
 
     def downloads(self) -> Iterator[Download]:
         """Say what would have to be fetched from a hub; nothing where the weights are on this machine."""

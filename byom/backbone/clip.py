@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
 from byom.functional.heads import Head
 from byom.storage import repository as hub
+from byom.storage.contents import content_digest
 from byom.storage.repository import Download
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -95,6 +97,13 @@ class Clip(Backbone):
         if self._repository():
             self._full()
 
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return the digest of a local file, or the commit that is used; see `Backbone.contents`."""
+        file = Path(self.pretrained)
+        if file.is_file():
+            return content_digest(file.parent, [file.name], cache, CheckpointError)
+        return hub.current(where) if self.pretrained != "random" and (where := self._repository()) else None
+
     def _repository(self) -> hub.Repository | None:
         from open_clip.pretrained import get_pretrained_cfg
 
@@ -107,6 +116,13 @@ class Clip(Backbone):
 
         model = self._full()
         return PixelEncoder(model.visual, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD).eval()
+
+    def require_head(self, task: Task) -> None:
+        """Refuse a task without templates; see `Backbone.require_head`."""
+        if not task.templates:
+            raise DataError(
+                f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
+            )
 
     @torch.no_grad()
     def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Head:
@@ -125,10 +141,7 @@ class Clip(Backbone):
         """
         import open_clip
 
-        if not task.templates:
-            raise DataError(
-                f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
-            )
+        self.require_head(task)
         model, tokenizer = self._full(), open_clip.get_tokenizer(self.model)
         rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
         return Head(torch.stack(rows), float(model.logit_scale.exp()))

@@ -72,7 +72,7 @@ class Encoder(Pretrained):
     @property
     def encoding(self) -> dict[str, Any]:
         """Tokenizer and length."""
-        return {"kind": "tokens", "tokenizer": self._where(), "max_length": self.max_length}
+        return {"kind": "tokens", "tokenizer": self._where(), "max_length": self.max_length} | self.tokenizer_contents()
 
     def encode(self, inputs: Sequence[Row], task: Task | None = None) -> dict[str, Tensor]:
         """Tokenise texts, or pairs of texts.

@@ -141,7 +141,8 @@ class Seq2Seq(Pretrained):
     @property
     def encoding(self) -> dict[str, Any]:
         """Tokenizer and length."""
-        return {"kind": "prompts", "tokenizer": self._where(), "max_length": self.max_length}
+        encoding = {"kind": "prompts", "tokenizer": self._where(), "max_length": self.max_length}
+        return encoding | self.tokenizer_contents()
 
     def encoding_for(self, task: Task) -> Mapping[str, Any]:
         """Return tokenizer and length, and the task's prompt and answers."""

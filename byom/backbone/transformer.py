@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from byom.backbone.base import Backbone
 from byom.data.source.package import Package
 from byom.errors import CheckpointError, listed
 from byom.storage import repository as hub
+from byom.storage.contents import content_digest
 from byom.storage.repository import Download
+
+TOKENIZERS = (".json", ".txt", ".model")
+"""Ends of the files of tokenizers, small ones all."""
+BESIDE = re.compile(r"README|training_args|trainer_state|optimizer|scheduler|scaler|rng_state(_\d+)?")
+"""Files next to weights that are not read."""
 
 
 class Pretrained(Backbone):
@@ -30,6 +37,25 @@ class Pretrained(Backbone):
         """Bring weights and tokenizer to this machine."""
         if where := self._repository():
             hub.fetch(where, hub.WEIGHTS)
+
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return the digest of a local folder's files, or the commit that is used; see `Backbone.contents`."""
+        return self._contents(cache, lambda file: not BESIDE.fullmatch(file.stem))
+
+    def tokenizer_contents(self) -> dict[str, str]:
+        """Return what tells the tokenizer's files from others of the same name, to go with `encoding`."""
+        found = self._contents(None, lambda file: file.suffix in TOKENIZERS)
+        return {} if found is None else {"files": found}
+
+    def _contents(self, cache: Path | None, read: Callable[[Path], bool]) -> str | None:
+        place = self.checkpoint
+        if where := self._repository():
+            return None if where.pinned else hub.current(where)
+        if isinstance(place, Package) and place.sha256:
+            return None
+        folder = place.folder() if isinstance(place, Package) else Path(place)
+        names = [f.name for f in folder.iterdir() if f.is_file() and f.name[0] != "." and read(f)]
+        return content_digest(folder, names, cache, CheckpointError)
 
     @property
     def hub_name(self) -> str:

@@ -17,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import byom
+from byom.cli.overrides import quoted
 from byom.cli.tree import explained, folder, options, parsed
 from byom.errors import OptionError
 
@@ -43,8 +44,9 @@ def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
     Raises:
         OptionError: If a group, option or key does not exist.
     """
+    overrides = [quoted(override) for override in overrides]
     with explained(overrides, primary), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
-        return hydra.compose(primary, list(overrides), return_hydra_config=True)
+        return hydra.compose(primary, overrides, return_hydra_config=True)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -219,6 +221,8 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     """
     from byom.pipeline.settings import Settings
 
+    if gone := [name for name in (*BUILT, *PLACES, "seed", "device") if name not in values]:
+        raise OptionError(f"~{gone[0]} leaves no {gone[0]}, which every run has; give another value instead")
     groups: dict[str, Any] = {group: made(values[group]) for group in BUILT}
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}

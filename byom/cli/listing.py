@@ -20,7 +20,7 @@ def list_options(arguments: Sequence[str]) -> int:
         sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")
     cache = Path(config.resolve([]).values["cache"]).expanduser()
     files = sorted((cache / "experts").glob("*/training.json"))
-    rows = [(json.loads(file.read_text()), file.parent.name) for file in files]
+    rows = [(json.loads(file.read_text(encoding="utf-8")), file.parent.name) for file in files]
     lines = [f"{row['task']:<18} seed {row['seed']}  {row.get('backbone', ''):<10} {name}" for row, name in rows]
     for line in (f"experts in {cache}: {len(lines)}", *sorted(lines)):
         sys.stdout.write(f"  {line}\n")

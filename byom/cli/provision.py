@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byom.cli import config, sweeps
-from byom.errors import OptionError, suggest
+from byom.errors import CheckpointError, OptionError, suggest
 from byom.weights import Weights
 
 if TYPE_CHECKING:
@@ -58,8 +58,12 @@ def convert(arguments: Sequence[str]) -> int:
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     if unknown := sorted(set(options) - {"like", "to"}):
         raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
+    if not Path(places[0]).exists():  # said before a backbone is loaded, or fetched
+        raise CheckpointError(f"there is no checkpoint at {places[0]}")
+    if (to := options.get("to", "safetensors")) not in converter.NAMES:
+        raise OptionError(f"to={to}; {suggest(to, converter.NAMES)}")
     base = pretrained(options["like"]) if options.get("like") else None
-    for line in converter.convert(Path(places[0]), Path(places[1]), base, options.get("to", "safetensors")):
+    for line in converter.convert(Path(places[0]), Path(places[1]), base, to):
         sys.stdout.write(f"{line}\n")
     return 0
 

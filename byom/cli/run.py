@@ -64,6 +64,6 @@ def print_config(values: Mapping[str, Any]) -> int:
 def _print_best(file: Path) -> None:
     import yaml
 
-    results = yaml.safe_load(file.read_text())
+    results = yaml.safe_load(file.read_text(encoding="utf-8"))
     chosen = " ".join(f"{name}={value}" for name, value in results["best_params"].items())
     sys.stdout.write(f"\nbest on validation: {chosen}  {100 * results['best_value']:.1f} %\n{file}\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byom.cli import config
 from byom.errors import OptionError
 from byom.experts.finetune.processes import led
+from byom.storage.atomic import require_own
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -21,8 +22,10 @@ def export(arguments: Sequence[str]) -> int:
     """Write every task as a PEFT adapter, then print a line for each."""
     from byom.checkpoint.adapters import export as adapters
     from byom.pipeline.cell import Cell
+    from byom.pipeline.checks import require_exportable
 
-    folder, settings = _folder("export", arguments)
+    folder, settings = _folder("export", arguments, adapters._exported)
+    require_exportable(settings)
     cell = Cell(settings)
     adapters.adapters(
         cell.served,
@@ -33,7 +36,7 @@ def export(arguments: Sequence[str]) -> int:
         heads={name: (cell.lab.head(name), task.classes) for name, task in cell.lab.tasks.items()},
         notes={"suite": settings.suite.name, **{k: v for k, v in settings.titles().items() if v}},
     )
-    for task, notes in json.loads((folder / "export.json").read_text())["tasks"].items():
+    for task, notes in json.loads((folder / "export.json").read_text(encoding="utf-8"))["tasks"].items():
         ranks = "-".join(str(rank) for rank in dict.fromkeys(notes["rank"]))
         size = f"{notes['parameters']:>11,} parameters {notes['bytes']:>12,} bytes"
         sys.stdout.write(f"{task:<18} rank {ranks:<7} {size}  {folder / task}\n")
@@ -45,9 +48,10 @@ def pack(arguments: Sequence[str]) -> int:
     """Save the shared models and packed differences as a bundle, then print a line for each task."""
     from byom.checkpoint.bundle import Bundle
     from byom.pipeline.cell import Cell
+    from byom.storage.tensor_files import written
     from byom.variants.base.delta import Delta
 
-    folder, settings = _folder("pack", arguments)
+    folder, settings = _folder("pack", arguments, written("bundle.json"))
     served = Cell(settings).streamed
     Bundle(served.reference, served.deltas, served.base).save(folder)
     for task in served.deltas:
@@ -57,8 +61,18 @@ def pack(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _folder(command: str, arguments: Sequence[str]) -> tuple[Path, Settings]:
-    """Return where a command writes, its first argument, and the settings that the others make."""
+def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool]) -> tuple[Path, Settings]:
+    """Return where a command writes, its first argument, and the settings that the others make.
+
+    Whatever these alone forbid is refused here, before any expert is trained.
+    """
+    from byom.pipeline.checks import require_folder, require_possible
+
     if not arguments or "=" in arguments[0]:
         raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
-    return Path(arguments[0]).expanduser(), config.settings(list(arguments[1:]))
+    folder = Path(arguments[0]).expanduser()
+    require_own(folder, own)
+    require_folder(folder)
+    settings = config.settings(list(arguments[1:]))
+    require_possible(settings)
+    return folder, settings

@@ -1,4 +1,4 @@
-"""Sweeps: lines of overrides expanded into cells, and cells run through Hydra's launchers and sweepers."""
+"""Sweeps: experiments of several cells, and cells run through Hydra's launchers and sweepers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +23,10 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from byom.cli.config import GROUPS, build, compose, plain, resolve
-from byom.cli.tree import PLUGINS, choices, explained, folder, options, parsed
+from byom.cli import failures
+from byom.cli.config import build, compose, plain, resolve
+from byom.cli.expand import cells, fitting
+from byom.cli.tree import PLUGINS, explained, folder, options
 from byom.errors import OptionError, suggest
 
 if TYPE_CHECKING:
@@ -62,36 +63,6 @@ def experiment(name: str) -> Experiment:
         raise OptionError(f"there is no experiment={name}; {suggest(name, known)}")
     values = resolve([f"experiment={name}"], "table").values["experiment"]
     return Experiment(list(values["rows"]), list(values["common"]), list(values.get("published") or ()))
-
-
-Fields = Callable[[str, str], set[str] | None]
-"""The fields of a group's option; None where the group lacks the option."""
-
-
-def _split(overrides: list[str], group: str, values: Callable[[str], list[str]], fields: Fields) -> list[list[str]]:
-    """Split a sweep over one group's options so that a field of that group reaches only those that have it.
-
-    Args:
-        overrides: Overrides of one sweep.
-        group: The group.
-        values: Lists the values of a swept override, ``merge=average,ties`` or ``merge=choice(average,ties)``.
-        fields: See `Fields`; an option that does not exist keeps every field, to be refused by name.
-
-    Returns:
-        Overrides of one or more sweeps that together cover it; a field that no option has stays in all.
-    """
-    named = {o: o.partition("=")[0].removeprefix(f"{group}.") for o in overrides if o.startswith(f"{group}.")}
-    swept = next((o for o in overrides if o.startswith(f"{group}=") and "," in o), None)
-    if swept is None or not named:
-        return [overrides]
-    by_fields: dict[tuple[str, ...], list[str]] = {}
-    for option in values(swept):
-        known = fields(group, option)
-        had = (o for o, name in named.items() if known is None or name.partition(".")[0] in known)
-        by_fields.setdefault(tuple(had), []).append(option)
-    unknown = [o for o in named if not any(o in had for had in by_fields)]
-    rest = [o for o in overrides if o not in named and o != swept]
-    return [[*rest, f"{group}={','.join(names)}", *had, *unknown] for had, names in by_fields.items()]
 
 
 def for_hydra(override: str) -> bool:
@@ -144,21 +115,34 @@ def multirun(overrides: Sequence[str], job: Job) -> list[Path]:
 
     Args:
         overrides: Hydra overrides, with sweeps such as ``merge=average,ties`` or ``choice(...)``.
-        job: Runs one cell's settings and returns its metric; a failing job fails the sweep after the others ran.
+        job: Runs one cell's settings and returns its metric; failing jobs fail the sweep after the others ran.
 
     Returns:
         The results of every sweeper that searches, such as Optuna; none where all combinations ran.
 
     Raises:
         OptionError: If a launcher or sweeper is not installed, or one that searches would see the test score.
+        ByomError: If several jobs failed, naming all of them.
     """
     _require_plugins(overrides)
     results: list[Path] = []
+    failed: list[tuple[list[str], Exception]] = []
+    first: Exception | None = None
     for number, sweep in enumerate(fitting(overrides)):
         arguments = [*shared(number), *sweep]
-        with explained(sweep), command_line(["-m", *arguments]):
-            hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
+        place = _sweep(arguments)
+        failures.forget(place)
+        try:
+            with explained(sweep), command_line(["-m", *arguments]):
+                hydra.main(config_path=str(folder()), config_name="run", version_base="1.3")(_task(job))()
+        except Exception as error:
+            if not (here := failures.kept(place)):  # it is the sweep that cannot be had, not one of its jobs
+                raise
+            failed, first = failed + here, first or error
+            continue
         results += _searched(arguments)
+    if first is not None:
+        raise (failures.said(failed) if len(failed) > 1 else first) from first
     return results
 
 
@@ -224,13 +208,29 @@ def _task(job: Job) -> Callable[[DictConfig], float]:
             raise OptionError("a search must not see the test score: use evaluate=validation (or both)")
         return job(cell)
 
-    return task
+    def kept(config: DictConfig) -> float:
+        try:
+            return task(config)
+        except Exception as error:
+            own = HydraConfig.get()
+            failures.keep(Path(own.sweep.dir), own.job.num, own.overrides.task, error)
+            raise
+
+    return kept
+
+
+def _sweep(arguments: Sequence[str]) -> Path:
+    """Return the folder of a sweep."""
+    return Path(_own(arguments).sweep.dir)
+
+
+def _own(arguments: Sequence[str]) -> Any:
+    return compose([o for o in arguments if for_hydra(o) or o.startswith("results=")]).hydra
 
 
 def _searched(arguments: Sequence[str]) -> list[Path]:
-    sweep = compose([o for o in arguments if for_hydra(o) or o.startswith("results=")])
-    file = Path(sweep.hydra.sweep.dir) / "optimization_results.yaml"
-    return [file] if sweep.hydra.runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
+    file = _sweep(arguments) / "optimization_results.yaml"
+    return [file] if _own(arguments).runtime.choices["hydra/sweeper"] != "basic" and file.is_file() else []
 
 
 def _raised(done: JobReturn) -> Exception | None:
@@ -239,53 +239,3 @@ def _raised(done: JobReturn) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def fitting(overrides: Sequence[str]) -> list[list[str]]:
-    """Split a sweep so that a field reaches only the options that have it.
-
-    ``byom=none,fft byom.density=0.01,0.1`` means both densities of `fft`, and `none` once: it has no density.
-
-    Args:
-        overrides: Overrides of one sweep.
-
-    Returns:
-        Overrides of one or more sweeps that together cover it; a field that no option has stays, to be refused.
-    """
-    parts = [list(overrides)]
-    for group in GROUPS:
-        parts = [part for each in parts for part in _split(each, group, _values, _fields)]
-    return parts
-
-
-def _values(override: str) -> list[str]:
-    return [one.partition("=")[2] for [one] in _expand([override])]
-
-
-def _fields(group: str, name: str) -> set[str] | None:
-    """Return an option's fields, those that hold another option included (``/merge@then: ties``)."""
-    file = folder() / group / f"{name}.yaml"
-    if not file.is_file():
-        return None
-    option: Any = OmegaConf.load(file)
-    nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
-    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
-
-
-def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:
-    """Expand sweep lines into the overrides of single runs.
-
-    Args:
-        rows: Lines such as ``merge=average,ties byom=fft byom.density=0.01,0.1``.
-        common: Overrides added to every line; they may sweep as well.
-
-    Returns:
-        One list of overrides per cell, in order, without repetitions.
-    """
-    outer = _expand(common)  # outermost, so that neighbouring cells share their seed and its experts
-    expanded = [[*shared, *cell] for shared in outer for row in rows for cell in _expand(row.split())]
-    return [list(cell) for cell in dict.fromkeys(map(tuple, expanded))]
-
-
-def _expand(overrides: Sequence[str]) -> list[list[str]]:
-    return [list(cell) for cell in product(*map(choices, parsed(overrides)))]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from byom.cli import config, sweeps
+from byom.cli.failures import failures
 from byom.errors import ByomError, NothingFinished, OptionError, suggest
 from byom.experts.finetune.processes import led
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 REPORTED = ("suite", "backbone", "results", "suite.size", "suite.draw", "suite.only")
 """Options that say which table a record belongs to."""
-
-LISTED = 5
-"""Cells that are named for each reason of a failure."""
 
 MANY = 3
 """From more suites than this on, their common table is printed in place of one each."""
@@ -42,6 +40,7 @@ def table(arguments: Sequence[str]) -> int:
     experiment = sweeps.experiment(name)
     launcher = [o for o in extra if sweeps.for_hydra(o)]
     every = experiment.cells([o for o in extra if o not in launcher])
+    published_tables(experiment.published)  # what is wrong with them is said before any cell runs
     sweeps.name_sweep()
 
     @cache
@@ -182,30 +181,6 @@ def _begun(of: Place) -> bool:
         sys.stderr.write(f"byom: no table of {of.suite} with {of.backbone}: none of its cells has finished\n")
         return False
     return True
-
-
-def failures(cells: Sequence[Sequence[str]], failed: Sequence[tuple[Sequence[str], Exception]]) -> str:
-    """Return which cells failed and why, every reason once.
-
-    Args:
-        cells: Overrides of every cell; what all of them share is not repeated.
-        failed: Those that failed, and what they raised.
-
-    Returns:
-        Lines; the empty text if none failed.
-    """
-    shared = set(cells[0]).intersection(*cells) if len(cells) > 1 else set()
-    by_reason: dict[str, list[str]] = {}
-    for cell, error in failed:
-        reason = str(error) if isinstance(error, ByomError) else f"{type(error).__name__}: {error}"
-        by_reason.setdefault(reason, []).append(" ".join(o for o in cell if o not in shared))
-    return "".join(_failed(reason, names, len(cells)) for reason, names in by_reason.items())
-
-
-def _failed(reason: str, names: Sequence[str], total: int) -> str:
-    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
-    lines = [f"byom: {len(names)} of {total} cells failed: {reason}", *names[:LISTED], *more]
-    return "\n    ".join(lines) + "\n"
 
 
 def write(of: Place, published: Sequence[str] = ()) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import byom
+from byom.cli.overrides import quoted
+from byom.cli.overrides import read as _parsed
 from byom.errors import ByomError, OptionError, suggest
 
 PLUGINS = ("hydra/launcher", "hydra/sweeper")
@@ -50,15 +50,8 @@ def explained(overrides: Sequence[str] = (), primary: str = "run") -> Iterator[N
 
 
 def parsed(overrides: Sequence[str]) -> list[Any]:
-    """Return Hydra's view of some overrides."""
-    with explained():
-        return [_parsed(override) for override in overrides]
-
-
-@lru_cache(maxsize=4096)
-def _parsed(override: str) -> Any:
-    """Parse an override; the cells of a sweep have most of them in common."""
-    return OverridesParser.create().parse_overrides([override])[0]
+    """Return Hydra's view of some overrides; see `quoted`."""
+    return [_parsed(quoted(override)) for override in overrides]
 
 
 def choices(override: Any) -> list[str]:
@@ -70,15 +63,32 @@ def choices(override: Any) -> list[str]:
 
 def _sentence(error: Exception, overrides: Sequence[str], primary: str) -> str:
     text = str(error)
-    if match := re.search(r"Could not find '([\w@/]+)/([^'/]+)'", text):
-        group, name = match.groups()
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, name = _group_and_name(re.sub(r"@[\w.]+", "", match[1]))
         hint = "; others need a plugin of Hydra's (pip install 'byom[sweeps]' has ours)" if group in PLUGINS else ""
-        return f"there is no {group}={name}; {suggest(name, options(group.split('@')[0]))}{hint}"
+        return f"there is no {group}={name}; {suggest(name, options(group))}{hint}"
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:\n| requires)", text, re.S):
+        return _several(*match[1].split("=", 1))
     if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
         return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"there is no option '{match[1]}'; {_nearest(match[1], overrides, primary)}"
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _group_and_name(path: str) -> tuple[str, str]:
+    """Return the group of a path in the tree, its longest start that has options, and the rest of it."""
+    parts = path.split("/")
+    ends = range(len(parts) - 1, 0, -1)
+    end = next((end for end in ends if options("/".join(parts[:end]))), len(parts) - 1)
+    return "/".join(parts[:end]), "/".join(parts[end:])
+
+
+def _several(key: str, value: str = "") -> str:
+    return (
+        f"{key}={value} gives several values where one is taken: byom -m runs one cell for each; a text with a comma "
+        f"needs quotes within those of the shell, \"{key}='...'\", and a list brackets, '{key}=[...]'"
+    )
 
 
 def _nearest(key: str, overrides: Sequence[str], primary: str) -> str:

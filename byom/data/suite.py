@@ -13,6 +13,7 @@ from byom.data.source.package import PackageMissing
 from byom.errors import DataError, OptionError, suggest
 from byom.functional.metrics import metric
 from byom.functional.seeding import keyed
+from byom.storage.names import require_file_names
 
 MODALITIES = ("image", "text")
 HOLDOUTS = ("drawn", "task_vectors")
@@ -96,6 +97,15 @@ class Task:
                 "correct `label` of its source, or its metric"
             ) from None
 
+    def _require_filled(self, template: str) -> None:
+        """Refuse a template that a class's name cannot be put into, or that gives every class one sentence."""
+        try:
+            filled = template.format("a") != template.format("b")
+        except (KeyError, IndexError, ValueError):
+            filled = False
+        if not filled:
+            raise OptionError(f"task {self.name} has the template {template!r}; give it one {{}} for the class's name")
+
     def _check(self) -> None:
         if self.modality not in MODALITIES:
             raise OptionError(f"task {self.name} has modality {self.modality!r}; {suggest(self.modality, MODALITIES)}")
@@ -104,6 +114,8 @@ class Task:
         unnamed = sorted(set(self.labels.values()) - set(self.classes))
         if unnamed:
             raise OptionError(f"task {self.name} maps a label to {unnamed[0]!r}; {suggest(unnamed[0], self.classes)}")
+        for template in self.templates:
+            self._require_filled(template)
         metric(self.metric)
         if self.holdout not in HOLDOUTS:
             raise OptionError(f"task {self.name} has holdout={self.holdout!r}; {suggest(self.holdout, HOLDOUTS)}")
@@ -152,6 +164,8 @@ class Suite:
             raise OptionError(f"suite {self.name} files its tasks under {list(self.tasks)}, but they are named {names}")
         if not tasks or len(set(names)) < len(names):
             raise OptionError(f"suite {self.name} needs one or more tasks with different names, not {names}")
+        require_file_names(names, "task name")
+        require_file_names([self.name], "suite name")
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "only", tuple(self.only))
         object.__setattr__(self, "missing", tuple(self.missing))

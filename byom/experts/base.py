@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from byom.errors import CheckpointError, OptionError, suggest
@@ -63,13 +64,26 @@ class Experts(ABC):
     """True for the option that names and signatures of runs leave out: runs had it before others existed."""
 
     @abstractmethod
-    def key(self, task: Task, recipe: Recipe) -> Any:
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
         """Return what determines a task's expert, as JSON or as an option.
 
         Args:
             task: The task.
             recipe: How models are fine-tuned here.
+            cache: See `contents`.
         """
+
+    def contents(self, task: Task, cache: Path | None = None) -> str | None:
+        """Return what tells a task's expert from others under the same options; None where the options tell it.
+
+        Args:
+            task: The task.
+            cache: Where digests of unchanged files are remembered; None reads them every time.
+
+        Raises:
+            CheckpointError: If files are missing.
+        """
+        return None
 
     def trains(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """Yield those of some tasks whose experts are fine-tuned here."""
@@ -114,6 +128,35 @@ def check_family(family: str, validation: str) -> None:
         raise OptionError("experts.family must name who fine-tuned the checkpoints, for example experts.family=mine")
     if validation not in VALIDATIONS:
         raise OptionError(f"experts.validation={validation!r}; {suggest(validation, VALIDATIONS)}")
+
+
+def require_place(option: str, text: str, *, everywhere: bool = False) -> str:
+    """Refuse a path or name that a task's name cannot be put into.
+
+    Args:
+        option: The option's name, for the message.
+        text: The path or name, with ``{task}`` in it where it differs by task.
+        everywhere: Whether it must differ by task.
+
+    Returns:
+        The text.
+
+    Raises:
+        OptionError: If it has other braces, or none where some are needed.
+    """
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"{option}={text!r} cannot be read ({error}); braces come in pairs, as in {{task}}"
+        ) from error
+    if odd := sorted(fields - {"task"}):
+        raise OptionError(
+            f"{option}={text!r} has {{{odd[0]}}} in it, and only {{task}} is put in; write {{{{ for a brace"
+        )
+    if everywhere and "task" not in fields:
+        raise OptionError(f"{option}={text!r} must have {{task}} in it")
+    return text
 
 
 def named(names: Mapping[str, str], task: str) -> str:

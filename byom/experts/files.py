@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from byom.errors import CheckpointError, OptionError
-from byom.experts.base import Validation, check_family, named
+from byom.checkpoint.files import BESIDE
+from byom.errors import CheckpointError
+from byom.experts.base import Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
-from byom.storage.tensor_files import digest
+from byom.experts.labels import beside
+from byom.storage.contents import content_digest
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
@@ -35,16 +37,15 @@ class Files(Checkpoints):
     """
 
     family: str
-    path_of: str
-    names: Mapping[str, str] = field(default_factory=dict)
+    path_of: str = field(metadata={"signature": False})  # places: a signature has what lies there
+    names: Mapping[str, str] = field(default_factory=dict, metadata={"signature": False})
     heads: Literal["backbone", "checkpoint"] = "backbone"
     validation: Validation = "unknown"
-    source: str = ""
+    source: str = field(default="", metadata={"signature": False})
 
     def __post_init__(self) -> None:
         check_family(self.family, self.validation)
-        if "{task}" not in self.path_of:
-            raise OptionError(f"experts.path_of={self.path_of!r} must have {{task}} in it")
+        require_place("experts.path_of", self.path_of, everywhere=True)
 
     def path(self, task: str) -> Path:
         """Return the file or folder of a task's expert.
@@ -58,9 +59,31 @@ class Files(Checkpoints):
             raise CheckpointError(f"the expert of task {task} is not at {path}; set experts.path_of{hint}")
         return path
 
-    def key(self, task: Task, recipe: Recipe) -> Any:
-        """Return the family, and sizes and times of the files: another file at the same place is another expert."""
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
+        """Return the family and the digest of the files: another file at the same place is another expert."""
+        return {"family": self.family, "files": self.contents(task, cache), "heads": self.heads}
+
+    def contents(self, task: Task, cache: Path | None = None) -> str | None:
+        """Return the digest of the files that are read; see `Experts.contents`."""
         path = self.path(task.name)
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        return {"family": self.family, "files": digest(json.dumps(state)), "heads": self.heads}
+        folder, names = (path, _read_of(path)) if path.is_dir() else (path.parent, [path.name, *_shards(path)])
+        if self.heads == "checkpoint" and path.is_file() and beside(path).is_file():
+            names.append(beside(path).name)  # it says which class each row of the classifier is
+        return content_digest(folder, names, cache, CheckpointError)
+
+
+def _read_of(folder: Path) -> list[str]:
+    """Return the files of a checkpoint's folder, without what a trainer leaves there besides."""
+    files = [f for f in folder.iterdir() if f.is_file() and f.name[0] != "." and not BESIDE.fullmatch(f.stem)]
+    return [*(f.name for f in files), *(shard for f in files for shard in _shards(f))]
+
+
+def _shards(file: Path) -> list[str]:
+    """Return the files that an index of shards names."""
+    if not file.name.endswith(".index.json"):
+        return []
+    try:
+        names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []  # whoever reads the checkpoint says what is wrong with it
+    return [name for name in names if isinstance(name, str) and (file.parent / name).is_file()]

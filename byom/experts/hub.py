@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.errors import CheckpointError, OptionError, suggest
-from byom.experts.base import Host, Validation, check_family, named
+from byom.experts.base import Host, Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
+from byom.experts.labels import Rows, beside
 from byom.storage import repository as hub
 from byom.storage.repository import Download
 
@@ -53,6 +55,10 @@ class Hub(Checkpoints):
         if not self.repositories:
             raise OptionError('experts.repositories is empty; give e.g. experts.repositories={"*":"me/model_{task}"}')
 
+        for task, name in self.repositories.items():
+            require_place(f"experts.repositories.{task}", name)
+        require_place("experts.file", self.file)
+
     def repository(self, task: str) -> hub.Repository:
         """Return a task's repository.
 
@@ -76,7 +82,16 @@ class Hub(Checkpoints):
             raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
         return path
 
-    def key(self, task: Task, recipe: Recipe) -> Any:
+    def rows(self, host: Host, task: str) -> Rows:
+        """Return which row of a task's classifier stands for which class; see `Checkpoints.rows`."""
+        path = self.path(task)
+        if self.file and not path.is_dir() and not beside(path).is_file():
+            place = beside(path).relative_to(self._folder(task)).as_posix()
+            with suppress(CheckpointError):  # the repository may have none
+                hub.fetch(self.repository(task), (place,))
+        return super().rows(host, task)
+
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
         """Return the repository at the commit that is used, and the file in it."""
         return {
             "family": self.family,
@@ -85,6 +100,11 @@ class Hub(Checkpoints):
             "file": self._file(task.name),
             "heads": self.heads,
         }
+
+    def contents(self, task: Task, cache: Path | None = None) -> str | None:
+        """Return the commit that is used, where a branch or tag names it; see `Experts.contents`."""
+        repository = self.repository(task.name)
+        return None if repository.pinned else hub.current(repository)
 
     def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and repository and commit by task."""

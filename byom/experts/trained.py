@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from byom.experts.base import Experts, Host
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from byom.data.suite import Task
     from byom.experts.finetune.base import Recipe
     from byom.weights import Weights
@@ -22,7 +24,7 @@ class Trained(Experts):
     validation = "unseen"
     default = True
 
-    def key(self, task: Task, recipe: Recipe) -> Recipe:
+    def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Recipe:
         """Return the recipe; see `Experts.key`."""
         return recipe
 

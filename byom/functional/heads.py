@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -194,6 +194,19 @@ class Answers:
     def _nearest(self, labels: Tensor) -> Tensor:
         values = self.values.to(labels.device)
         return (labels[:, None] - values).abs().argmin(-1, keepdim=True)
+
+
+def reordered(head: Readout, order: Sequence[int] | None) -> Readout:
+    """Return a head whose classes are in another order.
+
+    Args:
+        head: A head with a row per class.
+        order: For each class, the row that it has in `head`; None leaves them as they are.
+    """
+    if order is None or not isinstance(head, Head | Classifier):
+        return head
+    rows = {"weight": head.weight[list(order)]}
+    return replace(head, **rows, **({"bias": head.bias[list(order)]} if isinstance(head, Classifier) else {}))
 
 
 KINDS: tuple[type, ...] = (Head, Classifier, Regression, Answers)

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from byom.checkpoint.bundle import Bundle
-from byom.errors import OptionError
-from byom.functional.metrics import metric
 from byom.merge.base import Member, MergeMethod, Problem
 from byom.pipeline import measure
 from byom.pipeline.cached import Keys, note, once
@@ -98,7 +96,7 @@ class Cell:
         file = self.lab.cache / "tuning" / f"{self.keys.tuning(method, tuner)}.json"
         if not file.is_file():
             write_json(file, tuner.select(method, self._objective(len(candidates)))[1])
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def _objective(self, candidates: int) -> Callable[[MergeMethod], float]:
         """Return the normalised accuracy of a method's merged model on validation data, with a bar over all calls."""
@@ -183,26 +181,6 @@ class Cell:
                 scores[split][task] = known.score(task, split).to_json()
         return Scores(scores, norms, {})
 
-    def require_routable(self) -> None:
-        """Refuse routers where they would see the task, or where a misrouted example cannot count as wrong.
-
-        Raises:
-            OptionError: Naming the backbone or the task, and what to choose instead.
-        """
-        if not self.settings.routed:
-            return
-        backbone, suite = self.settings.backbone, self.settings.suite
-        if backbone.answers:
-            raise OptionError(
-                f"{type(backbone).__name__} scores the answers of each task, which give it away; use router=oracle"
-            )
-        if odd := [task for task in suite.tasks if not metric(task.metric).decomposes]:
-            raise OptionError(
-                f"a router sends some examples to another task's head, where they count as wrong, and task "
-                f"{odd[0].name} has a score that is not a mean over examples ({odd[0].metric}); use router=oracle, or "
-                "metric=accuracy"
-            )
-
     def cost(self, stages: Stages) -> dict[str, Any]:
         """Return seconds and peak memory of what was made, also where this run read it from the cache.
 
@@ -210,7 +188,8 @@ class Cell:
             stages: The stages of this run.
         """
         notes = {stage: note(folder) for stage, folder in self.folders.items()}
-        earlier = {stage: json.loads(file.read_text()) for stage, file in notes.items() if file.is_file()}
+        there = {stage: file for stage, file in notes.items() if file.is_file()}
+        earlier = {stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in there.items()}
         cost: dict[str, Any] = {stage: earlier.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
         if wanted := self.settings.wanted():
             cost["statistics"] = {"seconds": self.lab.statistics_cost(wanted, self.settings.needs.members)}
@@ -232,7 +211,6 @@ STAGES: Mapping[str, Callable[[Cell], object]] = {
 
 def execute(cell: Cell) -> dict[str, Any]:
     """Do the work of one run, stage by stage, and return the measured part of its record."""
-    cell.require_routable()
     stages = Stages()
     for stage, make in STAGES.items():
         with stages.stage(stage):
@@ -280,7 +258,7 @@ class _Known:
         if not file.is_file():
             head = self.served.deltas[task].readout(self.lab.head(task))
             write_json(file, self.lab.score(task, self.model(task), split, head).to_json())
-        return Score.from_json(json.loads(file.read_text()), self.lab.tasks[task].metric)
+        return Score.from_json(json.loads(file.read_text(encoding="utf-8")), self.lab.tasks[task].metric)
 
 
 def _described(option: Any) -> Any:

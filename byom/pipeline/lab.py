@@ -27,7 +27,9 @@ from byom.functional.metrics import value_of
 from byom.functional.seeding import keyed
 from byom.functional.tensors import copied
 from byom.merge.base.probe import Features
+from byom.pipeline.device import resolve
 from byom.pipeline.evaluate import Score, evaluate
+from byom.pipeline.inputs import Names
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import write_json
@@ -71,6 +73,7 @@ class Lab:
         self._heads: dict[str, Readout] = {}
         self._experts: dict[str, Weights] = {}
         self._features: dict[tuple[str, str, str], Features] = {}
+        self._names = Names(backbone, experts, recipe, seed, cache)
         self._checkpoints: dict[Path, Checkpoint] = {}
         # the cells of a sweep share experts and references; functions of this lab, so that they end with it
         self.opened = lru_cache(maxsize=4)(Weights.open)
@@ -157,8 +160,7 @@ class Lab:
 
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
-        expert = self.experts.key(self.tasks[task], self.recipe)
-        return signature(self.backbone, self.tasks[task], expert, self.seed, *([member] if member else []))
+        return self._names.expert(self.tasks[task], member)
 
     @property
     def signature(self) -> str:
@@ -198,7 +200,7 @@ class Lab:
         files = [
             self.cache / "statistics" / signature(key, what) / "cost.json" for key in keys for what in wanted.values()
         ]
-        return sum(json.loads(file.read_text())["seconds"] for file in files)
+        return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
 
     @torch.no_grad()
     def features(self, weights: Weights, task: str, split: str) -> Features:
@@ -245,19 +247,18 @@ class Lab:
         if not file.is_file():
             score = self.score(task, self.expert(task), split)
             write_json(file, {"metric": score.metric, "value": score.value})
-        return value_of(json.loads(file.read_text()))
+        return value_of(json.loads(file.read_text(encoding="utf-8")))
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Load a state dict into the encoder."""
         self.encoder.load_state_dict(dict(state))
 
     def _cached_head(self, task: str) -> Readout:
-        file = self.cache / "heads" / f"{signature(self.backbone, self.tasks[task], self.seed)}.safetensors"
+        file = self.cache / "heads" / f"{self._names.head(self.tasks[task])}.safetensors"
         if not file.is_file():
             self.fill(self.pretrained.state())
             shots = self.splits(task)["shots"] if self.backbone.reads_shots else None
             head = self.backbone.head(self.encoder, self.tasks[task], shots)
-            file.parent.mkdir(parents=True, exist_ok=True)
             storage.write_file(file, heads.pack(head), {"task": task})
         return heads.unpack(load_file(file))
 
@@ -291,10 +292,3 @@ def distance(a: Weights, b: Weights) -> float:
 def count_differing(a: Weights, b: Weights) -> int:
     """Return in how many parameters two models differ."""
     return sum(int((a[name] != b[name]).sum()) for name in a.mergeable())
-
-
-def resolve(name: str) -> torch.device:
-    """Return a device by its name; ``auto`` takes a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)

@@ -31,7 +31,7 @@ class Labs:
         """Return the lab of a run."""
         s = settings
         size = s.evaluate.batch_size
-        key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, size)
+        key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, size, s.contents)
         if key not in self._held:
             self.close()  # first: memory may not hold two
             self._held[key] = laboratory(settings)

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from byom.errors import OptionError
+from byom.storage.atomic import write_text
 from byom.storage.record import Record
+from byom.storage.signature import signature
 
 
 class Logger(ABC):
@@ -24,6 +26,9 @@ class Logger(ABC):
     def skipped(self, record: Record, path: Path) -> None:
         """Take a record that an earlier run has written."""
         tqdm.write(f"{headline(record)}  finished before: {path}", file=sys.stdout)
+
+    def failed(self, record: Record, path: Path) -> None:  # noqa: B027 - whoever runs the cell says why it failed
+        """Take the record of a run that failed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Console(Logger):
 
 @dataclass(frozen=True)
 class Wandb(Logger):
-    """Mirror each record to Weights & Biases: one run per job, grouped by sweep, always finished.
+    """Mirror each record to Weights & Biases: one run per record, whenever it was written, and one per failed cell.
 
     Args:
         project: W&B project.
@@ -59,17 +64,54 @@ class Wandb(Logger):
             raise OptionError(f"logger.mode={self.mode} is not known; use online or offline")
 
     def finished(self, record: Record, path: Path) -> None:
-        """Send configuration, metrics per task, and the table as an artifact."""
+        """Print a line, and send configuration, metrics per task, and the table as an artifact."""
+        Console().finished(record, path)
+        self._mirror(record, path)
+
+    def skipped(self, record: Record, path: Path) -> None:
+        """Print a line, and send the record if it has not been sent from here."""
+        super().skipped(record, path)
+        self._mirror(record, path)
+
+    def failed(self, record: Record, path: Path) -> None:
+        """Send the configuration and the reason, as a failed run that a later attempt takes the place of."""
+        self._mirror(record, path)
+
+    def _mirror(self, record: Record, path: Path) -> None:
+        """Send a record once; what keeps it from being sent is said, and the record stays to be sent later."""
+        sent = Path(self.folder) / "mirrored" / f"{signature(self.project, self.entity, self.mode)}-{name_of(record)}"
+        if sent.is_file():
+            return
+        try:
+            self._send(record, path)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            sys.stderr.write(f"byom: {path} is not mirrored to W&B ({reason}); the same command sends it again\n")
+            return
+        if record.status == "done":
+            write_text(sent, f"{path.name}\n")
+
+    def _send(self, record: Record, path: Path) -> None:
         import wandb
 
-        Console().finished(record, path)
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with wandb.init(
-            project=self.project, entity=self.entity, group=self.group, name=f"{path.stem}", mode=self.mode,
+        live = wandb.init(
+            project=self.project, entity=self.entity, group=self.group, name=path.stem, mode=self.mode,
             dir=self.folder, config={"choices": record.choices.named, **record.config}, reinit="finish_previous",
-        ) as live:  # fmt: skip
+            id=name_of(record), resume="allow",
+        )  # fmt: skip
+        if record.status == "failed":
+            live.summary["error"] = record.error
+            live.finish(exit_code=1)
+            return
+        with live:
             live.log(metrics(record))
             live.log_artifact(_table_artifact(wandb, record))
+
+
+def name_of(record: Record) -> str:
+    """Return a record's id at W&B, the same whenever it is sent; failed attempts at one cell share theirs."""
+    return f"{record.signature}-{signature(record.created) if record.status == 'done' else 'failed'}"
 
 
 def metrics(record: Record) -> dict[str, float]:

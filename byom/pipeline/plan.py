@@ -11,10 +11,10 @@ from string import Formatter
 from typing import Any
 
 from byom.data.suite import Task
+from byom.pipeline.inputs import Names
 from byom.pipeline.settings import Settings
 from byom.storage.record import Record
 from byom.storage.repository import Download
-from byom.storage.signature import signature
 
 BATCH = 8
 WORDS = "a sentence of about ten words, as short texts mostly are"
@@ -106,7 +106,7 @@ def _needed(cell: Settings) -> list[Download]:
 def _untrained(cells: Sequence[Settings]) -> set[Path]:
     """Return where experts will be kept that are not fine-tuned yet; those of data that is not here are unknown."""
     folders = {
-        cell.cache / "experts" / signature(cell.backbone, task, cell.finetune, cell.seed)
+        cell.cache / "experts" / Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache).expert(task)
         for cell in cells
         for task in cell.experts.trains(cell.suite.tasks)
     }
@@ -124,7 +124,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
         return None, None
     import torch
 
-    from byom.pipeline.lab import resolve
+    from byom.pipeline.device import resolve
 
     backbone, device = cells[0].backbone, resolve(cells[0].device)
     here = all(each.local for each in backbone.downloads())

@@ -17,6 +17,7 @@ from byom.functional.simplex import Point, simplex, spread, trained
 from byom.merge.base import MergeMethod, Problem
 from byom.pipeline import measure
 from byom.pipeline.cell import Cell
+from byom.pipeline.checks import require_possible
 from byom.pipeline.lab import Lab
 from byom.pipeline.labs import laboratory
 from byom.pipeline.provenance import Stages, provenance, results_root
@@ -156,6 +157,7 @@ def run(preview: Preview, settings: Mapping[str, Settings]) -> tuple[dict[str, A
     settings = {name: replace(settings[name], suite=suite) for name in preview.methods}
     for name, one in settings.items():
         require_weighable(name, one.merge)
+        require_possible(one)
     place = _place(preview, settings)
     if (finished := place.finished()) is not None:
         return finished, place.done
@@ -263,6 +265,7 @@ def _place(preview: Preview, settings: Mapping[str, Settings]) -> Place:
     tasks = [task.name for task in s.suite.tasks]
     methods = {name: [one.merge, one.wanted()] for name, one in settings.items()}
     asked = [preview.grid(len(tasks)), trained(len(tasks), preview.joint), preview.examples]
+    asked += [s.contents] if s.contents else []
     name = signature("preview", s.suite, s.backbone, s.finetune, s.seed, s.evaluate, methods, *asked)
     label = "+".join(tasks) if len(tasks) <= MEASURED_TASKS else f"{len(tasks)}-tasks"
     return PreviewPlace(results_root(s.results), s.suite.name, s.names["backbone"], label, name)

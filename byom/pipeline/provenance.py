@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +28,9 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
+
+
+MIB = 2**20
 
 
 @dataclass
@@ -89,8 +92,11 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=False)
+    except OSError:
+        return ""  # no git: the code cannot be named, as in a tree without a commit
+    return done.stdout.decode(errors="replace").strip()
 
 
 def _version(package: str) -> str | None:
@@ -102,7 +108,7 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
@@ -117,14 +123,26 @@ def _gpu() -> str | None:
 
 def _reset_peak() -> None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return  # elsewhere the peak is that of the whole process so far
 
 
 def _peak_mib() -> float:
-    peak = _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if peak is None else peak
+    if (peak := _status("VmHWM")) is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _process().memory_info().peak_wset / MIB
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / MIB if sys.platform == "darwin" else most * 1024 / MIB  # bytes there, KiB elsewhere
+
+
+def _process() -> Any:
+    import psutil
+
+    return psutil.Process()
 
 
 def _resident_mib() -> float:
@@ -136,5 +154,6 @@ def _status(what: str) -> float | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) / 1024
+    lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+    line = next((line for line in lines if line.startswith(what)), "")
+    return int(line.split()[1]) / 1024 if line else None

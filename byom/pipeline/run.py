@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from byom.pipeline import cell
+from byom.pipeline.checks import require_possible, require_routable
 from byom.pipeline.labs import Labs
 from byom.pipeline.provenance import provenance
 from byom.pipeline.settings import Evaluation, Settings
@@ -37,9 +38,14 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
     place.require_writable()
     record = _header(settings, place)
     try:
+        require_possible(settings)
+        require_routable(settings)
         record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
     except BaseException as error:
-        place.write(record | {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        path = place.write(record)
+        if isinstance(error, Exception):  # whoever stops a run does not want to wait for a logger
+            settings.logger.failed(Record.lift(record), path)
         raise
     path = place.write(record)
     settings.logger.finished(Record.lift(record), path)
@@ -82,6 +88,7 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         },
         "needs": settings.needs.to_json(),
         "config": {key: value for key, value in settings.resolved.items() if key not in ("results", "cache")},
+        **({"contents": settings.contents} if settings.contents else {}),
         "family": settings.experts.family,
         "skipped_tasks": list(settings.suite.missing),
         **({"note": settings.note} if settings.note else {}),

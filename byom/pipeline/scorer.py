@@ -65,7 +65,7 @@ class Scorer:
             for job, file in missing:
                 bar.set_description_str(f"preview {job.label}", refresh=False)
                 write_json(file, self._score(job, bar).to_json())
-        return [Weighting.lift(json.loads(file.read_text())) for file in files]
+        return [Weighting.lift(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
     def _file(self, job: Job) -> Path:
         name = signature(self.lab.signature, job.key, self.splits, self.examples)

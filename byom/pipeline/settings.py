@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from byom.experts.finetune.base import Recipe
 from byom.merge.base import MergeMethod
 from byom.merge.base.needs import Needs
 from byom.merge.pretrained import Pretrained
+from byom.pipeline.inputs import Contents, contents
 from byom.pipeline.logger import Logger
 from byom.pipeline.provenance import results_root
 from byom.pipeline.router.base import Router
@@ -72,6 +74,9 @@ class Settings:
         resolved: The configuration as plain containers.
         note: Shown above every table made of this run's record.
         overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
+
+    Raises:
+        OptionError: If the seed is not a whole number.
     """
 
     suite: Suite
@@ -93,6 +98,10 @@ class Settings:
     resolved: Mapping[str, Any]
     note: str = ""
     overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise OptionError(f"seed={self.seed!r} is not a whole number; use for example seed=0")
 
     @property
     def merges(self) -> bool:
@@ -127,7 +136,13 @@ class Settings:
         later = [self.wanted()] if self.wanted() else []
         later += [self.router] if self.routed else []
         later += [] if self.experts.default else [self.experts]
+        later += [self.contents] if self.contents else []
         return signature(*chosen, *later)  # what is added later must not rename what was there before
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The contents of what the options name without saying what is in it, as it is when first asked for."""
+        return contents(self.suite, self.backbone, self.experts, self.cache)
 
     @property
     def routed(self) -> bool:

@@ -26,6 +26,8 @@ def check_comparable(records: Sequence[Record]) -> None:
     """
     for what, of, remedy in COMPARED:
         _refuse_different(records, what, of, remedy)
+    telling = [record for record in records if record.contents]  # older ones do not say
+    _refuse_different(telling, "checkpoints, which were replaced", _models, "run the older ones again on today's files")
     for seed in {record.choices.seed for record in records}:
         same = [record for record in records if record.choices.seed == seed]
         for task in sorted({task for record in same for task in record.data}):
@@ -45,6 +47,11 @@ def _refuse_different(records: Sequence[Record], what: str, of: Callable[[Record
             f"these {len(records)} records differ in their {what} and cannot share a table; {remedy}. "
             f"Unlike most: {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}"
         )
+
+
+def _models(record: Record) -> Any:
+    """Return the contents of pre-trained model and experts; those of data are compared by split."""
+    return {name: value for name, value in record.contents.items() if not name.startswith("data ")}
 
 
 def _print(task: str, split: str, record: Record) -> str:

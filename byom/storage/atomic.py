@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from byom.errors import CheckpointError
 from byom.storage.lock import owner
+
+TRIES, PAUSE = 20, 0.05
 
 
 @contextmanager
@@ -31,14 +34,25 @@ def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
     try:
         yield draft
         if settled:
+            with draft.open("r+b") as handle:  # Windows writes nothing out through a handle that only reads
+                os.fsync(handle.fileno())
             umask = os.umask(0)
             os.umask(umask)
             draft.chmod(0o666 & ~umask)
-            with draft.open("rb") as handle:
-                os.fsync(handle.fileno())
-        draft.replace(path)
+        _put(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _put(draft: Path, path: Path) -> None:
+    """Move a draft to its place; Windows refuses that for as long as another process has the old file open."""
+    for _ in range(TRIES if os.name == "nt" else 0):
+        try:
+            draft.replace(path)
+            return
+        except PermissionError:
+            time.sleep(PAUSE)
+    draft.replace(path)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -58,6 +72,21 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def require_own(folder: Path, own: Callable[[Path], bool]) -> None:
+    """Refuse to replace a folder with files of other people's; see `replacing`.
+
+    Raises:
+        CheckpointError: Naming some of the files.
+    """
+    folder = folder.resolve()
+    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
+    if foreign or folder.is_file():
+        raise CheckpointError(
+            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
+            "and would lose them; choose a new folder"
+        )
+
+
 @contextmanager
 def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     """Give a scratch folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
@@ -72,13 +101,8 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     Raises:
         CheckpointError: If the folder holds other files or its parent cannot be written.
     """
+    require_own(folder, own)
     folder = folder.resolve()  # what a link points at is replaced, and the link stays
-    foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
-    if foreign or folder.is_file():
-        raise CheckpointError(
-            f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
-            "and would lose them; choose a new folder"
-        )
     partial = folder.with_name(f".{folder.name}.partial-{owner()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ PATIENCE = 3.0
 
 def owner() -> str:
     """Return what tells this process from every other that may write to the same disk."""
-    return f"{platform.node()}-{os.getpid()}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', platform.node())}-{os.getpid()}"
 
 
 @contextmanager

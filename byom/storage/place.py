@@ -59,7 +59,7 @@ class Place:
         if not self.done.is_file():
             return None
         try:
-            return json.loads(self.done.read_text())
+            return json.loads(self.done.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OptionError(f"{self.done} is damaged ({error}); delete it to run this cell again") from error
 
@@ -69,15 +69,7 @@ class Place:
         Raises:
             OptionError: Naming the folder.
         """
-        probe = self._folder / f".writable-{owner()}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise OptionError(
-                f"cannot write results to {self._folder} ({error}); set results= to a writable folder"
-            ) from error
+        require_writable(self._folder, "results")
 
     def write(self, record: Mapping[str, Any]) -> Path:
         """Write a finished record, or a failed one next to where it would be; atomic.
@@ -93,6 +85,27 @@ class Place:
         if path == self.done:
             self.failed.unlink(missing_ok=True)
         return path
+
+
+def require_writable(folder: Path, option: str, *, make: bool = True) -> None:
+    """Refuse a folder that cannot be written.
+
+    Args:
+        folder: The folder.
+        option: What names it, for the message.
+        make: Whether it is made if it is missing.
+
+    Raises:
+        OptionError: Naming the folder and the option.
+    """
+    probe = folder / f".writable-{owner()}"
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(f"cannot write {option} to {folder} ({error}); set {option} to a writable folder") from error
 
 
 def now() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,6 +101,7 @@ class Record:
         dirty: Whether it comes from code with uncommitted changes.
         created: Time in UTC.
         error: Why it failed.
+        contents: Digests and commits of what options name without saying what is in it; empty in older records.
         path: Its file, if it was read from one.
     """
 
@@ -130,6 +131,7 @@ class Record:
     dirty: bool = False
     created: str = ""
     error: str = ""
+    contents: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
 
     @property
@@ -198,6 +200,7 @@ class Record:
             note=values.get("note") or "",
             dirty=bool((values.get("provenance") or {}).get("dirty")),
             created=values.get("created", ""),
+            contents=values.get("contents") or {},
             error=_reason(values.get("error")),
             path=path,
         )

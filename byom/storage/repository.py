@@ -18,6 +18,8 @@ PATIENCE = 60.0
 """Seconds for which a hub that did not answer is not asked for sizes again."""
 _silent: dict[str, float] = {}
 """Hub to the time (`time.monotonic`) at which it did not answer."""
+_commits: dict[tuple[str, Repository], str] = {}
+"""Cache folder and repository to the commit that its revision points to, asked once a process."""
 
 
 class Repository(NamedTuple):
@@ -35,6 +37,11 @@ class Repository(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}"
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, which never points to anything else."""
+        return len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
 
 
 class Download(NamedTuple):
@@ -97,7 +104,7 @@ def _fetched(repository: Repository, patterns: tuple[str, ...], cache: str) -> P
     """Fetch once a process; a hub is asked what a branch points to whenever this is called."""
     error_type = DataError if repository.kind == "dataset" else CheckpointError
     try:
-        folder = local(repository, patterns) if _pinned(repository) else None
+        folder = local(repository, patterns) if repository.pinned else None
         folder = folder or _snapshot(repository, patterns, offline=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -115,32 +122,68 @@ def size(repository: Repository, patterns: Sequence[str]) -> int | None:
     folder = local(repository, patterns)
     if folder:
         return sum(path.stat().st_size for path in _held(folder, patterns))
+    siblings: Any = getattr(_info(repository, files=True), "siblings", None) or ()
+    files = [file for file in siblings if _matches(file.rfilename, patterns)]
+    return sum(file.size or 0 for file in files) if files else None
+
+
+def current(repository: Repository) -> str | None:
+    """Return the commit that a repository's revision points to: as its hub says now, or else as when it was fetched.
+
+    Args:
+        repository: The repository; of a pinned one, no hub is asked.
+
+    Returns:
+        The commit; None if the hub cannot be asked and nothing was fetched.
+    """
+    from huggingface_hub import constants
+
+    if repository.pinned:
+        return repository.revision
+    key = (constants.HF_HUB_CACHE, repository)
+    if key not in _commits:
+        found = (None if constants.HF_HUB_OFFLINE else _asked(repository)) or _noted(repository)
+        if found is None:
+            return None
+        _commits[key] = found
+    return _commits[key]
+
+
+def _asked(repository: Repository) -> str | None:
+    info = _info(repository)
+    return info and info.sha
+
+
+def _info(repository: Repository, files: bool = False) -> Any:
+    """Return what a hub says of a repository; None where it says nothing, and then it is left alone for a while."""
     from huggingface_hub import HfApi, constants
 
     hub = constants.ENDPOINT
     if time.monotonic() < _silent.get(hub, -PATIENCE) + PATIENCE:
         return None
     try:
-        info = HfApi().repo_info(
-            repository.name, revision=repository.revision, repo_type=repository.kind, files_metadata=True, timeout=10
+        return HfApi().repo_info(
+            repository.name, revision=repository.revision, repo_type=repository.kind, files_metadata=files, timeout=10
         )
-    except Exception as error:  # whatever keeps the hub from answering, the size stays unknown
+    except Exception as error:  # whatever keeps the hub from answering, it stays unknown
         if getattr(error, "response", None) is None:  # no answer: each further question would wait for its time-out
             _silent[hub] = time.monotonic()
         return None
-    siblings: Any = getattr(info, "siblings", None) or ()
-    files = [file for file in siblings if _matches(file.rfilename, patterns)]
-    return sum(file.size or 0 for file in files) if files else None
+
+
+def _noted(repository: Repository) -> str | None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return commit(_snapshot(repository, [], offline=True))
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
 
 
 def commit(folder: Path) -> str | None:
     """Return the commit that a folder in the hub's cache holds."""
     parts = folder.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
-
-
-def _pinned(repository: Repository) -> bool:
-    return len(repository.revision) == 40 and all(c in "0123456789abcdef" for c in repository.revision)
 
 
 def _snapshot(repository: Repository, patterns: Sequence[str], *, offline: bool) -> Path:

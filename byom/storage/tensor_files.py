@@ -274,4 +274,4 @@ def _write(path: Path, names: list[str], read: Callable[[str], Tensor], ties: Ma
 def _write_index(folder: Path, shards: list[list[str]], total: int) -> None:
     where = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True))
+    (folder / INDEX).write_bytes(json.dumps(index, indent=1, sort_keys=True).encode())

@@ -70,6 +70,7 @@ class ByomLora(PackingVariant, PacksFactors):
     seed: int = 0
 
     title = "BYOM-LoRA"
+    low_rank = True
     stores = "q (m + n + 1) values per matrix, other trained tensors whole"
 
     @property

@@ -24,6 +24,7 @@ class SingleTask(PackingVariant):
     """
 
     title = "Single-task"
+    low_rank = True
     stores = "the whole model, or its adapter"
     on = "pretrained"
     shares_reference = False

@@ -44,6 +44,7 @@ class TaskSingularVectorsCompress(PackingVariant):
     share: float | None = None
 
     title = "TSV-Compress"
+    low_rank = True
     stores = "k (m + n + 1) values per matrix, other tensors whole"
     on = "pretrained"
 

@@ -31,7 +31,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 def imported(path: Path) -> Iterator[str]:
     """Yield the modules that a file imports anywhere, ``byom.x.y`` or ``library``."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):

@@ -154,7 +154,7 @@ def test_documented_python_runs(page, tmp_path, monkeypatch):
         named = {f"base_model.model.layer.lora_{k}.weight": tensor for k, tensor in factors.items()}
         save_file(named, f"{task}-lora/adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 5, "lora_alpha": 10, "target_modules": ["layer"]}
-        Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config))
+        Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     found = blocks("python", WRITTEN[page])
     assert found
     for block in found:

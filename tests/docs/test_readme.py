@@ -103,7 +103,7 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
         Path(f"{task}-lora").mkdir()
         save_file(named, f"{task}-lora/adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 5, "lora_alpha": 10, "target_modules": ["layer"]}
-        Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config))
+        Path(f"{task}-lora/adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     exec(compile(blocks("python", LORA)[0], "lora.md", "exec"), {})
     base, small = Weights.open("pretrained"), Bundle.open("small")
     for task in ("cars", "svhn"):

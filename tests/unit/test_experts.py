@@ -18,9 +18,8 @@ BASE = {"model.w": torch.arange(12.0).reshape(3, 4), "model.b": torch.ones(3)}
 def lab(head=None):
     backbone = SimpleNamespace(own_head=lambda task, tensors: head)
     base = Weights.of(BASE, origin="base")
-    return SimpleNamespace(
-        pretrained=base, backbone=backbone, tasks={"cars": "cars"}, checkpoint=lambda path: read(path, base)
-    )
+    tasks = {"cars": SimpleNamespace(name="cars", regression=False)}
+    return SimpleNamespace(pretrained=base, backbone=backbone, tasks=tasks, checkpoint=lambda path: read(path, base))
 
 
 def saved(folder, change=0.01, **extra):

@@ -292,13 +292,15 @@ def test_archive_is_found_beside_the_environment(tmp_path, monkeypatch):
 
 
 def test_digest_is_remembered_for_unchanged_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("byom.storage.contents.SETTLED", -(10**9))
     (tmp_path / "a.txt").write_text("x")
     first = content_digest(tmp_path, ["a.txt"], tmp_path / "cache")
-    monkeypatch.setattr("byom.data.source.root._bytes", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("byom.storage.contents._hashed", lambda path, _: pytest.fail(f"{path} was read again"))
     assert content_digest(tmp_path, ["a.txt", "a.txt"], tmp_path / "cache") == first
 
 
-def test_damaged_memory_of_a_digest_is_computed_anew(tmp_path):
+def test_damaged_memory_of_a_digest_is_computed_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("byom.storage.contents.SETTLED", -(10**9))
     (tmp_path / "a.txt").write_text("x")
     first = content_digest(tmp_path, ["a.txt"], tmp_path / "cache")
     (memo,) = (tmp_path / "cache/data/digests").iterdir()

@@ -75,6 +75,17 @@ class Source(ABC):
     def digest(self, cache: Path | None = None) -> str:
         """Return a digest that changes with the data; see `Root.digest`."""
 
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return what tells the data from other data under the same options; None where the options tell it.
+
+        Args:
+            cache: See `pools`.
+
+        Raises:
+            DataError: If data is missing.
+        """
+        return self.digest(cache)
+
     @abstractmethod
     def read(self) -> dict[str, Pool]:
         """Read the pools without verification; use `pools`."""
@@ -107,6 +118,11 @@ class FileSource(Source):
     def digest(self, cache: Path | None = None) -> str:
         """Return the content digest of the files that are read, checked against the root's promise."""
         return self.root.digest(self.files(), cache)
+
+    @final
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return the content digest, or None where the root promises one; see `Source.contents`."""
+        return None if self.root.sha256 else self.digest(cache)
 
 
 def check_splits(splits: Mapping[str, Any]) -> None:

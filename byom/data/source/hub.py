@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from byom.data.source.base import Pool, Source, check_splits
 from byom.errors import DataError, suggest
 from byom.storage import repository as hub
+from byom.storage.contents import content_digest, stamped
 from byom.storage.repository import Download
 from byom.storage.signature import signature
 
@@ -77,22 +79,33 @@ class Hub(Source):
         """Do nothing: whether the hub answers is known when it is asked."""
 
     def digest(self, cache: Path | None = None) -> str:
-        """Return a digest of the commit, or of the tables themselves where no commit is given."""
+        """Return a digest of the commit, of local files, or of the tables themselves where there are neither."""
         if self.revision and re.fullmatch("[0-9a-f]{40}", self.revision):
             return signature(self, digits=64)
         if self._remote and (commit := hub.commit(self._folder())):
             return signature(self, commit, digits=64)
+        if files := self._files():
+            return signature(self, content_digest(Path(), files, cache), digits=64)
         return signature([self._load(split)._fingerprint for split in self.splits], digits=64)
+
+    def contents(self, cache: Path | None = None) -> str | None:
+        """Return the commit that is used or the digest of local files; None where a commit is given."""
+        if self._remote:
+            return None if self._repository.pinned else hub.current(self._repository)
+        return self.digest(cache)
 
     def read(self) -> dict[str, Pool]:
         """Return one pool per split, its rows in order."""
         return {split: self._pool(self._load(split)) for split in self.splits}
 
     def _load(self, split: str) -> Any:
-        import datasets
+        import datasets.config
 
         path = str(self._folder()) if self._remote else self.path
         options = {"name": self.name, **({} if self._remote else {"revision": self.revision}), **self.options}
+        if files := self._files():  # its own cache goes by names and times alone, which a copy over a file may keep
+            tables = Path(options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE)
+            options["cache_dir"] = str(tables / "byom" / stamped(Path(), files)[:16])
         try:
             return datasets.load_dataset(path, split=self.splits[split], **options)
         except Exception as error:
@@ -101,6 +114,16 @@ class Hub(Source):
                 f"the data set {self.path!r} (split {self.splits[split]!r}) cannot be loaded: {reason}. If the hub "
                 "cannot be reached, copy the data set to a folder and give that as `path`, or use an offline suite"
             ) from error
+
+    def _files(self) -> list[str]:
+        """Return the local files that are read: those of the folder, or those that the builder is given."""
+        if self._remote:
+            return []
+        folders = [folder for folder in (self.path, self.options.get("data_dir")) if folder and Path(folder).is_dir()]
+        patterns = [f"{Path(folder).as_posix()}/**/*" for folder in folders]
+        patterns += [] if Path(self.path).is_dir() else _leaves(self.options.get("data_files"))
+        found = {Path(file).as_posix() for pattern in patterns for file in glob(pattern, recursive=True)}  # noqa: PTH207 - follows links
+        return sorted(file for file in found if Path(file).is_file())
 
     @property
     def _remote(self) -> bool:
@@ -128,3 +151,12 @@ class Hub(Source):
         labels = dataset.select_columns([self.label])[:][self.label]
         values = (int(label) if self.numbers else label for label in labels)
         return Pool(Column(dataset, self.input), [str(names[label] if names else label) for label in values])
+
+
+def _leaves(value: Any) -> list[str]:
+    """Return the texts in nested containers: ``data_files`` may be a pattern, several, or several by split."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, str | Path):
+        return [str(value)]
+    return [leaf for each in value or () for leaf in _leaves(each)]

@@ -63,7 +63,8 @@ class ImageFolder(FileSource):
 
     def _images(self, split: str) -> list[Path]:
         folder, pattern = self.root.folder(), self.splits[split]
-        files = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
+        images = (path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
+        files = sorted(images, key=lambda path: path.parts)  # not by the system's rules of case: draws go by the order
         if not files:
             raise DataError(f"no image in {folder} matches {pattern!r} (split {split}); correct `splits` or `root`")
         return files

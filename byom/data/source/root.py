@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from byom.errors import DataError
-from byom.storage.atomic import write_bytes
+from byom.storage.contents import content_digest
+
+__all__ = ["Folder", "Root", "content_digest", "promised_digest"]
 
 
 class Root(ABC):
     """A folder with data in it, wherever it came from."""
+
+    sha256: str = ""
+    """The content digest that its files must have; empty where nothing was promised."""
 
     @abstractmethod
     def folder(self) -> Path:
@@ -75,61 +78,3 @@ def promised_digest(folder: Path, files: Iterable[str], cache: Path | None, sha2
             f"(sha256 {digest[:16]}, expected {sha256[:16]}); {remedy}"
         )
     return digest
-
-
-def content_digest(folder: Path, files: Iterable[str], cache: Path | None = None) -> str:
-    """Return the SHA-256 over the sorted pairs (relative path, SHA-256 of the bytes).
-
-    Args:
-        folder: What `files` are relative to.
-        files: Relative paths with forward slashes; repeats count once.
-        cache: A digest is remembered here under the files' sizes and modification times, so that an unchanged
-            data set is not read again.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        DataError: If a file is missing.
-    """
-    names = sorted(set(files))
-    memo = None if cache is None else Path(cache) / "data" / "digests" / _stamp(folder, names)
-    known = memo.read_text() if memo is not None and memo.is_file() else ""
-    if len(known) == 64:
-        return known
-    digest = _sha256(_lines((name, hashlib.sha256(_bytes(folder / name)).hexdigest()) for name in names))
-    if memo is not None:
-        write_bytes(memo, digest.encode())
-    return digest
-
-
-def _stamp(folder: Path, names: list[str]) -> str:
-    stats = ((name, (folder / name)) for name in names)
-    return _sha256(_lines([str(folder.resolve()), *((name, *_size_and_time(path)) for name, path in stats)]))
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"the data file {path} cannot be read ({error.strerror}); restore it or correct the path")
-
-
-def _lines(values: Iterable) -> str:
-    return "\n".join(json.dumps(value, ensure_ascii=False) for value in values)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

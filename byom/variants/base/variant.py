@@ -24,6 +24,8 @@ class Variant(Unpacker):
 
     stores: ClassVar[str]
     """Contents of what is stored for each task, in words, for the table of variants."""
+    low_rank: ClassVar[bool] = False
+    """True where what is packed may be low-rank factors, which PEFT adapters hold (``byom export``)."""
 
     @property
     def needs(self) -> Needs:
