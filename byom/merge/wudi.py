@@ -47,8 +47,9 @@ class Wudi(TensorwiseMethod):
         those that `exclude` names (T5 calls its embedding ``shared.weight``, which is not among them).
         fusion-bench takes all matrices and averages the rest (``exclude=[] rest=mean``). The gradient is that of the
         loss, from ``sum_t G_t`` formed once, which costs ``2 m n²`` per step instead of T times ``4 m² n``. A matrix
-        stored as ``[in, out]`` (GPT-2) would be contracted over the wrong axis. Whether the closed form scores as
-        well as Adam's early stop is not published.
+        stored as ``[in, out]`` (GPT-2) would be contracted over the wrong axis. The closed form scores less than
+        Adam's early stop: 82.33 against 84.63 on eight image tasks with CLIP ViT-B/32 (FusionBench's checkpoints), and
+        with more steps Adam comes down to it (https://arxiv.org/abs/2606.07289 and its code).
     """
 
     solver: Literal["adam", "closed_form"] = "adam"
