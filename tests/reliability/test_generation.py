@@ -1,7 +1,7 @@
 """Answers of encoder-decoders are those of transformers 4.57, in which published Flan-T5 scores were measured.
 
-The numbers were computed by transformers 4.57.6 and PEFT 0.21.2 from the same files, with no byom in between. Evaluations
-that hand ``generate`` no attention mask changed in transformers 5, which attends to padding then.
+The numbers were computed by transformers 4.57.6 and PEFT 0.21.2 from the same files, with no byom in between.
+Evaluations that hand ``generate`` no attention mask changed in transformers 5, which attends to padding then.
 """
 
 from __future__ import annotations
