@@ -161,8 +161,8 @@ def without_rounding(gram: Tensor, right: Tensor, eps: float) -> tuple[Tensor, T
     """Leave out the directions of ``X G = R`` that rounding put there: those that G, as it was stored, does not have.
 
     Directions are judged after both sides of G are scaled to a unit diagonal, so that features of very different sizes
-    count alike. Rounding every entry of G by a share ``eps / 2`` moves eigenvalues of the scaled G by at most that share
-    of its Frobenius norm; what lies below twice of it is no direction.
+    count alike. Rounding every entry of G by a share ``eps / 2`` moves the eigenvalues of the scaled G by at most that
+    share of its Frobenius norm; what lies below twice of it is no direction.
 
     Args:
         gram: ``[n, n]`` symmetric, positive semi-definite but for rounding, fp64 (G).

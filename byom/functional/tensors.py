@@ -1,12 +1,14 @@
-"""Plain tensor helpers: the precision of arithmetic, finiteness, shared storage."""
+"""Plain tensor helpers: the precision of arithmetic, finiteness, shared storage, packed experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+UNNUMBERED = ("input_linear", "output_linear")  # what Granite and JetMoe call their packed experts
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -30,6 +32,27 @@ def finite(tensor: Tensor) -> bool:
     """Return whether a non-empty tensor holds neither NaN nor infinity."""
     low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask as large as the tensor
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def packs_experts(name: str, shape: Sequence[int]) -> bool:
+    """Say whether a parameter packs one matrix for each expert of a mixture, ``[E, m, n]``.
+
+    The name tells: three axes alone may be the kernel of a convolution, whose axes belong together. Packed are
+    parameters within a module called ``experts`` (Mixtral, Qwen, Llama 4, DeepSeek, gpt-oss and others in
+    transformers 5: ``mlp.experts.gate_up_proj``), but not those of one numbered expert (``experts.3.conv.weight``).
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+    """
+    return len(shape) == 3 and of_all_experts(name)
+
+
+def of_all_experts(name: str) -> bool:
+    """Say whether a parameter's name is that of something of all experts of a mixture, its first axis being theirs."""
+    path = name.split(".")
+    after = [path[i + 1] for i, part in enumerate(path[:-1]) if part.endswith("experts")]
+    return any(not part.isdigit() and "conv" not in part for part in after) or bool({*path[:-1]} & {*UNNUMBERED})
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

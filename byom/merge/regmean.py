@@ -23,7 +23,8 @@ class RegMean(TensorwiseMethod):
     ``G~_t = off_diagonal G_t + (1 - off_diagonal) diag(G_t)``. Input directions in which no task has anything, and
     parameters that are not a linear map, get the mean; `fallbacks` names the latter. Directions smaller than the
     rounding of the stored Grams are none (`byom.functional.linalg.without_rounding`); with `off_diagonal` below 1 there
-    are no such directions. Grams are divided by their number of rows, so all tasks weigh alike however long their inputs.
+    are no such directions. Grams are divided by their number of rows, so all tasks weigh alike however long their
+    inputs.
 
     Args:
         off_diagonal: Factor on the off-diagonal entries of the Grams (alpha), in [0, 1]; 0 averages column by column.

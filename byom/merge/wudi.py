@@ -13,7 +13,7 @@ from byom.functional.deltas import total
 from byom.functional.linalg import weighted_solve
 from byom.functional.tensors import wide
 from byom.merge.base import Group, TensorwiseMethod
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import by_matrix, patterns
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Wudi(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + M`` for a linear layer's matrix, and what `rest` says for other tensors."""
-        if is_matrix(group.name, group.pretrained.shape, self.exclude):
-            return group.pretrained + self._solve(group.deltas)
+        change = by_matrix(group.name, group.deltas, self._solve, self.exclude)
+        if change is not None:
+            return group.pretrained + change
         if self.rest == "pretrained":
             return wide(group.pretrained)
         return total(group.finetuned) / len(group.experts)
