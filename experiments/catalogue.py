@@ -37,7 +37,6 @@ def sources() -> str:
 
 
 def _table(table: published.Published) -> str:
-    mark = "†" * table.dagger
     lines = [f"\n## {table.name}\n\n{table.title}. Family `{table.family}`. {table.what[0].upper()}{table.what[1:]}.\n"]
     origin = f"Source: {table.source} ({table.url}); {published.CONFIDENCE[table.confidence]}. {table.note}"
     lines.append(f"{origin.rstrip()}\n\n")
@@ -46,10 +45,10 @@ def _table(table: published.Published) -> str:
         digits, of_mean = row.decimals
         values = [f"{value:.{digits}f}" for value in row.values] or ["—"] * len(table.tasks)
         lines.append(
-            f"| {row.label}{mark} | {' | '.join(values)} | {row.mean:.{of_mean}f} | {row.parameters or '—'} |\n"
+            f"| {table.name_of(row)} | {' | '.join(values)} | {row.mean:.{of_mean}f} | {row.parameters or '—'} |\n"
         )
     lines += [f"\n† {published.UNCHECKED}.\n"] * table.dagger
-    lines += [f"\n{row.label}: {row.odd}.\n" for row in table.rows if row.odd]
+    lines += [f"\n{text}\n" for row in table.rows for text in row.remarks]
     return "".join(lines)
 
 

@@ -12,6 +12,7 @@ from byom.errors import CheckpointError, OptionError, suggest
 from byom.experts.base import Host, Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
 from byom.experts.labels import Rows, beside
+from byom.experts.promised import require_digest
 from byom.storage import repository as hub
 from byom.storage.repository import Download
 
@@ -33,6 +34,7 @@ class Hub(Checkpoints):
         names: Our name of a task to the one in `repositories` and `file`, where they differ.
         revisions: Commit, tag or branch by task; the entry ``"*"`` is that of all others. Give commits for results
             that can be had again.
+        sha256: Hash of a task's file, where its authors published one; another file is refused.
         heads: ``backbone`` makes heads from the pre-trained model, ``checkpoint`` takes those in the files.
         validation: Whether the experts were trained on the validation examples: seen, unseen or unknown.
         source: Where the checkpoints are described.
@@ -46,6 +48,7 @@ class Hub(Checkpoints):
     file: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     revisions: Mapping[str, str] = field(default_factory=lambda: {"*": "main"})
+    sha256: Mapping[str, str] = field(default_factory=dict, metadata={"signature": False})
     heads: Literal["backbone", "checkpoint"] = "backbone"
     validation: Validation = "unknown"
     source: str = field(default="", metadata={"signature": False})
@@ -75,11 +78,17 @@ class Hub(Checkpoints):
         return hub.Repository(name.format(task=named(self.names, task)), revision)
 
     def path(self, task: str) -> Path:
-        """Return the file or folder of a task's expert, fetched if need be."""
+        """Return the file or folder of a task's expert, fetched if need be.
+
+        Raises:
+            CheckpointError: If the repository does not have it, or it is not the file that `sha256` promises.
+        """
         folder = self._folder(task)
         path = folder / self._file(task) if self.file else folder
         if not path.exists():
             raise CheckpointError(f"{self.repository(task)} has no {self._file(task)}; correct experts.file")
+        if task in self.sha256:
+            require_digest(path, self.sha256[task], f"{self.repository(task)} ({task})")
         return path
 
     def rows(self, host: Host, task: str) -> Rows:

@@ -157,7 +157,37 @@ def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     return right @ basis / (values[exists] + shift) @ basis.T
 
 
-def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> Tensor:
+def without_rounding(gram: Tensor, right: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Leave out the directions of ``X G = R`` that rounding put there: those that G, as it was stored, does not have.
+
+    Directions are judged after both sides of G are scaled to a unit diagonal, so that features of very different sizes
+    count alike. Rounding every entry of G by a share ``eps / 2`` moves the eigenvalues of the scaled G by at most that
+    share of its Frobenius norm; what lies below twice of it is no direction.
+
+    Args:
+        gram: ``[n, n]`` symmetric, positive semi-definite but for rounding, fp64 (G).
+        right: ``[m, n]``, fp64 (R).
+        eps: Precision in which G was stored, such as that of fp32.
+
+    Returns:
+        G and R themselves if G has all directions; else both cut to the range of what is left.
+    """
+    size = gram.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, 0)
+    scaled = inverse[:, None] * gram * inverse
+    least = eps * float(torch.linalg.matrix_norm(scaled))
+    absent = (size == 0).double() * (1 + least)  # features that no input has are exact zeros, not rounding
+    shifted = scaled + (absent - least).diag()
+    if not torch.linalg.cholesky_ex(shifted)[1]:
+        return gram, right
+    values, vectors = torch.linalg.eigh(scaled)
+    kept = vectors[:, values > least]
+    kept = kept * (size > 0)[:, None]
+    gram = size[:, None] * (kept * values[values > least] @ kept.T) * size
+    return (gram + gram.T) / 2, (right * inverse) @ kept @ kept.T * size
+
+
+def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float, eps: float = 0.0) -> Tensor:
     """Average matrices by matrix weights: the W that minimises ``sum_t tr((W - W_t) G_t (W - W_t)ᵀ)``.
 
     ``W (sum_t G_t) = sum_t W_t G_t``, solved for the distance from the plain mean: what no G_t weighs, and
@@ -169,6 +199,8 @@ def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> T
             once and summed, so a generator holds one at a time.
         matrices: ``[T, m, n]`` (W_t).
         ridge: Regularisation relative to the mean diagonal of the summed weights, at least 0.
+        eps: Precision in which the weights were stored, if that is less than fp64's: what is smaller is no direction,
+            see `without_rounding`, and gets the mean.
 
     Returns:
         ``[m, n]`` in fp64.
@@ -179,6 +211,8 @@ def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float) -> T
     for weight, matrix in zip(grams, matrices, strict=True):
         gram += weight
         right += (matrix.double() - mean) @ weight.double()
+    if eps:
+        gram, right = without_rounding(gram, right, eps)
     return mean + ridge_solve(gram, right, ridge)
 
 

@@ -1,14 +1,16 @@
-"""Plain tensor helpers: the precision of arithmetic, finiteness, shared storage."""
+"""Plain tensor helpers: the precision of arithmetic, finiteness, shared storage, packed experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, listed
+
+UNNUMBERED = ("input_linear", "output_linear")  # what Granite and JetMoe call their packed experts
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -98,6 +100,27 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
             f"{most:.3g} at most; write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
         )
     return cast
+
+
+def packs_experts(name: str, shape: Sequence[int]) -> bool:
+    """Say whether a parameter packs one matrix for each expert of a mixture, ``[E, m, n]``.
+
+    The name tells: three axes alone may be the kernel of a convolution, whose axes belong together. Packed are
+    parameters within a module called ``experts`` (Mixtral, Qwen, Llama 4, DeepSeek, gpt-oss and others in
+    transformers 5: ``mlp.experts.gate_up_proj``), but not those of one numbered expert (``experts.3.conv.weight``).
+
+    Args:
+        name: The parameter's name.
+        shape: Its shape.
+    """
+    return len(shape) == 3 and of_all_experts(name)
+
+
+def of_all_experts(name: str) -> bool:
+    """Say whether a parameter's name is that of something of all experts of a mixture, its first axis being theirs."""
+    path = name.split(".")
+    after = [path[i + 1] for i, part in enumerate(path[:-1]) if part.endswith("experts")]
+    return any(not part.isdigit() and "conv" not in part for part in after) or bool({*path[:-1]} & {*UNNUMBERED})
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

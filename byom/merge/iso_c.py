@@ -11,7 +11,7 @@ from byom.errors import one_of
 from byom.functional.deltas import total
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.merge.base import Group, TensorwiseMethod
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import by_matrix, patterns
 
 Rank = Literal["numerical", "full"]
 
@@ -61,10 +61,9 @@ class IsotropicMergingCommon(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled isotropic sum, or the scaled mean for what is not a matrix."""
-        change = total(group.deltas)
-        if is_matrix(group.name, change.shape, self.exclude):
-            return group.pretrained + self.scale * isotropic(change, self.rank)
-        return group.pretrained + self.scale * (change / len(group.experts))
+        levelled = by_matrix(group.name, group.deltas, lambda deltas: isotropic(total(deltas), self.rank), self.exclude)
+        mean = total(group.deltas) / len(group.experts) if levelled is None else levelled
+        return group.pretrained + self.scale * mean
 
 
 def isotropic(matrix: Tensor, rank: Rank = "numerical") -> Tensor:

@@ -13,7 +13,7 @@ from byom.functional.deltas import total
 from byom.functional.linalg import VANISHING, polar, thin_svd, truncated_svd
 from byom.functional.selection import kept as floored
 from byom.merge.base import Group, Problem, TensorwiseMethod
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
 from byom.merge.iso_c import Rank
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -68,16 +68,19 @@ class IsotropicMergingCommonTaskSpecific(TensorwiseMethod):
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled isotropic change, or the scaled mean for what is not a matrix."""
         deltas = group.deltas
-        if is_matrix(group.name, group.pretrained.shape, self.exclude):
-            share = own_directions(min(group.pretrained.shape), len(deltas), self.common)
-            return group.pretrained + self.scale * isotropic_with_own(deltas, share, self.rank)
-        return group.pretrained + self.scale * (total(deltas) / len(deltas))
+        levelled = by_matrix(group.name, deltas, self._levelled, self.exclude)
+        return group.pretrained + self.scale * (total(deltas) / len(deltas) if levelled is None else levelled)
+
+    def _levelled(self, deltas: Tensor) -> Tensor:
+        share = own_directions(min(deltas.shape[1:]), len(deltas), self.common)
+        return isotropic_with_own(deltas, share, self.rank)
 
     def simpler(self, problem: Problem) -> list[str]:
         """Name the matrices that are too thin to give each task a direction."""
         shapes = {name: problem.pretrained.shape(name) for name in problem.pretrained.mergeable()}
-        matrices = [name for name, shape in shapes.items() if is_matrix(name, shape, self.exclude)]
-        return [n for n in matrices if not own_directions(min(shapes[n]), len(problem.tasks), self.common)]
+        kinds = (is_matrix, is_stack)
+        matrices = [name for name, shape in shapes.items() if any(kind(name, shape, self.exclude) for kind in kinds)]
+        return [n for n in matrices if not own_directions(min(shapes[n][-2:]), len(problem.tasks), self.common)]
 
 
 def own_directions(rank: int, tasks: int, common: float) -> int:

@@ -16,7 +16,7 @@ from byom.errors import OptionError, one_of
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import is_matrix, is_stack, patterns
 from byom.merge.base.needs import Needs
 from byom.merge.ties import Ties
 from byom.weights import Spec, Weights
@@ -24,6 +24,7 @@ from byom.weights.lowrank import Adapted, Piece
 
 Chain = Sequence[Tensor]  # matrices whose product is meant: a change itself, or the two factors of a low-rank one
 Changes = Callable[[str, str], Chain]  # (task, parameter) -> the change
+EXPERT = "#"  # between the name of a tensor that packs experts and the number of one
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,18 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         bases, widths = {}, {}
         for name in (name for name in base.mergeable() if self._applies(base, name)):
             dtype = problem.group(name).deltas.dtype  # reading the group refuses what is not finite
-            chains = [of(task, name) for task in problem.tasks]
-            bases[name], widths[name] = basis(chains, self.rtol).to(dtype), chains[0][-1].shape[1]
+            for key in matrices(name, base.shape(name)):
+                chains = [of(task, key) for task in problem.tasks]
+                bases[key], widths[key] = basis(chains, self.rtol).to(dtype), chains[0][-1].shape[1]
         return SharedBases(bases, self.then(coordinates(problem, of, bases, widths)), self._rest(problem))
 
     def merge(self, group: Group, plan: SharedBases) -> Tensor:
         """Return ``theta_0 + scale * U R`` for a matrix, and what `rest` says for other tensors."""
-        if group.name in plan.bases:
-            change = plan.bases[group.name] @ plan.merged[group.name]
-            return group.pretrained + self.scale * (change.T if self.concat == "input" else change)
+        keys = matrices(group.name, group.pretrained.shape)
+        if keys[0] in plan.bases:
+            changes = [plan.bases[key] @ plan.merged[key] for key in keys]
+            change = torch.stack([each.T if self.concat == "input" else each for each in changes])
+            return group.pretrained + self.scale * change.reshape(group.pretrained.shape)
         return group.pretrained + self.scale * plan.rest[group.name] if plan.rest else wide(group.pretrained)
 
     def _rest(self, problem: Problem) -> Weights | None:
@@ -139,7 +143,8 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
         return self.then(Problem(zero, {task: change(expert) for task, expert in problem.finetuned.items()}))
 
     def _applies(self, base: Weights, name: str) -> bool:
-        return is_matrix(name, base.shape(name), self.exclude)
+        shape = base.shape(name)
+        return is_matrix(name, shape, self.exclude) or is_stack(name, shape, self.exclude)
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,11 @@ class Dense:
     experts: Mapping[str, Weights]
 
     def of(self, task: str, name: str) -> Chain:
-        """Return one change, as one matrix."""
-        return (wide(self.experts[task][name]) - wide(self.base[name]),)
+        """Return one change, as one matrix; of a tensor that packs experts, that of one of them."""
+        name, _, expert = name.partition(EXPERT)
+        models = (wide(weights[name]) for weights in (self.experts[task], self.base))
+        after, before = (value[int(expert)] if expert else value for value in models)
+        return (after - before,)
 
 
 @dataclass(frozen=True)
@@ -174,9 +182,14 @@ class LowRank:
     def of(self, task: str, name: str) -> Chain:
         """Return one change, as one matrix or two."""
         expert = self.experts[task]
-        if name in expert.replaced:
+        if EXPERT in name or name in expert.replaced:
             return Dense(self.base, self.experts).of(task, name)
         return stacked(expert.pieces(name), self.base.shape(name))
+
+
+def matrices(name: str, shape: Sequence[int]) -> list[str]:
+    """Return what the matrices of a parameter are called: its name, or one name for each expert that it packs."""
+    return [f"{name}{EXPERT}{expert}" for expert in range(shape[0])] if is_stack(name, shape) else [name]
 
 
 def _transposed(of: Changes) -> Changes:

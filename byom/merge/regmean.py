@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, at_least, fraction
@@ -20,8 +21,10 @@ class RegMean(TensorwiseMethod):
 
     ``W = sum_t W_t G~_t (sum_t G~_t)^-1`` with ``G_t`` the mean outer product of the inputs of the layer and
     ``G~_t = off_diagonal G_t + (1 - off_diagonal) diag(G_t)``. Input directions in which no task has anything, and
-    parameters that are not a linear map, get the mean; `fallbacks` names the latter. Grams are divided by their
-    number of rows, so all tasks weigh alike however long their inputs.
+    parameters that are not a linear map, get the mean; `fallbacks` names the latter. Directions smaller than the
+    rounding of the stored Grams are none (`byom.functional.linalg.without_rounding`); with `off_diagonal` below 1 there
+    are no such directions. Grams are divided by their number of rows, so all tasks weigh alike however long their
+    inputs.
 
     Args:
         off_diagonal: Factor on the off-diagonal entries of the Grams (alpha), in [0, 1]; 0 averages column by column.
@@ -91,7 +94,8 @@ def regression_mean(name: str, deltas: Tensor, grams: Tensor, off_diagonal: floa
             f"the Gram of '{name}' has shape {tuple(grams.shape[1:])}, the parameter {tuple(deltas.shape[1:])}; "
             "compute it for this model"
         )
-    return weighted_solve((shrunk(gram, off_diagonal) for gram in grams), deltas, ridge)
+    eps = 0.0 if grams.dtype == torch.float64 else torch.finfo(grams.dtype).eps
+    return weighted_solve((shrunk(gram, off_diagonal) for gram in grams), deltas, ridge, eps)
 
 
 def shrunk(gram: Tensor, off_diagonal: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from byom.functional.deltas import total
 from byom.functional.linalg import VANISHING, polar, truncated_svd
 from byom.merge.base import Group, Problem, TensorwiseMethod
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ class TaskSingularVectors(TensorwiseMethod):
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled sum of orthogonalised task singular vectors, or the scaled mean."""
         deltas = group.deltas
-        matrix = is_matrix(group.name, group.pretrained.shape, self.exclude) and not _thin(deltas[0].shape, len(deltas))
-        return group.pretrained + self.scale * (add_orthogonalised(deltas) if matrix else total(deltas) / len(deltas))
+        thin = _thin(deltas.shape[-2:], len(deltas))
+        change = None if thin else by_matrix(group.name, deltas, add_orthogonalised, self.exclude)
+        return group.pretrained + self.scale * (total(deltas) / len(deltas) if change is None else change)
 
     def simpler(self, problem: Problem) -> list[str]:
         """Name the matrices with a side below the number of tasks."""
         shapes = {name: problem.pretrained.shape(name) for name in problem.pretrained.mergeable()}
-        matrices = [name for name, shape in shapes.items() if is_matrix(name, shape, self.exclude)]
-        return [name for name in matrices if _thin(shapes[name], len(problem.tasks))]
+        matrices = [name for name, shape in shapes.items() if _applies(name, shape, self.exclude)]
+        return [name for name in matrices if _thin(shapes[name][-2:], len(problem.tasks))]
 
 
 def add_orthogonalised(deltas: Tensor) -> Tensor:
@@ -86,6 +88,10 @@ def _leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     left, values, right = truncated_svd(delta, rank)
     leading = values > VANISHING * values[:1]
     return left[:, leading], values[leading], right[leading]
+
+
+def _applies(name: str, shape: Sequence[int], exclude: Sequence[str]) -> bool:
+    return is_matrix(name, shape, exclude) or is_stack(name, shape, exclude)
 
 
 def _thin(shape: tuple[int, ...], tasks: int) -> bool:

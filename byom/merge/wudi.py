@@ -13,7 +13,7 @@ from byom.functional.deltas import total
 from byom.functional.linalg import weighted_solve
 from byom.functional.tensors import wide
 from byom.merge.base import Group, TensorwiseMethod
-from byom.merge.base.matrices import is_matrix, patterns
+from byom.merge.base.matrices import by_matrix, patterns
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Wudi(TensorwiseMethod):
         those that `exclude` names (T5 calls its embedding ``shared.weight``, which is not among them).
         fusion-bench takes all matrices and averages the rest (``exclude=[] rest=mean``). The gradient is that of the
         loss, from ``sum_t G_t`` formed once, which costs ``2 m n²`` per step instead of T times ``4 m² n``. A matrix
-        stored as ``[in, out]`` (GPT-2) would be contracted over the wrong axis. Whether the closed form scores as
-        well as Adam's early stop is not published.
+        stored as ``[in, out]`` (GPT-2) would be contracted over the wrong axis. The closed form scores less than
+        Adam's early stop: 82.33 against 84.63 on eight image tasks with CLIP ViT-B/32 (FusionBench's checkpoints), and
+        with more steps Adam comes down to it (https://arxiv.org/abs/2606.07289 and its code).
     """
 
     solver: Literal["adam", "closed_form"] = "adam"
@@ -71,8 +72,9 @@ class Wudi(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + M`` for a linear layer's matrix, and what `rest` says for other tensors."""
-        if is_matrix(group.name, group.pretrained.shape, self.exclude):
-            return group.pretrained + self._solve(group.deltas)
+        change = by_matrix(group.name, group.deltas, self._solve, self.exclude)
+        if change is not None:
+            return group.pretrained + change
         if self.rest == "pretrained":
             return wide(group.pretrained)
         return total(group.finetuned) / len(group.experts)

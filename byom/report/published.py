@@ -20,6 +20,7 @@ CONFIDENCE = {
     "derived": "computed from the source's own figures",
     "unverified": "not checked against the paper's PDF",
 }
+DAGGER = "†"
 UNCHECKED = "not checked against the paper's PDF"
 RELATIVE = 2e-3  # densities are printed with few digits
 ROUNDING = {1: 0.06, 2: 0.011}  # of an average, by the decimals of what it is an average of
@@ -37,6 +38,8 @@ class Line:
         mean: The published average.
         parameters: The published parameter count.
         odd: What does not fit in the source itself, such as an average that is not that of the values.
+        confirmed: The independent source that has the whole row; it has no dagger in an unchecked table.
+        remark: What else a reader must know of the row, such as which of its values another source has.
     """
 
     label: str
@@ -45,6 +48,8 @@ class Line:
     mean: float
     parameters: str = ""
     odd: str = ""
+    confirmed: str = ""
+    remark: str = ""
 
     def fits(self, row: Row) -> bool:
         """Say whether one of our rows has the settings of this one."""
@@ -62,6 +67,12 @@ class Line:
         of_values = decimals(self.values or [self.mean])
         return of_values, max(of_values, decimals([self.mean]))
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know of the row."""
+        confirmed = f"{self.label} is confirmed: {self.confirmed}." if self.confirmed else ""
+        return [text for text in (confirmed, *(f"{self.label}: {x}." for x in (self.odd, self.remark) if x)) if text]
+
 
 @dataclass(frozen=True)
 class Published:
@@ -78,7 +89,7 @@ class Published:
         measure: What the averages are: ``absolute``, or ``normalised`` by each task's own model.
         tasks: Our names, in the order of the values.
         note: What a reader must know.
-        dagger: Whether every row must carry a dagger.
+        dagger: Whether every row without a confirmation of its own must carry a dagger.
         rows: The rows.
 
     Raises:
@@ -98,6 +109,10 @@ class Published:
     note: str
     dagger: bool
     rows: tuple[Line, ...] = field(repr=False)
+
+    def name_of(self, line: Line) -> str:
+        """Return a row's name as printed: with a dagger if nobody checked it."""
+        return line.label + DAGGER * (self.dagger and not line.confirmed)
 
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCE or (self.confidence == "unverified") != self.dagger:

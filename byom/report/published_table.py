@@ -10,12 +10,11 @@ import pandas as pd
 
 from byom.report import render
 from byom.report.frame import MISSING, csv, percent
-from byom.report.published import CONFIDENCE, UNCHECKED, Pair, Published, pairs, same_family, same_tasks
+from byom.report.published import CONFIDENCE, DAGGER, UNCHECKED, Pair, Published, pairs, same_family, same_tasks
 from byom.report.report import Runs, Tables, read_runs
 from byom.report.rows import Row
 from byom.storage.atomic import write_text
 
-DAGGER = "†"
 OURS, THEIRS, GAP = "ours", "published", "difference"
 
 
@@ -83,8 +82,13 @@ def _lines(table: Published, pair: Pair) -> Iterator[list[str]]:
     ours = [pair.values.get(task, np.nan) for task in table.tasks]
     if pair.row:
         yield [_named(pair), OURS, *_plain(ours, digits), *_plain([pair.mean], of_mean), _millions(pair.row)]
-    name = line.label + DAGGER * table.dagger
-    yield [name, THEIRS, *_plain(theirs, digits), *_plain([line.mean], of_mean), line.parameters or MISSING]
+    yield [
+        table.name_of(line),
+        THEIRS,
+        *_plain(theirs, digits),
+        *_plain([line.mean], of_mean),
+        line.parameters or MISSING,
+    ]
     if pair.row and not pair.apart:
         gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
         yield ["", GAP, *_plain(gaps, digits, "+"), *_plain([pair.gap], of_mean, "+"), ""]
@@ -113,7 +117,7 @@ def notes(runs: Runs, table: Published) -> list[str]:
     ]
     remarks += [f"{DAGGER} {UNCHECKED}."] * table.dagger
     remarks += [_checkpoints(runs, table), *_merged(runs, table), *[table.note] * bool(table.note)]
-    return remarks + [f"{line.label}: {line.odd}." for line in table.rows if line.odd]
+    return remarks + [text for line in table.rows for text in line.remarks]
 
 
 def _checkpoints(runs: Runs, table: Published) -> str:
@@ -166,4 +170,4 @@ def as_text(runs: Runs, compared: Sequence[tuple[Published, list[Pair]]]) -> str
 def _short(table: Published, pair: Pair) -> list[str]:
     digits = pair.line.decimals[1]
     cells = [*_plain([pair.mean, pair.line.mean], digits), *_plain([pair.gap], digits, "+")]
-    return [pair.line.label + DAGGER * table.dagger, *cells]
+    return [table.name_of(pair.line), *cells]

@@ -14,7 +14,7 @@ from byom.errors import CheckpointError, one_of, whole
 from byom.functional.linalg import product_svd, randomised_svd, truncated_svd
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
-from byom.merge.base.matrices import is_matrix
+from byom.merge.base.matrices import is_matrix, is_stack
 from byom.storage import tensor_files as storage
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base.variant import PacksFactors
@@ -33,8 +33,9 @@ class ByomLora(PackingVariant, PacksFactors):
     The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
     never formed; where query, key and value lie in one fused matrix each has its own. Models that are not adapters on
     the reference get the same cut of ``theta_t - reference``, tensors with more than two axes seen as ``[shape[0],
-    rest]``. A matrix costs ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which
-    ``byom=single_task`` stores. A sweep over q factors each task once, up to q = 32 where differences are dense.
+    rest]``, and experts of a mixture that lie in one tensor ``[E, m, n]`` as one matrix each. A matrix costs
+    ``q (m + n + 1)`` values: at ``q = r`` r more than the adapter itself, which ``byom=single_task`` stores. A sweep
+    over q factors each task once, up to q = 32 where differences are dense.
 
     Args:
         rank: Singular values kept of each matrix (q), at least 1; all are kept of a matrix that has fewer.
@@ -98,7 +99,7 @@ class ByomLora(PackingVariant, PacksFactors):
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
         """Store a matrix's factors, or all values of another tensor."""
-        return plan.get(name, {}) if _is_matrix(name, target.shape) else self._rest(target, shared.reference)
+        return plan.get(name, {}) if _matrices(name, target.shape) else self._rest(target, shared.reference)
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Add the products to the reference, or put all values back."""
@@ -191,8 +192,9 @@ class _Difference:
 
     def __init__(self, target: Weights, reference: Weights, variant: ByomLora) -> None:
         self._target, self._reference, self._variant = target, reference, variant
-        names = [name for name in target.mergeable() if _is_matrix(name, target.shape(name))]
-        self.sides = {(name, 0): _sides(target.shape(name)) for name in names}
+        of = {name: _matrices(name, target.shape(name)) for name in target.mergeable()}
+        self.sides = {(name, start): sides for name, blocks in of.items() for start, sides in blocks.items()}
+        self._last: tuple[str, Tensor] = "", torch.empty(0)
         kind = ("exact", 0) if variant.solver == "exact" else ("randomised", variant.seed)
         self._factors = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind]))
 
@@ -215,14 +217,18 @@ class _Difference:
         delta = self._delta(block)
         rank = min(rank, *delta.shape) if delta.any() else 0
         if self._variant.solver == "randomised":
-            factors = randomised_svd(delta, rank, keyed(self._variant.seed, block[0]))
+            factors = randomised_svd(delta, rank, keyed(self._variant.seed, *block[: 1 + bool(block[1])]))
         else:
             factors = truncated_svd(delta, rank)
         return _above_rounding(factors, delta.dtype)
 
     def _delta(self, block: Block) -> Tensor:
-        target, reference = (w.read_finite(block[0]) for w in (self._target, self._reference))
-        return (wide(target) - wide(reference)).reshape(len(target), -1)
+        name, start = block
+        rows, columns = self.sides[block]
+        if self._last[0] != name:  # a tensor of many experts is read once
+            target, reference = (w.read_finite(name) for w in (self._target, self._reference))
+            self._last = name, wide(target) - wide(reference)
+        return self._last[1].reshape(-1, columns)[start : start + rows]
 
 
 @lru_cache(maxsize=16)  # keyed by content; in fp32 an entry is a task's adapter, or KEPT (m + n + 1) values per matrix
@@ -254,17 +260,18 @@ def _piece(parts: Parts, start: int) -> Piece:
 
 
 def _require_fit(piece: Piece, reference: Tensor) -> None:
-    rows, columns = len(reference), reference[:1].numel()
-    if piece.start + len(piece.left) > rows or piece.right.shape[1] != columns:
+    columns = piece.right.shape[1]
+    known = columns == reference[:1].numel() or (reference.ndim == 3 and columns == reference.shape[2])
+    if not known or piece.start + len(piece.left) > reference.numel() // columns:
         raise CheckpointError(
             f"factors {tuple(piece.left.shape)} and {tuple(piece.right.shape)} at row {piece.start} do not fit "
             f"a tensor of shape {tuple(reference.shape)}; pack or fetch it again"
         )
 
 
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], torch.Size(shape[1:]).numel()
-
-
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) >= 2 and is_matrix(name, _sides(shape))
+def _matrices(name: str, shape: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+    """Return the first row of every matrix in a parameter and its sides; nothing if there is none."""
+    if is_stack(name, shape):
+        return {expert * shape[1]: shape[1:] for expert in range(shape[0])}
+    sides = shape[0] if shape else 1, torch.Size(shape[1:]).numel()
+    return {0: sides} if len(shape) >= 2 and is_matrix(name, sides) else {}

@@ -83,7 +83,7 @@ class ModelTinting(Variant):
 
     References:
         Why Train Everything? Tint a Single Layer for Multi-task Model Merging, section 4.
-        https://arxiv.org/abs/2412.19098
+        https://arxiv.org/abs/2412.19098; published at ICML 2026 under the name SyMerge.
 
     Differences:
         The paper lets any single layer be the task's own, the authors' code trains heads; the latter is the default.

@@ -11,7 +11,7 @@ from byom.errors import OptionError, fraction
 from byom.functional.selection import kept
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
-from byom.merge.base.matrices import is_matrix
+from byom.merge.base.matrices import is_matrix, is_stack
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
 from byom.weights import Weights
@@ -22,7 +22,8 @@ class TaskSingularVectorsCompress(PackingVariant):
     """Store each matrix of a task vector as its ``1/T`` largest singular values and their vectors.
 
     ``tau_t ~ U_k diag(s_k) Vt_k`` with ``k = floor(share * min(m, n))`` but at least 1, in fp32; inference uses
-    ``theta_0 + U_k diag(s_k) Vt_k``. Other tensors are stored whole, and unchanged ones are not stored.
+    ``theta_0 + U_k diag(s_k) Vt_k``. Experts of a mixture that lie in one tensor are one matrix each. Other tensors are
+    stored whole, and unchanged ones are not stored.
 
     Args:
         share: Fraction of a matrix's singular values that a task keeps, in (0, 1]. None divides them evenly among
@@ -58,10 +59,10 @@ class TaskSingularVectorsCompress(PackingVariant):
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
         """Store a matrix's factors, or all values of another tensor."""
-        if not is_matrix(name, target.shape):
+        if not (is_matrix(name, target.shape) or is_stack(name, target.shape)):
             return sparse.whole(target, shared.reference)
         share = 1.0 if self.share is None else self.share  # a task packed alone has no other to divide with
-        return truncated.factor(wide(target) - wide(shared.reference), max(1, kept(share, min(target.shape))))
+        return truncated.factor(wide(target) - wide(shared.reference), max(1, kept(share, min(target.shape[-2:]))))
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Add the product to theta_0, or put all values back."""

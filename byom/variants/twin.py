@@ -12,7 +12,7 @@ from byom.errors import fraction, one_of
 from byom.functional.seeding import keyed
 from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
-from byom.merge.base.matrices import is_matrix
+from byom.merge.base.matrices import is_matrix, is_stack
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
 from byom.weights import Weights
@@ -68,11 +68,12 @@ class TwinMerging(PackingVariant):
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: str) -> Parts:
         """Store the compressed difference of one parameter."""
-        if target.ndim < 2 or (self.compress == "svd" and not is_matrix(name, target.shape)):
+        matrix = is_matrix(name, target.shape) or is_stack(name, target.shape)
+        if target.ndim < 2 or (self.compress == "svd" and not matrix):
             return sparse.whole(target, shared.reference)
         delta = wide(target) - wide(shared.reference)
         if self.compress == "svd":
-            return truncated.factor(delta, kept(self.density, min(target.shape)))
+            return truncated.factor(delta, kept(self.density, min(target.shape[-2:])))
         if self.compress == "magnitude" or self.density in (0, 1):
             return sparse.gather(target, top_mask(delta, self.density))
         rescaled = (wide(shared.reference) + delta / self.density).to(target.dtype)

@@ -22,6 +22,8 @@ Site = tuple[int, int]  # first row, number of rows
 class Piece(NamedTuple):
     """A low-rank difference of some rows of one parameter, seen as a matrix ``[shape[0], rest]``.
 
+    Of experts of a mixture that lie in one tensor ``[E, m, n]``, each has its own: the matrix is ``[E m, n]``.
+
     Args:
         start: First of the rows; above 0 for the later parts of a fused attention matrix.
         left: ``[m, r]`` in fp32 or fp64, every scale folded in.
@@ -84,8 +86,8 @@ def add(value: Tensor, pieces: Sequence[Piece]) -> Tensor:
         ``[*shape]`` in fp32, or in fp64 where the parameter is.
     """
     moved = wide(value).clone(memory_format=torch.contiguous_format)
-    rows = moved.reshape(len(moved), -1)
     for piece in pieces:
+        rows = moved.view(-1, piece.right.shape[1])
         rows[piece.start : piece.start + len(piece.left)].addmm_(piece.left.to(rows.dtype), piece.right.to(rows.dtype))
     return moved
 

@@ -83,8 +83,8 @@ MERGE = (
     Mutant(
         "iso-c-adds-up-what-is-no-matrix",
         "merge",
-        "self.scale * (change / len(group.experts))",
-        "self.scale * change",
+        "total(group.deltas) / len(group.experts) if levelled is None",
+        "total(group.deltas) if levelled is None",
         ("tests/identities/test_iso_c.py",),
     ),
     Mutant(

@@ -189,3 +189,40 @@ def test_the_pages_are_what_the_configs_say():
     page = catalogue.PAGE.read_text()
     assert catalogue.fill(page) == page, "run python -m experiments.catalogue"
     assert catalogue.SOURCES.read_text() == catalogue.sources()
+
+
+JOINT = {"sun397": 72.85, "stanford_cars": 74.44, "resisc45": 93.90, "eurosat": 98.22, "svhn": 95.80, "gtsrb": 98.91,
+         "mnist": 99.45, "dtd": 77.87}  # fmt: skip
+JOINT_LARGE = {"sun397": 80.84, "stanford_cars": 90.64, "resisc45": 96.32, "eurosat": 99.19, "svhn": 97.57,
+               "gtsrb": 99.07, "mnist": 99.63, "dtd": 84.36}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ta_vit_b32", "byom_vit_b32", "ta_vit_l14", "byom_vit_l14"])
+def test_joint_training_is_what_its_first_source_says(name):
+    given = named(name)
+    (line,) = (line for line in given.rows if line.match == {"merge": "mtl", "byom": "none"})
+    assert dict(zip(given.tasks, line.values, strict=True)) == (JOINT if name.endswith("b32") else JOINT_LARGE)
+    assert not line.odd and "task_vectors/issues/5" in line.confirmed
+    assert given.name_of(line) == line.label and (given.name_of(given.rows[0]) != line.label)
+
+
+def test_a_confirmed_row_has_no_dagger_and_says_who_confirms_it(runs):
+    sure = Line("MTL", None, (90.0,) * 8, 90.0, confirmed="another source")
+    given = table(dagger=True, confidence="unverified", rows=(*table().rows, sure))
+    text = as_markdown(runs, [(given, found := pairs(Tables(runs), given))])
+    assert "TIES†" in text and "MTL†" not in text and "MTL is confirmed: another source." in text
+    labels = [x.get_text() for x in ours_against_published([(given, found)]).axes[0].get_yticklabels()]
+    assert sorted(labels) == ["MTL", "TIES†"]
+
+
+def test_nothing_is_subtracted_from_the_first_set_of_tall_checkpoints(runs):
+    experts = [
+        yaml.safe_load((config.folder() / "experts" / f"tall_{m}.yaml").read_text()) for m in ("b16", "b32", "l14")
+    ]
+    given = [named(name) for name in NAMES if "tall_" in name]
+    assert {e["family"] for e in experts} == {"tall-repaired"} and {t.family for t in given} == {"tall-original"}
+    assert all(e["file"].startswith("single_task/") for e in experts) and len(given) == 5
+    today = Runs(runs.suite, runs.backbone, tuple(replace(r, family="tall-repaired") for r in runs.done), ())
+    text = as_markdown(today, [(t, pairs(Tables(today), t)) for t in given[:1]])
+    assert "family 'tall-repaired', the published numbers of 'tall-original': other checkpoints" in text
+    assert "DTD's test images had been trained on" in text and "difference" not in kinds(text)

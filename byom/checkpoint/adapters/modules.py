@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from byom.checkpoint.adapters.tied import tied_names
 from byom.errors import CheckpointError, OptionError, listed
-from byom.functional.tensors import finite
+from byom.functional.tensors import finite, packs_experts
 from byom.variants.base.delta import Delta, Parts, Served
 from byom.weights import Weights
 from byom.weights.fused import PARTS, Rows, module_of
@@ -225,6 +225,12 @@ class Modules:
 
     def _factors(self, name: str, parts: Parts) -> dict[str, SiteFactors]:
         factors: dict[str, SiteFactors] = {}
+        shape = self.reference.shape(name)
+        if packs_experts(name, shape):
+            raise OptionError(
+                f"'{name}' packs the matrices of {shape[0]} experts in one tensor, for which the export writes no "
+                "adapter: save a bundle (byom pack), which holds everything"
+            )
         for piece in pieces(parts):
             for site in self.sites(name):
                 if (up := _cut(piece, site.rows)) is not None:

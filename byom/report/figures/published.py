@@ -29,7 +29,7 @@ def ours_against_published(compared: Sequence[tuple[Published, Sequence[Pair]]],
     Returns:
         Methods from the lowest published average to the highest.
     """
-    counts = [len(_names(pairs)) for _, pairs in compared]
+    counts = [len(_names(table, pairs)) for table, pairs in compared]
     figure = Figure(figsize=(1.6 * COLUMN, 0.5 + sum(0.85 + ROW * n for n in counts)), layout="constrained")
     every = figure.subplots(len(compared), 1, squeeze=False, height_ratios=[n + 2 for n in counts])[:, 0]
     for axes, (table, pairs) in zip(every, compared, strict=True):
@@ -40,14 +40,14 @@ def ours_against_published(compared: Sequence[tuple[Published, Sequence[Pair]]],
 
 
 def _part(axes: Axes, table: Published, pairs: Sequence[Pair]) -> None:
-    names = _names(pairs)
-    places = np.array([names.index(pair.line.label) for pair in pairs])
+    names = _names(table, pairs)
+    places = np.array([names.index(table.name_of(pair.line)) for pair in pairs])
     theirs, ours = (np.array([of(pair) for pair in pairs]) for of in (lambda p: p.line.mean, lambda p: p.mean))
     joined = np.array([pair.line.mean + pair.gap for pair in pairs])  # only where the two can be subtracted
     axes.hlines(places, np.minimum(theirs, joined), np.maximum(theirs, joined), color="#bdbdbd", lw=0.9, zorder=1)
     for values, look, name in ((theirs, THEIRS, "published"), (ours, OURS, "ours")):
         axes.plot(values, places, label=name, **{**look.line, "linestyle": "none"})
-    axes.set_yticks(range(len(names)), labels=[name + "†" * table.dagger for name in names])
+    axes.set_yticks(range(len(names)), labels=names)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.8, len(names) - 0.2)
     axes.set_xlabel("Average over tasks (%)" if table.measure == "absolute" else "Normalised average over tasks (%)")
@@ -55,9 +55,9 @@ def _part(axes: Axes, table: Published, pairs: Sequence[Pair]) -> None:
     axes.set_title("\n".join(filter(None, lines)), fontsize=7, loc="left")
 
 
-def _names(pairs: Sequence[Pair]) -> list[str]:
+def _names(table: Published, pairs: Sequence[Pair]) -> list[str]:
     """Return the source's names once each; several rows of ours may stand next to one."""
-    return list(dict.fromkeys(pair.line.label for pair in pairs))
+    return list(dict.fromkeys(table.name_of(pair.line) for pair in pairs))
 
 
 def _remarks(table: Published, pairs: Sequence[Pair]) -> list[str]:
