@@ -50,7 +50,7 @@ def indexed(folder: Path, names: Names) -> dict[str, str]:
         raise CheckpointError(
             f"{index} names {listed(outside)}, outside of its folder; only files in it are read. {_AGAIN}"
         )
-    if missing := [name for name in shards if not (folder / name).is_file()]:
+    if missing := [name for name in shards if not _is_file(folder / name)]:
         raise CheckpointError(f"{index} names shards that are missing: {missing}. Download them again")
     _require_one_model(folder, names, set(shards))
     return places
@@ -123,6 +123,13 @@ def _read(index: Path) -> dict[str, str]:
             f"{index} is damaged or not an index ({error!r}). Delete it and make or fetch it again"
         ) from error
     return places
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_outside(name: str) -> bool:

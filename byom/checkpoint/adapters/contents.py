@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from byom.checkpoint.adapters.config import INNER, PICKLED, ROOT, SAFE, AdapterConfig
-from byom.checkpoint.plain import MALFORMED, require_dense
+from byom.checkpoint.plain import load, require_dense
 from byom.errors import CheckpointError, listed
 from byom.functional.tensors import finite
 from byom.storage import foreign
@@ -113,8 +113,8 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except MALFORMED as error:
+        tensors = load(file)
+    except Exception as error:  # of any kind, on files that are damaged or made to mislead it
         if why := foreign.cause(file):
             raise CheckpointError(f"{file} {why}") from error
         why = str(error).partition("\n")[0] or type(error).__name__
