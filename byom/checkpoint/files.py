@@ -12,7 +12,7 @@ from byom.checkpoint.pickled import HOLDERS, read_pickled
 from byom.checkpoint.plain import load, require_dense
 from byom.errors import CheckpointError
 from byom.storage import foreign
-from byom.storage.folder import PYTORCH, indexed, require_agreement
+from byom.storage.folder import PYTORCH, SAFETENSORS, indexed, require_agreement
 from byom.storage.quantised import require_plain
 from byom.weights import Weights
 
@@ -51,7 +51,7 @@ def _held(path: Path, state: Mapping[str, Tensor]) -> Weights:
 
 
 def _folder(path: Path) -> tuple[Weights, str]:
-    if list(path.glob("*.safetensors")):
+    if list(path.glob("*.safetensors")) or (path / SAFETENSORS.index_file).is_file():
         shards = list(path.glob("*.safetensors.index.json"))
         return Weights.open(path), "sharded safetensors" if shards else "safetensors"
     if (path / PYTORCH.index_file).is_file():

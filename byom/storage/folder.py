@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from byom.errors import CheckpointError, listed
+from byom.storage.foreign import cause
 
 
 class Names(NamedTuple):
@@ -119,6 +120,8 @@ def _read(index: Path) -> dict[str, str]:
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise ValueError("weight_map is not a table of tensors and their files")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if why := cause(index):
+            raise CheckpointError(f"{index} {why}") from error
         raise CheckpointError(
             f"{index} is damaged or not an index ({error!r}). Delete it and make or fetch it again"
         ) from error

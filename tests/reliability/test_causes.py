@@ -122,6 +122,15 @@ def test_a_file_is_read_by_what_it_holds(tmp_path):
         assert torch.equal(read(tmp_path / name, BASE).weights["embed.weight"], STATE["embed.weight"])
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json"]
+)
+def test_pointers_in_place_of_what_describes_the_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=f"{name} is a pointer of Git LFS"):
+        read(tmp_path, BASE)
+
+
 # vocabularies, rows, partitioned weights
 
 

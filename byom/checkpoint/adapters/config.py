@@ -11,6 +11,7 @@ from typing import Any
 
 from byom.errors import CheckpointError
 from byom.storage.folder import parsed
+from byom.storage.foreign import cause
 
 CONFIG = "adapter_config.json"
 SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -88,6 +89,8 @@ class AdapterConfig:
                 f"{file} cannot be read ({error.strerror}); give the folder that PEFT's save_pretrained wrote"
             ) from error
         except ValueError as error:
+            if why := cause(file):
+                raise CheckpointError(f"{file} {why}") from error
             raise _broken(file, f"no JSON: {error}") from error
         if not isinstance(settings, dict):
             raise _broken(file, "not a table of settings")
