@@ -23,6 +23,8 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<kind>weight|bias))?"  # the adapter's name, where it was left in
 )
+WRAPPED = re.compile(r"^module\.(?=base_model\.)|(?:^|(?<=\.))_(?:orig_mod|(?:fsdp|checkpoint)_wrapped_module)\.")
+"""What wrappers of modules put into names."""
 UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed(\.|$)")
 """Entries that no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
 
@@ -87,8 +89,9 @@ def read(folder: Path, config: AdapterConfig) -> Contents:
         if UNUSED.search(key):
             continue
         _require_finite(file, key, tensor)
-        module, side = _factor(key.removeprefix(ROOT))
-        _put(file, parts.setdefault(module, {}) if side else saved, side or _plain(key), key, tensor)
+        name = WRAPPED.sub("", key)
+        module, side = _factor(name.removeprefix(ROOT))
+        _put(file, parts.setdefault(module, {}) if side else saved, side or _plain(name), key, tensor)
     layers = _layers(file, parts, config)
     if emptied := [name for name in saved if saved[name].shape == (0,)]:
         raise CheckpointError(f"{file}: {partitioned(emptied[0])}")
