@@ -5,13 +5,14 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SUITE ?= vision8_offline
+MINUTES ?= 30
 BIN := .venv/bin
 READY := .venv/.ready
 DEMO := results/scratch/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help setup demo test quick check lint types mutants bench tables proofs docs clean
+.PHONY: help setup demo test quick check lint types mutants fuzz bench tables proofs docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -53,6 +54,9 @@ types: $(READY) ## pyright on byom/
 
 mutants: $(READY) ## plant faults one at a time and say which of them no test finds
 	@$(BIN)/python -m tests.mutants
+
+fuzz: $(READY) ## try damaged checkpoints for MINUTES=30 and say which of them are misread
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 bench: $(READY) ## speed of the exact selection beside torch's own, and of BYOM-LoRA beside dense SVDs
 	@$(BIN)/python -m benchmarks.selection --check

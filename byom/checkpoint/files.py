@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from byom.checkpoint.pickled import HOLDERS, read_pickled
-from byom.checkpoint.plain import MALFORMED, require_dense
+from byom.checkpoint.plain import load, require_dense
 from byom.errors import CheckpointError
 from byom.storage import foreign
-from byom.storage.folder import PYTORCH, indexed, require_agreement
+from byom.storage.folder import PYTORCH, SAFETENSORS, indexed, require_agreement
 from byom.storage.quantised import require_plain
 from byom.weights import Weights
 
@@ -55,7 +51,7 @@ def _held(path: Path, state: Mapping[str, Tensor]) -> Weights:
 
 
 def _folder(path: Path) -> tuple[Weights, str]:
-    if list(path.glob("*.safetensors")):
+    if list(path.glob("*.safetensors")) or (path / SAFETENSORS.index_file).is_file():
         shards = list(path.glob("*.safetensors.index.json"))
         return Weights.open(path), "sharded safetensors" if shards else "safetensors"
     if (path / PYTORCH.index_file).is_file():
@@ -82,8 +78,8 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     if why := foreign.cause(path):
         raise CheckpointError(f"{path} {why}")
     try:
-        content = _loaded(path)
-    except MALFORMED:
+        content = load(path)
+    except Exception:  # of any kind, on files that are damaged or made to mislead it
         return read_pickled(path), "pickled module"
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds one {type(content).__name__} without a name; it is not a state dict")
@@ -93,12 +89,3 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     if not state:
         raise CheckpointError(f"{path} holds no tensor by name; it is not a state dict")
     return state, "PyTorch state dict"
-
-
-def _loaded(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it then cannot read, we read
-        if path.suffix == ".safetensors":  # by its name, torch would not take it for its own file
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

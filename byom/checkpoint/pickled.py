@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
+from byom.checkpoint.plain import require_stored
 from byom.errors import CheckpointError
 
 MODULES = (
@@ -130,8 +131,7 @@ def _from_zip(file: BinaryIO) -> Any:
         inner = next((name for name in names if name.endswith("data.pkl")), None)
         if inner is None or any(name.endswith("constants.pkl") for name in names):
             raise CheckpointError("it is a zip file, but none of torch.save")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError("it is compressed, which torch.save does not do; it may unpack to any size")
+        require_stored(archive)
         prefix = inner.removesuffix("data.pkl")
         order = f"{prefix}byteorder"
         if order in names and archive.read(order) != b"little":

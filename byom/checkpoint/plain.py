@@ -1,8 +1,8 @@
-"""Tensors of other kinds than one dense array of numbers, refused with what turns them into one."""
+"""PyTorch's own restricted reader, and the tensors it gives that are no dense arrays of numbers."""
 
 from __future__ import annotations
 
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +13,50 @@ from torch import Tensor, nn
 
 from byom.errors import CheckpointError
 
-MALFORMED = (
-    pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, ImportError, LookupError, TypeError,
-    OverflowError, MemoryError, zipfile.BadZipFile, NotImplementedError, OSError,
-)  # fmt: skip
-"""Errors of PyTorch's reader on files that it does not read."""
 _REMEDIES = {
     "quantised": "Call dequantize() on it, or save the model before it was quantised",
     "sparse": "Call to_dense() on it, and save again",
     "nested": "Call to_padded_tensor or take it apart, and save again",
     "without values (on the device 'meta')": "Load the model onto a real device before saving it",
 }
+
+
+def load(file: Path) -> Any:
+    """Read a file of `torch.save` through PyTorch's restricted reader, from where it lies on disk if that is possible.
+
+    Args:
+        file: The file.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        CheckpointError: If it is compressed or has an entry twice.
+        Exception: Of many kinds, if it is damaged or holds more than tensors.
+    """
+    mapped = zipfile.is_zipfile(file)
+    if mapped:
+        with zipfile.ZipFile(file) as archive:
+            require_stored(archive)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it then cannot read, we read
+        if file.suffix == ".safetensors":  # by its name, torch would not take it for its own file
+            with file.open("rb") as handle:
+                return torch.load(handle, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def require_stored(archive: zipfile.ZipFile) -> None:
+    """Refuse a zip file that is compressed, or has an entry twice, of which readers take one or the other.
+
+    Raises:
+        CheckpointError: Without the file's name; mapped into memory, compressed bytes would pass for values.
+    """
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        raise CheckpointError("it is compressed, which torch.save does not do; it may unpack to any size")
+    names = archive.namelist()
+    if len(set(names)) < len(names):
+        raise CheckpointError("it has an entry twice, and readers differ in which they take. Save it again")
 
 
 def require_dense(file: Path, state: Mapping[Any, Any]) -> None:

@@ -51,4 +51,6 @@ class JointFineTuning(MergeMethod):
                 f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one per task: {tasks}"
             )
         trained = problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
-        return trained.derived(trained.read_finite, trained.origin)  # training may diverge
+        # masks are no parameters, of which training may diverge
+        trained = trained.carrying(set(trained.mergeable()) - set(problem.pretrained.mergeable()))
+        return trained.derived(trained.read_finite, trained.origin)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from byom.errors import CheckpointError, listed
+from byom.storage.foreign import cause
 
 
 class Names(NamedTuple):
@@ -50,7 +51,7 @@ def indexed(folder: Path, names: Names) -> dict[str, str]:
         raise CheckpointError(
             f"{index} names {listed(outside)}, outside of its folder; only files in it are read. {_AGAIN}"
         )
-    if missing := [name for name in shards if not (folder / name).is_file()]:
+    if missing := [name for name in shards if not _is_file(folder / name)]:
         raise CheckpointError(f"{index} names shards that are missing: {missing}. Download them again")
     _require_one_model(folder, names, set(shards))
     return places
@@ -119,10 +120,19 @@ def _read(index: Path) -> dict[str, str]:
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise ValueError("weight_map is not a table of tensors and their files")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if why := cause(index):
+            raise CheckpointError(f"{index} {why}") from error
         raise CheckpointError(
             f"{index} is damaged or not an index ({error!r}). Delete it and make or fetch it again"
         ) from error
     return places
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _is_outside(name: str) -> bool:

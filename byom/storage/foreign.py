@@ -43,7 +43,9 @@ _SUFFIXES = {
     ".npy": _STARTS[b"\x93NUMPY"],
 }
 _OUTPUTS = re.compile(r"checkpoint-\d+|epoch[-_=]?\d+|step[-_=]?\d+|global_step\d+", re.IGNORECASE)
-_PARTITIONED = re.compile(r".*\.distcp|zero_pp_rank_.*|bf16_zero_pp_rank_.*|mp_rank_\d+_model_states\.pt")
+_PARTITIONED = re.compile(
+    r".*\.distcp|zero_to_fp32\.py|pytorch_model_fsdp_\d+|zero_pp_rank_.*|bf16_zero_pp_rank_.*|mp_rank_\d+_model_states\.pt"
+)
 _SHARD = re.compile(r".+-\d{5}-of-(?P<total>\d{5})\.(?:safetensors|bin)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -145,7 +147,7 @@ def unclear(folder: Path, suffixes: Iterable[str]) -> str:
 
 def _other(folder: Path, names: list[str], files: list[str]) -> str | None:
     folders = [name for name in names if name not in files]
-    if any(_PARTITIONED.fullmatch(name) for name in files):
+    if any(_PARTITIONED.fullmatch(name) for name in names):
         return (
             "it holds the state of a partitioned training run (DeepSpeed, FSDP). Gather it first, with "
             "zero_to_fp32.py or accelerate merge-weights"

@@ -81,13 +81,14 @@ def matched(*models: W) -> tuple[W, ...]:
 
 
 def require_kind(a: Tensors, ours: str, b: Tensors, theirs: str) -> None:
-    """Refuse a tensor of fractions where the other model has whole or complex numbers.
+    """Refuse a tensor of fractions where the other model has whole or complex numbers; counters and buffers may differ.
 
     Raises:
         WeightsMismatch: Naming the tensor.
     """
     one, other = _kind(a.dtype(ours)), _kind(b.dtype(theirs))
-    if one != other:
+    shape = a.shape(ours)
+    if one != other and shape and not is_buffer(ours, shape):
         raise WeightsMismatch(
             f"'{theirs}' holds {other} in {b.origin} ({b.dtype(theirs)}) and {one} in {a.origin} ({a.dtype(ours)}), as "
             f"when one of them is quantised. {PLAIN}"

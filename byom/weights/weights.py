@@ -177,7 +177,7 @@ class Weights:
             CheckpointError: If it holds a value that is not finite.
         """
         tensor = self[name]
-        if tensor.is_floating_point() and tensor.numel() and not finite(tensor):
+        if self.merges(name) and tensor.numel() and not finite(tensor):
             raise CheckpointError(not_finite(self.origin, name, tensor))
         return tensor
 

@@ -46,6 +46,15 @@ def test_a_buffer_in_one_of_two(tmp_path, name, where):
     assert read(tmp_path / "x.safetensors", theta).weights.keys() == theta.keys()
 
 
+def test_buffers_and_counters_that_were_cast_with_the_weights(tmp_path):
+    base = W | {"position_ids": torch.arange(4)[None], "bn.num_batches_tracked": torch.tensor(3)}
+    cast = {name: value.half() for name, value in base.items()}
+    save_file(cast, tmp_path / "x.safetensors")
+    for expert in (of(cast, "expert"), read(tmp_path / "x.safetensors", of(base, "base")).weights):
+        merged = configured(["merge=average"])(Problem(of(base, "base"), {"t": expert}))
+        assert all(bits(merged[name]) == bits(value) for name, value in base.items())
+
+
 def test_an_expert_keeps_its_precision_beside_a_missing_buffer():
     base = of({name: value.bfloat16() for name, value in W.items()} | {"a.position_ids": torch.ones(1, 2)}, "base")
     expert = of({"w": torch.full((2, 3), 1 + 2**-12)}, "expert")

@@ -80,6 +80,8 @@ def test_what_is_not_there(tmp_path, opener, monkeypatch):
          "folder of a training run.*checkpoint-1000"),
         (["unet/a.safetensors", "vae/a.safetensors"], "folders in it. Give one of unet, vae"),
         (["__0_0.distcp"], "partitioned training run"),
+        (["global_step500/mp_rank_00_model_states.pt", "zero_to_fp32.py"], "partitioned training run"),
+        (["pytorch_model_fsdp_0/__0_0.distcp", "scheduler.pt"], "partitioned training run"),
         (["config.json"], r"no file of weights \(config.json\)"),
     ],
 )  # fmt: skip
@@ -120,6 +122,15 @@ def test_a_file_is_read_by_what_it_holds(tmp_path):
     torch.save(STATE, tmp_path / "x.safetensors")
     for name in ("pytorch_model.bin", "x.safetensors"):
         assert torch.equal(read(tmp_path / name, BASE).weights["embed.weight"], STATE["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json"]
+)
+def test_pointers_in_place_of_what_describes_the_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=f"{name} is a pointer of Git LFS"):
+        read(tmp_path, BASE)
 
 
 # vocabularies, rows, partitioned weights
@@ -198,6 +209,17 @@ def test_what_wrappers_put_into_names(tmp_path, kind):
     weights = Weights.of(wrapped)
     remedy = str(error.value)[str(error.value).index("Weights.of(") :]
     assert eval(remedy, {"Weights": Weights, "weights": weights}).keys() == BASE.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["module.base_model.model.X", "_orig_mod.base_model.model.X", "base_model.model._fsdp_wrapped_module.X"]
+)
+def test_wrappers_in_names_of_adapters(tmp_path, name):
+    adapter(tmp_path, Q)
+    expected = Adapter.open(tmp_path).on(BASE)["layer.0.q.weight"]
+    inner = {key.replace(".q.", "._checkpoint_wrapped_module.q."): value for key, value in Q.items()}
+    save_file({name.replace("X", key): v for key, v in inner.items()}, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(Adapter.open(tmp_path).on(BASE)["layer.0.q.weight"], expected)
 
 
 def test_a_tensor_with_and_without_a_wrapper(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from byom.errors import CheckpointError
+from byom.storage.folder import parsed
+from byom.storage.foreign import cause
 
 CONFIG = "adapter_config.json"
 SAFE, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -82,12 +83,14 @@ class AdapterConfig:
         """
         file = folder / CONFIG
         try:
-            settings = json.loads(file.read_text())
+            settings = parsed(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(
                 f"{file} cannot be read ({error.strerror}); give the folder that PEFT's save_pretrained wrote"
             ) from error
         except ValueError as error:
+            if why := cause(file):
+                raise CheckpointError(f"{file} {why}") from error
             raise _broken(file, f"no JSON: {error}") from error
         if not isinstance(settings, dict):
             raise _broken(file, "not a table of settings")
@@ -98,6 +101,8 @@ class AdapterConfig:
     def _of(cls, file: Path, settings: Mapping[str, Any]) -> AdapterConfig:
         ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
         whole = settings.get("modules_to_save") or []
+        if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+            raise _broken(file, f"modules_to_save={whole!r} is not a list of names")
         config = cls(
             origin=str(file),
             rank=settings.get("r", 8),
@@ -115,8 +120,6 @@ class AdapterConfig:
             raise _broken(file, f"r={config.rank} and rank_pattern={ranks} must be whole numbers from 1 on")
         if not isinstance(alphas, dict) or not all(map(_is_number, [config.alpha, *alphas.values()])):
             raise _broken(file, f"lora_alpha={config.alpha} and alpha_pattern={alphas} must be numbers")
-        if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-            raise _broken(file, f"modules_to_save={whole!r} is not a list of names")
         if config.bias not in ("none", "lora_only", "all"):
             raise _broken(file, f"bias={config.bias!r} is not one of none, lora_only and all")
         return config

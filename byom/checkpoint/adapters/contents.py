@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from byom.checkpoint.adapters.config import INNER, PICKLED, ROOT, SAFE, AdapterConfig
-from byom.checkpoint.plain import MALFORMED, require_dense
+from byom.checkpoint.plain import load, require_dense
 from byom.errors import CheckpointError, listed
 from byom.functional.tensors import finite
 from byom.storage import foreign
@@ -23,6 +23,8 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)"
     r"(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(?P<kind>weight|bias))?"  # the adapter's name, where it was left in
 )
+WRAPPED = re.compile(r"^module\.(?=base_model\.)|(?:^|(?<=\.))_(?:orig_mod|(?:fsdp|checkpoint)_wrapped_module)\.")
+"""What wrappers of modules put into names."""
 UNUSED = re.compile(r"\.original_module\.|\.lora_velora_embed(\.|$)")
 """Entries that no forward pass reads: weights that a module trained whole replaced, VeLoRA's projections."""
 
@@ -87,8 +89,9 @@ def read(folder: Path, config: AdapterConfig) -> Contents:
         if UNUSED.search(key):
             continue
         _require_finite(file, key, tensor)
-        module, side = _factor(key.removeprefix(ROOT))
-        _put(file, parts.setdefault(module, {}) if side else saved, side or _plain(key), key, tensor)
+        name = WRAPPED.sub("", key)
+        module, side = _factor(name.removeprefix(ROOT))
+        _put(file, parts.setdefault(module, {}) if side else saved, side or _plain(name), key, tensor)
     layers = _layers(file, parts, config)
     if emptied := [name for name in saved if saved[name].shape == (0,)]:
         raise CheckpointError(f"{file}: {partitioned(emptied[0])}")
@@ -113,8 +116,8 @@ def _stored(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except MALFORMED as error:
+        tensors = load(file)
+    except Exception as error:  # of any kind, on files that are damaged or made to mislead it
         if why := foreign.cause(file):
             raise CheckpointError(f"{file} {why}") from error
         why = str(error).partition("\n")[0] or type(error).__name__
