@@ -41,7 +41,7 @@ def require_possible(settings: Settings, *, evaluates: bool = True) -> None:
     if settings.experts.default or (evaluates and getattr(settings.experts, "heads", "backbone") == "backbone"):
         for task in settings.suite.tasks:
             settings.backbone.require_head(task)
-    require_writable(settings.cache, "cache")
+    require_writable(settings.cache, "the cache", "set cache= to a writable folder")
 
 
 def require_routable(settings: Settings) -> None:
@@ -104,4 +104,4 @@ def require_folder(folder: Path) -> None:
         OptionError: Naming it.
     """
     above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    require_writable(above, "FOLDER", make=False)
+    require_writable(above, "models", "give a writable folder", make=False)
