@@ -74,5 +74,5 @@ def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool])
     require_own(folder, own)
     require_folder(folder)
     settings = config.settings(list(arguments[1:]))
-    require_possible(settings)
+    require_possible(settings, evaluates=command == "export")
     return folder, settings

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @led
 def statistics(arguments: Sequence[str]) -> int:
     """Fit statistics of every task's expert ahead of time, and print where they are."""
-    names = [a for a in arguments if "=" not in a]
-    settings = config.settings([a for a in arguments if "=" in a])
+    overrides = [a for a in arguments if "=" in a or a.startswith("~")]
+    names = [a for a in arguments if a not in overrides]
+    settings = config.settings(overrides)
     for name in names:
         if name not in settings.statistics:
             raise OptionError(f"there is no statistic '{name}'; {suggest(name, settings.statistics)}")

@@ -13,6 +13,7 @@ from byom.cli import config, sweeps
 from byom.cli.failures import failures
 from byom.errors import ByomError, NothingFinished, OptionError, suggest
 from byom.experts.finetune.processes import led
+from byom.storage.record import Record
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -95,7 +96,7 @@ def _launched(every: Sequence[list[str]], composed: Composed, launcher: Sequence
         raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
     from byom.pipeline import run
 
-    missing = [cell for cell in every if not _finished(cell, composed)]
+    missing = [cell for cell in every if not _finished(cell, composed, mirror=True)]
     sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
     sys.stdout.flush()
     try:
@@ -108,11 +109,18 @@ def _launched(every: Sequence[list[str]], composed: Composed, launcher: Sequence
     return [(cell, error) for cell, error in pairs if error and not _finished(cell, composed)]
 
 
-def _finished(cell: Sequence[str], composed: Composed) -> bool:
+def _finished(cell: Sequence[str], composed: Composed, *, mirror: bool = False) -> bool:
+    """Return whether a cell has a record, and tell its logger if asked to: no job of the cell's own will."""
     try:
-        return composed(*cell).place().finished() is not None
+        settings = composed(*cell)
+        place = settings.place()
+        if (values := place.finished()) is None:
+            return False
+        if mirror:
+            settings.logger.mirror(Record.lift(values), place.done)
     except ByomError:  # the cell's own job says it
         return False
+    return True
 
 
 def _left(start: float, done: int, total: int) -> str:

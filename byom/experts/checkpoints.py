@@ -24,6 +24,11 @@ class Checkpoints(Experts):
 
     heads: Literal["backbone", "checkpoint"]
 
+    @property
+    def reading(self) -> str:
+        """Where heads come from and how they are read, for names in the cache; rows once went by their place alone."""
+        return "checkpoint, rows by name" if self.heads == "checkpoint" else self.heads
+
     @abstractmethod
     def path(self, task: str) -> Path:
         """Return the file or folder of a task's expert."""

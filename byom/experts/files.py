@@ -61,7 +61,7 @@ class Files(Checkpoints):
 
     def key(self, task: Task, recipe: Recipe, cache: Path | None = None) -> Any:
         """Return the family and the digest of the files: another file at the same place is another expert."""
-        return {"family": self.family, "files": self.contents(task, cache), "heads": self.heads}
+        return {"family": self.family, "files": self.contents(task, cache), "heads": self.reading}
 
     def contents(self, task: Task, cache: Path | None = None) -> str | None:
         """Return the digest of the files that are read; see `Experts.contents`."""

@@ -107,13 +107,15 @@ class Hub(Checkpoints):
             "repository": self.repository(task.name).name,
             "commit": hub.commit(self._folder(task.name)),
             "file": self._file(task.name),
-            "heads": self.heads,
+            "heads": self.reading,
         }
 
     def contents(self, task: Task, cache: Path | None = None) -> str | None:
         """Return the commit that is used, where a branch or tag names it; see `Experts.contents`."""
         repository = self.repository(task.name)
-        return None if repository.pinned else hub.current(repository)
+        if repository.pinned and self.heads == "backbone":
+            return None
+        return hub.current(repository)  # with heads: records of them from before rows went by name are other records
 
     def notes(self, host: Host) -> dict[str, Any]:
         """Return formats, and repository and commit by task."""

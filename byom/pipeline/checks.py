@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 LOW_RANK = "byom=lora, byom=tsv_compress, or byom=single_task with finetune=lora or adapters as experts"
 
 
-def require_possible(settings: Settings) -> None:
+def require_possible(settings: Settings, *, evaluates: bool = True) -> None:
     """Refuse a run that could not end, before anything is read or trained.
 
     Args:
         settings: The run.
+        evaluates: Whether its heads are used even where no expert is trained here.
 
     Raises:
         OptionError: If a method's weights are not one per task, it asks for experts that there are not, heads cannot be
@@ -37,10 +38,10 @@ def require_possible(settings: Settings) -> None:
             f"merge={settings.names['merge']} asks for {settings.needs.members} experts per task, and "
             f"{settings.experts.family} has one; use experts=trained for it"
         )
-    if getattr(settings.experts, "heads", "backbone") == "backbone":
+    if settings.experts.default or (evaluates and getattr(settings.experts, "heads", "backbone") == "backbone"):
         for task in settings.suite.tasks:
             settings.backbone.require_head(task)
-    require_writable(settings.cache, "cache")
+    require_writable(settings.cache, "the cache", "set cache= to a writable folder")
 
 
 def require_routable(settings: Settings) -> None:
@@ -103,4 +104,4 @@ def require_folder(folder: Path) -> None:
         OptionError: Naming it.
     """
     above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    require_writable(above, "FOLDER", make=False)
+    require_writable(above, "models", "give a writable folder", make=False)

@@ -27,6 +27,9 @@ class Logger(ABC):
         """Take a record that an earlier run has written."""
         tqdm.write(f"{headline(record)}  finished before: {path}", file=sys.stdout)
 
+    def mirror(self, record: Record, path: Path) -> None:  # noqa: B027 - most loggers only show
+        """Take a record that an earlier run has written, where it is not shown."""
+
     def failed(self, record: Record, path: Path) -> None:  # noqa: B027 - whoever runs the cell says why it failed
         """Take the record of a run that failed."""
 
@@ -66,18 +69,18 @@ class Wandb(Logger):
     def finished(self, record: Record, path: Path) -> None:
         """Print a line, and send configuration, metrics per task, and the table as an artifact."""
         Console().finished(record, path)
-        self._mirror(record, path)
+        self.mirror(record, path)
 
     def skipped(self, record: Record, path: Path) -> None:
         """Print a line, and send the record if it has not been sent from here."""
         super().skipped(record, path)
-        self._mirror(record, path)
+        self.mirror(record, path)
 
     def failed(self, record: Record, path: Path) -> None:
         """Send the configuration and the reason, as a failed run that a later attempt takes the place of."""
-        self._mirror(record, path)
+        self.mirror(record, path)
 
-    def _mirror(self, record: Record, path: Path) -> None:
+    def mirror(self, record: Record, path: Path) -> None:
         """Send a record once; what keeps it from being sent is said, and the record stays to be sent later."""
         sent = Path(self.folder) / "mirrored" / f"{signature(self.project, self.entity, self.mode)}-{name_of(record)}"
         if sent.is_file():

@@ -69,7 +69,7 @@ class Place:
         Raises:
             OptionError: Naming the folder.
         """
-        require_writable(self._folder, "results")
+        require_writable(self._folder, "results", "set results= to a writable folder")
 
     def write(self, record: Mapping[str, Any]) -> Path:
         """Write a finished record, or a failed one next to where it would be; atomic.
@@ -87,16 +87,17 @@ class Place:
         return path
 
 
-def require_writable(folder: Path, option: str, *, make: bool = True) -> None:
+def require_writable(folder: Path, what: str, remedy: str, *, make: bool = True) -> None:
     """Refuse a folder that cannot be written.
 
     Args:
         folder: The folder.
-        option: What names it, for the message.
+        what: What is going to be written, for the message.
+        remedy: What to do about it.
         make: Whether it is made if it is missing.
 
     Raises:
-        OptionError: Naming the folder and the option.
+        OptionError: Naming the folder and the remedy.
     """
     probe = folder / f".writable-{owner()}"
     try:
@@ -105,7 +106,7 @@ def require_writable(folder: Path, option: str, *, make: bool = True) -> None:
         probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
-        raise OptionError(f"cannot write {option} to {folder} ({error}); set {option} to a writable folder") from error
+        raise OptionError(f"cannot write {what} to {folder} ({error}); {remedy}") from error
 
 
 def now() -> str:

@@ -85,6 +85,17 @@ def test_records_that_exist_are_sent_when_a_logger_comes_later_and_only_once(tmp
     assert all(one.options["resume"] == "allow" for one in live)
 
 
+def test_records_of_a_table_are_sent_though_only_its_missing_cells_go_to_a_launcher(tmp_path, live, settings):
+    from byom.cli.table import _finished
+
+    one = settings(wandb(tmp_path))
+    assert not _finished(["x"], lambda *_: one, mirror=True)
+    run.run(settings(Console()))
+    assert _finished(["x"], lambda *_: one) and live == []
+    for _ in range(2):
+        assert _finished(["x"], lambda *_: one, mirror=True) and len(live) == 1
+
+
 def test_a_record_of_this_run_is_sent_once_also_when_it_is_found_again(tmp_path, live, settings):
     for _ in range(2):
         run.run(settings(wandb(tmp_path)))

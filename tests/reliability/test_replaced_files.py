@@ -228,6 +228,7 @@ def test_a_branch_that_moved_is_something_else_and_a_commit_is_not_looked_up(hub
         hub(kind, digit)
         assert [user() for user in users] == [digit * 40] * len(users)
     assert Hub("mine", {"*": "me/it"}, revisions={"*": "3" * 40}).contents(TASK) is None
+    assert Hub("mine", {"*": "me/it"}, revisions={"*": "3" * 40}, heads="checkpoint").contents(TASK) == "3" * 40
     assert Encoder("me/it", revision="3" * 40).contents() is None
 
 
