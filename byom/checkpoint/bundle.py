@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from byom.errors import CheckpointError, OptionError
+from byom.errors import CheckpointError
 from byom.merge.base import Problem
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import replacing
+from byom.storage.names import require_file_names
 from byom.variants.base import Variant
 from byom.variants.base.delta import Delta, Served
 from byom.weights import Weights
@@ -70,8 +71,7 @@ class Bundle(Served):
             CheckpointError: If it cannot be written or holds other files.
             OptionError: If a task's name cannot name a file.
         """
-        if nested := [task for task in self.deltas if Path(task).name != task]:
-            raise OptionError(f"the task '{nested[0]}' cannot name a file of the bundle; rename it without '/'")
+        require_file_names(self.deltas, "task")
         with replacing(Path(folder), storage.written("bundle.json")) as partial:
             for name, weights in self.models.items():
                 weights.save(partial / name)
@@ -79,7 +79,7 @@ class Bundle(Served):
                 self.deltas[task].save(partial / f"{task}.safetensors")
             prints = {name: weights.fingerprint() for name, weights in self.models.items()}
             notes = {"format": 1, **prints, "tasks": list(self.deltas)}
-            (partial / "bundle.json").write_text(json.dumps(notes, indent=1))
+            (partial / "bundle.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
         return Path(folder)
 
     @classmethod
@@ -99,7 +99,7 @@ class Bundle(Served):
         if not file.is_file():
             raise CheckpointError(f"{folder} is not a bundle: it has no bundle.json")
         try:
-            notes = json.loads(file.read_text())
+            notes = json.loads(file.read_text(encoding="utf-8"))
             tasks, prints = list(notes["tasks"]), {n: notes[n] for n in ("reference", "base") if n in notes}
             prints["reference"]
         except (ValueError, KeyError, TypeError) as error:

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from byom.checkpoint import Checkpoint, read
 from byom.checkpoint.adapters.config import CONFIG
 from byom.checkpoint.clip import hugging_face_names, to_hugging_face
 from byom.checkpoint.files import open_raw
-from byom.errors import OptionError, suggest
+from byom.errors import OptionError, one_of, suggest
 from byom.weights import Spec, Weights
 
 NAMES = ("safetensors", "openclip", "huggingface")
 TOWER = "visual."
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
 
 
-def convert(source: Path, target: Path, base: Weights | None = None, to: str = "safetensors") -> Iterator[str]:
+def convert(
+    source: Path, target: Path, base: Weights | None = None, to: str = "safetensors", dtype: str = ""
+) -> Iterator[str]:
     """Read a checkpoint of any format and write it as safetensors with checksums.
 
     Args:
@@ -26,6 +33,7 @@ def convert(source: Path, target: Path, base: Weights | None = None, to: str = "
         to: ``safetensors`` writes what experts of the backbone hold; ``openclip`` writes an image tower of open_clip
             together with the text left-overs that came with it; ``huggingface`` writes it as transformers'
             `CLIPVisionModelWithProjection` names it.
+        dtype: What floating-point tensors are written in, one of `DTYPES`; empty keeps theirs.
 
     Yields:
         Lines that say what the checkpoint was.
@@ -36,23 +44,24 @@ def convert(source: Path, target: Path, base: Weights | None = None, to: str = "
     """
     if to not in NAMES:
         raise OptionError(f"to={to}; {suggest(to, NAMES)}")
+    written = DTYPES[one_of("dtype", dtype, DTYPES)] if dtype else None
     if base is not None:
-        yield from _as(source, target, base, to)
+        yield from _as(source, target, base, to, written)
         return
     if to != "safetensors" or (source / CONFIG).is_file():
         what = f"to={to}" if to != "safetensors" else f"{source}, an adapter,"
         raise OptionError(f"{what} needs like=BACKBONE, for example like=clip_vit_b32")
     raw, container = open_raw(source)
-    raw.save(target)
+    raw.save(target, dtype=written)
     yield f"{container}: {_size(raw)}, under their own names"
 
 
-def _as(source: Path, target: Path, base: Weights, to: str) -> Iterator[str]:
+def _as(source: Path, target: Path, base: Weights, to: str, dtype: torch.dtype | None) -> Iterator[str]:
     if to != "safetensors" and not all(hugging_face_names(name.removeprefix(TOWER)) for name in base):
         raise OptionError(f"to={to} is for image towers of open_clip, which {base.origin} is not")
     checkpoint = read(source, base)
     written = _written(checkpoint, to)
-    written.save(target)
+    written.save(target, dtype=dtype)
     yield f"{checkpoint.format}: {_size(written)}"
     if checkpoint.frozen:
         counts, done = checkpoint.conventions, "kept" if to == "openclip" else "left out"

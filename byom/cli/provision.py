@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byom.cli import config, sweeps
-from byom.errors import CheckpointError, OptionError, suggest
+from byom.errors import CheckpointError, OptionError, one_of, suggest
 from byom.weights import Weights
 
 if TYPE_CHECKING:
@@ -52,18 +52,22 @@ def convert(arguments: Sequence[str]) -> int:
     """Read a checkpoint of any format and write it as safetensors, then print what it was."""
     places = [a for a in arguments if "=" not in a]
     if len(places) != 2:
-        raise OptionError("byom convert SOURCE TARGET [like=BACKBONE] [to=safetensors|openclip|huggingface]")
+        raise OptionError(
+            "byom convert SOURCE TARGET [like=BACKBONE] [to=safetensors|openclip|huggingface] [dtype=...]"
+        )
     from byom.checkpoint import convert as converter
 
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
-    if unknown := sorted(set(options) - {"like", "to"}):
-        raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to'))}")
+    if unknown := sorted(set(options) - {"like", "to", "dtype"}):
+        raise OptionError(f"byom convert knows no '{unknown[0]}'; {suggest(unknown[0], ('like', 'to', 'dtype'))}")
     if not Path(places[0]).exists():  # said before a backbone is loaded, or fetched
         raise CheckpointError(f"there is no checkpoint at {places[0]}")
     if (to := options.get("to", "safetensors")) not in converter.NAMES:
         raise OptionError(f"to={to}; {suggest(to, converter.NAMES)}")
+    if dtype := options.get("dtype", ""):
+        one_of("dtype", dtype, converter.DTYPES)
     base = pretrained(options["like"]) if options.get("like") else None
-    for line in converter.convert(Path(places[0]), Path(places[1]), base, to):
+    for line in converter.convert(Path(places[0]), Path(places[1]), base, to, dtype):
         sys.stdout.write(f"{line}\n")
     return 0
 

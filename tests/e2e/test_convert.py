@@ -45,6 +45,16 @@ def said(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_a_dtype_is_chosen_and_what_it_cannot_hold_is_refused(tmp_path, capsys):
+    torch.save({"a": torch.tensor([1.5, 70000.0])}, tmp_path / "model.pt")
+    said(capsys, tmp_path / "model.pt", tmp_path / "half", "dtype=bfloat16")
+    assert Weights.open(tmp_path / "half").dtype("a") == torch.bfloat16
+    for options, message in {"dtype=float16": "float16 holds 6.55e+04 at most", "dtype=int8": "float32"}.items():
+        assert main(["convert", str(tmp_path / "model.pt"), str(tmp_path / "no"), options]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_every_target_opens_where_it_says(tmp_path, base, finetuned, capsys):
     import open_clip
 

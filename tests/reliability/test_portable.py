@@ -28,8 +28,6 @@ from byom.storage.names import require_file_names
 
 ROOT = Path(byom.__file__).parent
 POSIX = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "crypt", "syslog", "posix"}
-AFTER = {"checkpoint"}
-"""Packages whose text files hold JSON in ASCII."""
 
 
 def fresh(name):
@@ -56,8 +54,6 @@ def test_no_module_needs_a_posix_library_to_be_imported():
 def test_text_is_utf8_whatever_the_system_says():
     """Ruff sees it where it knows the type; here it is any call of that name."""
     for path, tree in trees().items():
-        if path.relative_to(ROOT).parts[0] in AFTER:
-            continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
                 assert "encoding" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"

@@ -29,6 +29,7 @@ from byom.checkpoint.adapters.modules import Modules, SiteFactors, TaskAdapter
 from byom.errors import OptionError
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import replacing
+from byom.storage.names import require_file_names
 from byom.variants.base.delta import Served
 from byom.weights import Spec, Weights
 
@@ -87,7 +88,7 @@ def adapters(
             _write_head(partial / task, head, task, classes)
         record = {"format": 1, **(notes or {}), "base_model": base, "reference": served.reference.fingerprint()}
         record |= {"prefix": prefix, "split": modules.apart, "tasks": written}
-        (partial / "export.json").write_text(json.dumps(record, indent=1))
+        (partial / "export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return [folder / task for task in served.deltas]
 
 
@@ -165,7 +166,7 @@ def _write_adapter(
     """Write one task's folder and return what `export.json` says of it."""
     folder.mkdir()
     settings, named = config(modules, adapter, base_model), tensors(modules, adapter, weights)
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2))
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     storage.write_file(folder / SAFE, named, {"format": 1})
     ranks = [each.up.shape[1] for each in adapter.factors.values()]
     return {
@@ -200,6 +201,7 @@ def _write_head(folder: Path, head: Readout, task: str, classes: Sequence[str]) 
 
 
 def _nameable(served: Served) -> Served:
-    if odd := [task for task in served.deltas if Path(task).name != task or task == REFERENCE]:
-        raise OptionError(f"the task '{odd[0]}' cannot name a folder of the export; rename it")
+    require_file_names(served.deltas, "task")
+    if REFERENCE in map(str.casefold, served.deltas):
+        raise OptionError(f"the task '{REFERENCE}' cannot name a folder of the export, which has one; rename it")
     return served
