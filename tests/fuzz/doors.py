@@ -107,8 +107,8 @@ def _expect_safetensors(folder: Path, road: str) -> Mapping[str, Tensor]:
         single = folder / "model.safetensors"
         return safetensors.torch.load_file(single if single.is_file() else next(iter(folder.glob("*.safetensors"))))
     places = json.loads(index.read_text())["weight_map"]
-    shards = {shard: safetensors.torch.load_file(folder / shard) for shard in set(places.values())}
-    return {name: shards[shard][name] for name, shard in places.items()}
+    shards = [safetensors.torch.load_file(folder / shard) for shard in sorted(set(places.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 # pickles and adapters
@@ -156,7 +156,7 @@ def _expect_pickles(folder: Path, road: str) -> Mapping[str, Tensor] | None:
         shards = {shard: _loaded(folder / shard) for shard in set(places.values())}
         if any(state is None for state in shards.values()):
             return None
-        return {name: (shards[shard] or {})[name] for name, shard in places.items()}
+        return {name: tensor for state in shards.values() if state for name, tensor in state.items()}
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".bin", ".pt", ".pkl")]
     main = [file for file in files if file.name == "pytorch_model.bin"] or files
     return _loaded(main[0]) if main else None
