@@ -15,6 +15,7 @@ from byom.storage.names import require_file_names
 from byom.variants.base import Variant
 from byom.variants.base.delta import Delta, Served
 from byom.weights import Weights
+from byom.weights.align import aligned
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Bundle(Served):
         Returns:
             The bundle.
         """
-        served = variant.serve(Problem(base or reference, finetuned), reference.materialise())
+        computed, _ = aligned(reference, {})
+        served = variant.serve(Problem(base or reference, finetuned), computed.materialise())
         shared = None if served.base is None else served.base.materialise()
         return cls(served.reference, served.deltas, shared)
 

@@ -34,15 +34,14 @@ def load(file: Path) -> Any:
         CheckpointError: If it is compressed or has an entry twice.
         Exception: Of many kinds, if it is damaged or holds more than tensors.
     """
+    if file.suffix == ".safetensors":
+        raise ValueError("by its name, torch would not take it for its own file")
     mapped = zipfile.is_zipfile(file)
     if mapped:
         with zipfile.ZipFile(file) as archive:
             require_stored(archive)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # what it then cannot read, we read
-        if file.suffix == ".safetensors":  # by its name, torch would not take it for its own file
-            with file.open("rb") as handle:
-                return torch.load(handle, map_location="cpu", weights_only=True)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 

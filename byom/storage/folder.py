@@ -58,7 +58,7 @@ def indexed(folder: Path, names: Names) -> dict[str, str]:
 
 
 def require_agreement(index: Path, places: Mapping[str, str], held: Iterable[tuple[str, str]]) -> None:
-    """Check that every tensor lies in the one shard that the index names.
+    """Check that every tensor lies in one shard, the one that the index names if it names any.
 
     Args:
         index: The index, for messages.
@@ -84,12 +84,6 @@ def require_agreement(index: Path, places: Mapping[str, str], held: Iterable[tup
         raise CheckpointError(
             f"{index} places '{name}' in {places[name]}, and {found[name]} holds it: index and shards are of different "
             f"models. {_AGAIN}"
-        )
-    if unnamed := sorted(set(found) - set(places)):
-        raise CheckpointError(
-            f"{index} does not name '{unnamed[0]}', which {found[unnamed[0]]} holds ({len(unnamed)} such tensors): "
-            "index "
-            f"and shards are of different models. {_AGAIN}"
         )
 
 

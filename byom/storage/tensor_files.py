@@ -227,12 +227,12 @@ def _readable(file: Path) -> Iterator[None]:
             f"{file} cannot be read ({error.strerror}). Give yourself the right to read it"
         ) from error
     except (SafetensorError, OSError, ValueError) as error:
+        if why := foreign.cause(file):
+            raise CheckpointError(f"{file} {why}") from error
         if foreign.is_pickle(file):
             raise CheckpointError(
                 f"{file} is PyTorch's own file, not safetensors. Read it with {foreign.READ}"
             ) from error
-        if why := foreign.cause(file):
-            raise CheckpointError(f"{file} {why}") from error
         raise _damaged(file, str(error)) from error
 
 

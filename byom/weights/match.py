@@ -28,6 +28,7 @@ RESIZED = (
     "One of them was resized, or has tokens of its own: give both the same rows (in transformers, "
     "model.resize_token_embeddings(rows), then save), or cut the rows that were added"
 )
+ADAPTER = "Read its folder, with adapter_config.json in it, on its base: byom.Adapter.open(folder).on(base)"
 PLAIN = "Load the models without quantisation (transformers: model.dequantize()) and save them in fp16, bf16 or fp32"
 
 
@@ -151,6 +152,8 @@ def _learned(weights: Tensors) -> list[str]:
 def _names_differ(a: Tensors, b: Tensors, missing: list[str], extra: list[str]) -> str:
     both = f"{a.origin} and {b.origin}"
     for one in (a, b):
+        if any(".lora_A." in name for name in one):
+            return f"{one.origin} holds the factors of an adapter, not whole weights. {ADAPTER}"
         if any(unwrapped(name) != name for name in one) and _same_unwrapped(missing, extra):
             words = sorted({part for name in one for part in _WRAPPED.findall(name)})
             return (

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -115,6 +116,21 @@ def test_weights_open_says_what_reads_adapters_and_pickles(tmp_path):
         Weights.open(tmp_path / "p")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is PyTorch's own file.*byom\.read_checkpoint"):
         Weights.open(tmp_path / "p" / "pytorch_model.bin")
+
+
+def test_arrays_of_numpy_are_no_files_of_torch(tmp_path):
+    np.savez(tmp_path / "weights.npz", a=np.ones(2))
+    for opener in OPENERS.values():
+        with pytest.raises(CheckpointError, match=r"weights\.npz holds arrays of NumPy"):
+            opener(tmp_path / "weights.npz")
+
+
+def test_factors_are_no_weights(tmp_path):
+    save_file(Q, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(WeightsMismatch, match=r"factors of an adapter.*byom\.Adapter\.open"):
+        BASE + Weights.open(tmp_path)
+    with pytest.raises(CheckpointError, match="adapter that was not merged"):
+        read(tmp_path, BASE)
 
 
 def test_a_file_is_read_by_what_it_holds(tmp_path):
