@@ -11,7 +11,7 @@ from typing import Any
 
 from byom.errors import OptionError
 from byom.storage.atomic import write_json
-from byom.storage.lock import owner
+from byom.storage.lock import owner, without_owner
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Place:
         probe = self._folder / f".writable-{owner()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            for left in without_owner(self._folder, ".writable-"):
+                left.unlink(missing_ok=True)
             probe.write_text("")
             probe.unlink()
         except OSError as error:
