@@ -9,6 +9,7 @@ import yaml
 
 from byom.cli import config, table
 from byom.report import published
+from byom.storage.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "experiments" / "README.md"
@@ -59,5 +60,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    SOURCES.write_text(sources(), encoding="utf-8")
+    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+    write_text(SOURCES, sources())

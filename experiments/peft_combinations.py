@@ -187,7 +187,7 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
     from byom.cli import config
     from byom.pipeline.labs import laboratory
     from byom.pipeline.provenance import provenance, results_root
-    from byom.storage.atomic import write_json
+    from byom.storage.atomic import write_json, write_text
     from byom.storage.place import now
 
     settings = config.settings([f"suite={suite}", "finetune=lora", "byom=none", *overrides])
@@ -202,7 +202,7 @@ def run(suite: str, overrides: Sequence[str]) -> list[Row]:
     record = {"suite": suite, "overrides": list(overrides), "density": DENSITY, "rows": rows, "finished": now()}
     file = results_root(settings.results) / "lora" / "peft_combinations" / f"{suite}.json"
     write_json(file, record | {"provenance": provenance()})
-    file.with_suffix(".md").write_text(table(rows))
+    write_text(file.with_suffix(".md"), table(rows))
     return rows
 
 

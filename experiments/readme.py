@@ -14,6 +14,7 @@ from benchmarks import lora, selection, true_size
 from byom.cli import config
 from byom.report import render, scaling
 from byom.report.report import Tables, read_runs
+from byom.storage.atomic import write_text
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")
@@ -228,4 +229,4 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(fill(page.read_text()))
+        write_text(page, fill(page.read_text()))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from byom.storage.atomic import write_text
+
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/contract", "tests/identities", "tests/unit/test_identities.py", "tests/peers")
 GROUPS = {"merge": "Merge methods", "byom": "BYOM variants", "router": "Routers"}
@@ -144,5 +146,5 @@ def _exempt(group: str, names: list[str], cases: list[Case]) -> list[str]:
 
 if __name__ == "__main__":
     found = read(Path(sys.argv[1])) if len(sys.argv) > 1 else run()
-    (ROOT / "docs" / "verification.md").write_text(page(found))
+    write_text(ROOT / "docs" / "verification.md", page(found))
     sys.exit(any(case.outcome == "failed" for case in found))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from byom.errors import CheckpointError
-from byom.storage.lock import owner
+from byom.storage.lock import owner, without_owner
+
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 TRIES, PAUSE = 20, 0.05
 
@@ -28,10 +33,14 @@ def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
 
     Yields:
         The draft's path.
+
+    Raises:
+        CheckpointError: If it cannot be written, such as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{owner()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear(path, "")
         yield draft
         if settled:
             with draft.open("r+b") as handle:  # Windows writes nothing out through a handle that only reads
@@ -40,8 +49,11 @@ def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
             os.umask(umask)
             draft.chmod(0o666 & ~umask)
         _put(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _put(draft: Path, path: Path) -> None:
@@ -107,15 +119,50 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
         partial.mkdir(parents=True)
+        clear(folder, "partial-")
         yield partial
         _swap(partial, folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error}. Free space or choose another folder") from error
+        clear(folder, "old-")
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def clear(path: Path, kind: str) -> None:
+    """Remove what killed processes left next to a file or folder.
+
+    Args:
+        path: The file or folder.
+        kind: What stands between its name and the process's.
+    """
+    for left in without_owner(path.parent, f".{path.name}.{kind}"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write {path}: {error}. Free space or choose another folder")
+
+
 def _swap(partial: Path, folder: Path) -> None:
+    """Put a folder in the place of another, in one step where the system can, so that no kill falls in between."""
+    if not folder.exists() or not _exchanged(partial, folder):
+        _moved(partial, folder)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, and say whether that could be done."""
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    return exchange(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def _moved(partial: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old-{owner()}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -6,12 +6,14 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+DAY = 24 * 3600
 PATIENCE = 3.0
 """Seconds after which a process says what it waits for."""
 
@@ -19,6 +21,35 @@ PATIENCE = 3.0
 def owner() -> str:
     """Return what tells this process from every other that may write to the same disk."""
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', platform.node())}-{os.getpid()}"
+
+
+def without_owner(folder: Path, start: str) -> list[Path]:
+    """Return what is called `start` and then as `owner` says, of processes that are gone: what a kill left.
+
+    Of another machine's processes nothing is known; theirs count as gone after a day.
+
+    Args:
+        folder: Where to look.
+        start: How the names begin.
+    """
+    here, names = f"{platform.node()}-", (entry.name for entry in os.scandir(folder) if entry.name.startswith(start))
+    left = [(folder / name, name.removeprefix(start)) for name in names]
+    return [path for path, whose in left if _gone(path, whose.removeprefix(here), whose.startswith(here))]
+
+
+def _gone(path: Path, number: str, local: bool) -> bool:
+    if not local:
+        numbered = number.rpartition("-")[2].isdigit() and "-" in number
+        return numbered and path.exists() and time.time() - path.lstat().st_mtime > DAY
+    if not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it runs, and is somebody else's
+        pass
+    return False
 
 
 @contextmanager

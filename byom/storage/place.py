@@ -11,7 +11,7 @@ from typing import Any
 
 from byom.errors import OptionError
 from byom.storage.atomic import write_json
-from byom.storage.lock import owner
+from byom.storage.lock import owner, without_owner
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def require_writable(folder: Path, what: str, remedy: str, *, make: bool = True)
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
+        for left in without_owner(folder, ".writable-"):
+            left.unlink(missing_ok=True)
         probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:

@@ -143,11 +143,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
     """
     tensors = _apart(tensors)
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
-    try:
-        with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
-            save_file(tensors, draft, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}. Free space or choose another folder") from error
+    with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
+        save_file(tensors, draft, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
 
 
 def read_notes(path: Path) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def joined(weights: Weights) -> torch.Tensor:
 
 METHODS = [
     TaskSingularVectors(), IsotropicMergingCommon(), IsotropicMergingCommonTaskSpecific(common=0.4),
-    Wudi(solver="closed_form"), Wudi(steps=3), KnowledgeOrientationThroughSvd(), KnowledgeOrientationThroughSvd(concat="input", then=Ties()),
+    Wudi(solver="closed_form"), Wudi(steps=3), KnowledgeOrientationThroughSvd(),
+    KnowledgeOrientationThroughSvd(concat="input", then=Ties()),
 ]  # fmt: skip
 VARIANTS = [
     ByomLora(2), ByomLora(2, solver="randomised"), ByomLora(2, "global"), TaskSingularVectorsCompress(0.4),

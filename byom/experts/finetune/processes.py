@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byom.errors import OptionError
+from byom.storage.atomic import drafted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,7 +101,8 @@ def together(work: Callable[..., None], through: Path, *arguments: Any) -> None:
         return work(*arguments)
     through.mkdir(parents=True, exist_ok=True)
     file = through / "together.pt"
-    torch.save((work, arguments), file)
+    with drafted(file) as draft, draft.open("wb") as handle:  # a handle says why it could not be written
+        torch.save((work, arguments), handle)
     _tell(str(file))
     try:
         _take_part(work, arguments)
