@@ -272,6 +272,7 @@ def _require_fit(piece: Piece, reference: Tensor) -> None:
 def _matrices(name: str, shape: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     """Return the first row of every matrix in a parameter and its sides; nothing if there is none."""
     if is_stack(name, shape):
-        return {expert * shape[1]: shape[1:] for expert in range(shape[0])}
+        experts, rows, columns = shape
+        return {expert * rows: (rows, columns) for expert in range(experts)}
     sides = shape[0] if shape else 1, torch.Size(shape[1:]).numel()
     return {0: sides} if len(shape) >= 2 and is_matrix(name, sides) else {}
