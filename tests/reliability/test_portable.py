@@ -19,7 +19,7 @@ from byom.cli import config
 from byom.data.source.images import ImageFolder
 from byom.data.source.table import Table
 from byom.data.suite import Suite, Task
-from byom.errors import OptionError
+from byom.errors import CheckpointError, OptionError
 from byom.pipeline import provenance
 from byom.pipeline.checks import require_exportable
 from byom.storage import atomic
@@ -121,7 +121,7 @@ def test_a_file_that_another_process_reads_is_replaced_when_it_lets_go(tmp_path,
     atomic.write_bytes(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x" and len(tries) == 3
     monkeypatch.setattr(Path, "replace", lambda path, to: (_ for _ in ()).throw(PermissionError(13, "in use")))
-    with pytest.raises(PermissionError):
+    with pytest.raises(CheckpointError, match="in use"):
         atomic.write_bytes(tmp_path / "a", b"y")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
