@@ -23,6 +23,7 @@ class Checkpoints(Experts):
     """Experts read from files; see `byom.checkpoint` for the formats."""
 
     heads: Literal["backbone", "checkpoint"]
+    caution: str
 
     @property
     def reading(self) -> str:
@@ -86,4 +87,6 @@ class Checkpoints(Experts):
         return {
             "formats": sorted({checkpoint.format for checkpoint in checkpoints.values()}),
             "frozen_parameters": frozen.numel if frozen else 0,
-        } | ({"rows": rows} if rows else {})
+            **({"rows": rows} if rows else {}),
+            **({"caution": self.caution} if self.caution else {}),
+        }

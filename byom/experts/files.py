@@ -31,6 +31,7 @@ class Files(Checkpoints):
         heads: ``backbone`` makes heads from the pre-trained model, ``checkpoint`` takes those in the files.
         validation: Whether the experts were trained on the validation examples: seen, unseen or unknown.
         source: Where the checkpoints are described, or how to get them; shown if they are missing.
+        caution: What every table of these checkpoints must say, such as test examples that were trained on.
 
     Raises:
         OptionError: If the path has no ``{task}``, or the family no name.
@@ -42,6 +43,7 @@ class Files(Checkpoints):
     heads: Literal["backbone", "checkpoint"] = "backbone"
     validation: Validation = "unknown"
     source: str = field(default="", metadata={"signature": False})
+    caution: str = field(default="", metadata={"signature": False})
 
     def __post_init__(self) -> None:
         check_family(self.family, self.validation)

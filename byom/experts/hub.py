@@ -38,6 +38,7 @@ class Hub(Checkpoints):
         heads: ``backbone`` makes heads from the pre-trained model, ``checkpoint`` takes those in the files.
         validation: Whether the experts were trained on the validation examples: seen, unseen or unknown.
         source: Where the checkpoints are described.
+        caution: What every table of these checkpoints must say, such as test examples that were trained on.
 
     Raises:
         OptionError: If `repositories` is empty, or the family has no name.
@@ -52,6 +53,7 @@ class Hub(Checkpoints):
     heads: Literal["backbone", "checkpoint"] = "backbone"
     validation: Validation = "unknown"
     source: str = field(default="", metadata={"signature": False})
+    caution: str = field(default="", metadata={"signature": False})
 
     def __post_init__(self) -> None:
         check_family(self.family, self.validation)

@@ -63,9 +63,10 @@ def _experts(done: Sequence[Record]) -> list[str]:
     """Say whose checkpoints these are, and whether hyperparameters were selected on what they were trained on."""
     if done[0].family == "trained":
         return []
+    cautions = [f"**{caution}.**" for caution in sorted({record.caution for record in done if record.caution})]
     tuned = any(record.tuning.searched for record in done)
     validated = VALIDATED[done[0].validation_examples]
-    return [f"Experts: {done[0].family}. {validated}" if tuned else f"Experts: {done[0].family}."]
+    return [f"Experts: {done[0].family}. {validated}" if tuned else f"Experts: {done[0].family}.", *cautions]
 
 
 def _failure(record: Record) -> str:

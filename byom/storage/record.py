@@ -96,6 +96,7 @@ class Record:
         tasks: The suite's tasks in their order; empty in older records.
         family: Whose checkpoints the tasks' own models are.
         validation_examples: Whether these were trained on validation examples: ``seen``, ``unseen``, ``unknown``.
+        caution: What tables of these checkpoints must say.
         skipped_tasks: Tasks that could not be had, with the reason.
         note: Shown above every table that the record is in.
         dirty: Whether it comes from code with uncommitted changes.
@@ -126,6 +127,7 @@ class Record:
     tasks: tuple[str, ...] = ()
     family: str = "trained"
     validation_examples: str = "unknown"
+    caution: str = ""
     skipped_tasks: tuple[str, ...] = ()
     note: str = ""
     dirty: bool = False
@@ -196,6 +198,7 @@ class Record:
             tasks=tuple(values.get("tasks") or ()),
             family=values.get("family", "trained"),
             validation_examples=(values.get("experts") or {}).get("validation", "unknown"),
+            caution=(values.get("experts") or {}).get("caution", ""),
             skipped_tasks=tuple(_skipped(task) for task in values.get("skipped_tasks") or ()),
             note=values.get("note") or "",
             dirty=bool((values.get("provenance") or {}).get("dirty")),

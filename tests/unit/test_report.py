@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from byom.cli import config
 from byom.errors import ByomError, OptionError
 from byom.report import render
 from byom.report.comparable import check_comparable
 from byom.report.frame import best, display, task_names
+from byom.report.notes import header
 from byom.report.report import as_markdown, as_text, generate, read_runs
 from tests.unit import synthetic_runs as synthetic
 
@@ -299,3 +301,10 @@ def test_import_is_fast_and_light():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert json.loads(done.stdout.replace("'", '"')) == []
+
+
+def test_tables_say_what_is_wrong_with_their_checkpoints(records):
+    caution = config.option("experts", "knots_lora16_l14").caution
+    assert "test images were probably trained on" in caution
+    cautious = [{**record, "family": "knots-lora16", "experts": {"caution": caution}} for record in records]
+    assert f"**{caution}.**" in header(synthetic.lift(cautious))
