@@ -85,5 +85,7 @@ def check(name: str, results: Path) -> None:
         text = table.read_text()
         assert f"**{NOTE}**" in text, table
         if published:
-            assert "| ours |" in text and "| published |" in text and "| difference |" in text
+            assert "| ours |" in text and "| published |" in text
+            repaired = (chosen(name, "experts") or "").startswith("tall_")  # published tables have the first set
+            assert ("| difference |" in text) != repaired
         assert ("†" in text) == any(each.startswith("byom_") for each in published) or not published

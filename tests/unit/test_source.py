@@ -19,7 +19,7 @@ from byom.data.source.package import Package, PackageMissing
 from byom.data.source.pixels import Pixels
 from byom.data.source.root import Folder, content_digest
 from byom.data.source.table import ImageTable, Table
-from byom.errors import DataError, OptionError
+from byom.errors import CheckpointError, DataError, OptionError
 from byom.storage.atomic import write_bytes
 from byom.storage.signature import describe, signature
 
@@ -340,7 +340,7 @@ def test_atomic_write_follows_the_umask_and_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "sub/file").stat().st_mode == plain.stat().st_mode
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["file"]
     (tmp_path / "sub/taken").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="taken"):
         write_bytes(tmp_path / "sub/taken", b"x")
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["file", "taken"]
 
