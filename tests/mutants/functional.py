@@ -164,4 +164,11 @@ FUNCTIONAL = (
         "tuple(t.shape), t.dtype)",
         ("tests/unit/test_weights.py -k tie", "tests/unit/test_storage.py -k views"),
     ),
+    Mutant(
+        "overflow-becomes-infinity",
+        "functional",
+        "not finite(cast) and finite(tensor):",
+        "not finite(tensor) and finite(cast):",
+        ("tests/reliability/test_values.py -k dtype",),
+    ),
 )

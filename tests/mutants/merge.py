@@ -178,4 +178,11 @@ MERGE = (
         "0.5 * (-believed * away.square())",
         ("tests/identities/test_mixture.py",),
     ),
+    Mutant(
+        "running-statistics-are-extrapolated",
+        "merge",
+        "if not names:\n            return weights",
+        "if True:\n            return weights",
+        ("tests/reliability/test_values.py -k running",),
+    ),
 )

@@ -151,4 +151,11 @@ STORAGE = (
         '"extra_mib": peak',
         ("tests/unit/test_evaluate.py -k memory",),
     ),
+    Mutant(
+        "a-file-put-back-with-its-time-is-the-old-one",
+        "storage",
+        "return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino",
+        "return stat.st_size, stat.st_mtime_ns, 0, 0",
+        ("tests/reliability/test_replaced_files.py",),
+    ),
 )

@@ -157,4 +157,32 @@ WEIGHTS = (
         "max(0, PARTS.index(last) - 1) * count, count)",
         ("tests/peers/test_peft_adapters.py", "tests/unit/test_recipes.py"),
     ),
+    Mutant(
+        "files-hold-the-first-name-by-the-alphabet",
+        "weights",
+        "return min(names, key=_rank)",
+        "return min(names)",
+        ("tests/reliability/test_ties.py",),
+    ),
+    Mutant(
+        "copies-of-a-tied-tensor-part",
+        "weights",
+        "if match and not _constant(base, name):",
+        "if match and _constant(base, name):",
+        ("tests/reliability/test_ties.py -k copies",),
+    ),
+    Mutant(
+        "a-head-of-its-own-is-lost",
+        "weights",
+        "if name != first and not _same(file, first, name):",
+        "if False:",
+        ("tests/reliability/test_ties.py",),
+    ),
+    Mutant(
+        "results-of-any-value-are-written",
+        "weights",
+        "return require_result(weights[name], f",
+        "return str and weights[name] if True else (f",
+        ("tests/reliability/test_values.py -k written",),
+    ),
 )

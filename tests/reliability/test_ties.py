@@ -1,6 +1,7 @@
 """One tensor under several names stays one, whatever file or module it comes from; two stay two."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -173,12 +174,15 @@ def test_the_remedy_for_an_adapter_of_one_tied_module_gives_the_model_that_was_t
         torch.testing.assert_close(free(words).logits, expected)
 
 
-def test_a_head_of_its_own_unties_the_base(tmp_path):
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_head_of_its_own_unties_the_base(configured, tmp_path):
     _, base = llama_base(tmp_path)
     tuned = {name: value + 0.5 for name, value in base.state().items()}
     tuned["lm_head.weight"] = tuned["lm_head.weight"] + 1
     (tmp_path / "tuned").mkdir()
     save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    if configured:  # as of a model that was untied without its configuration being told
+        shutil.copy(tmp_path / "base" / "config.json", tmp_path / "tuned")
     read = checkpoint.read(tmp_path / "tuned", base)
     assert (read.extra, read.weights.ties) == ({}, {})
     merged = TaskArithmetic(scale=0.5)(Problem(base, {"a": read.weights, "b": base}))
