@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -103,24 +103,20 @@ def file_ties(file: TensorFiles) -> FileTies:
     noted = groups(file.ties)
     known = {name for every in noted.values() for name in every}
     said = [group for group in declared(folder, file.specs) if not known & set(group)]
-    every = [*noted.values(), *(one for group in said for one in _equal_parts(file, group))]
+    every = [*noted.values(), *(_truly_one(file, group) for group in said)]
     held = {tuple(group): [name for name in group if name in file.specs] for group in every}
     stored = {name: kept(own) for group, own in held.items() for name in group if name not in file.specs}
     return FileTies(joined(every), stored, frozenset(n for own in held.values() if len(own) > 1 for n in own))
 
 
-def _equal_parts(file: TensorFiles, group: Sequence[str]) -> Iterator[list[str]]:
-    """Split names that are declared one tensor into those that are; what files lack goes with the input embedding."""
-    held = [name for name in group if name in file.specs]
-    first = kept(held)
-    for name in held:
-        if name != first and not _same(file, first, name):
-            yield [name]
-    yield [first, *(n for n in group if n not in held or (n != first and _same(file, first, n)))]
+def _truly_one(file: TensorFiles, group: Sequence[str]) -> list[str]:
+    """Return which names that are declared one tensor are one: all that files do not hold differently."""
+    first = kept(name for name in group if name in file.specs)
+    return [name for name in group if name not in file.specs or _same(file, first, name)]
 
 
 def _same(file: TensorFiles, a: str, b: str) -> bool:
-    return file.specs[a] == file.specs[b] and torch.equal(file.read(a), file.read(b))
+    return a == b or (file.specs[a] == file.specs[b] and torch.equal(file.read(a), file.read(b)))
 
 
 def common(models: Sequence[Tensors]) -> dict[str, str]:

@@ -174,8 +174,8 @@ WEIGHTS = (
     Mutant(
         "a-head-of-its-own-is-lost",
         "weights",
-        "if name != first and not _same(file, first, name):",
-        "if False:",
+        "if name not in file.specs or _same(file, first, name)]",
+        "if name not in file.specs or name]",
         ("tests/reliability/test_ties.py",),
     ),
     Mutant(
