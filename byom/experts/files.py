@@ -14,6 +14,7 @@ from byom.experts.base import Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
 from byom.experts.labels import beside
 from byom.storage.contents import content_digest
+from byom.storage.place import at_home
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
@@ -53,7 +54,7 @@ class Files(Checkpoints):
         Raises:
             CheckpointError: If it is not there.
         """
-        path = Path(self.path_of.format(task=named(self.names, task))).expanduser()
+        path = at_home(self.path_of.format(task=named(self.names, task)))
         if not path.exists():
             hint = f" ({self.source})" if self.source else ""
             raise CheckpointError(f"the expert of task {task} is not at {path}; set experts.path_of{hint}")
