@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.checkpoint.files import BESIDE
+from byom.checkpoint.recognise import folder_of
 from byom.errors import CheckpointError
 from byom.experts.base import Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
@@ -66,7 +67,7 @@ class Files(Checkpoints):
 
     def contents(self, task: Task, cache: Path | None = None) -> str | None:
         """Return the digest of the files that are read; see `Experts.contents`."""
-        path = self.path(task.name)
+        path = folder_of(self.path(task.name))
         folder, names = (path, _read_of(path)) if path.is_dir() else (path.parent, [path.name, *_shards(path)])
         if self.heads == "checkpoint" and path.is_file() and beside(path).is_file():
             names.append(beside(path).name)  # it says which class each row of the classifier is

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from byom.__main__ import main
@@ -23,6 +21,10 @@ FILES = ["experts=files", "experts.family=mine", "experts.path_of=x/{task}"]
 NOBODY = "~nobody_here/x"
 
 
+def _quoted_in(error: Exception) -> str:
+    return str(error).rstrip('"').rpartition(' "')[2] if str(error).endswith('"') else ""
+
+
 @pytest.mark.parametrize(
     ("broken", "values"),
     [
@@ -33,22 +35,20 @@ NOBODY = "~nobody_here/x"
 def test_a_broken_container_is_mended_by_quotes_inside_of_it(broken, values):
     with pytest.raises(OptionError) as error:
         quoted(broken)
-    remedy = re.search(r'"(x.*)"$', str(error.value))[1]
-    assert read(quoted(remedy)).value() == values
+    assert read(quoted(_quoted_in(error.value))).value() == values
 
 
 def test_the_example_of_repositories_is_one_that_is_read():
     with pytest.raises(OptionError) as error:
         Hub("mine", {})
-    remedy = re.search(r'"(experts.*)"$', str(error.value))[1]
-    assert read(quoted(remedy)).value() == {"*": "me/model_{task}"}
+    assert read(quoted(_quoted_in(error.value))).value() == {"*": "me/model_{task}"}
 
 
 def test_a_new_entry_of_a_mapping_is_added_by_a_plus():
     override = "experts.names={mnist:a b}"
     with pytest.raises(OptionError, match=r"experts.names has no mnist yet.*\+experts.names="):
         config.resolve([*FILES, override])
-    assert config.settings([*FILES, f"+{override}"]).experts.names == {"mnist": "a b"}
+    assert vars(config.settings([*FILES, f"+{override}"]).experts)["names"] == {"mnist": "a b"}
 
 
 def test_an_option_without_a_default_is_named():
