@@ -74,15 +74,20 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
     Raises:
         CheckpointError: If tensors are missing, unknown or of another shape, or the file cannot be read safely.
     """
-    path = Path(path)
-    folder = path.parent if path.name in (SAFE, PICKLED) else path
-    if (folder / CONFIG).is_file():
-        adapter = Adapter.open(folder)
+    path = folder_of(Path(path))
+    if (path / CONFIG).is_file():
+        adapter = Adapter.open(path)
         return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))
     raw, container = open_raw(path)
     raw = _unwrapped(raw, base)
     tower = _tower(raw, base)
     return _renamed(raw, base, container) if tower is None else _clip(raw, base, tower, container)
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of an adapter whose file is given, since its configuration is read with it; else the path."""
+    of_adapter = path.name in (SAFE, PICKLED) and (path.parent / CONFIG).is_file()
+    return path.parent if of_adapter else path
 
 
 def _unwrapped(raw: Weights, base: Weights) -> Weights:

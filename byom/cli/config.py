@@ -20,6 +20,7 @@ import byom
 from byom.cli.overrides import quoted
 from byom.cli.tree import explained, folder, options, parsed
 from byom.errors import OptionError
+from byom.storage.place import at_home
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -226,9 +227,15 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     groups: dict[str, Any] = {group: made(values[group]) for group in BUILT}
     groups["suite"] = groups["suite"].available()
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
-    places: dict[str, Any] = {key: Path(values[key]).expanduser() for key in PLACES}
+    places: dict[str, Any] = {key: _place(key, values[key]) for key in PLACES}
     rest = {key: values[key] for key in ("seed", "device")} | {"note": values.get("note", "")}
     return Settings(**groups, **places, **rest, names=chosen, resolved=dict(values), overrides=tuple(overrides))
+
+
+def _place(key: str, value: Any) -> Path:
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"{key}={'' if value == '' else value} is no folder; write a path, for example {key}=./NAME")
+    return at_home(value)
 
 
 def made(node: Any) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from byom.cli import config
+from byom.storage.place import at_home
 
 GROUPS = (
     "merge", "byom", "router", "statistic", "suite", "backbone", "finetune", "experts", "tune", "logger", "experiment",
@@ -18,7 +18,7 @@ def list_options(arguments: Sequence[str]) -> int:
     """List the options of every group (or of those named) and the experts in the cache."""
     for group in [a for a in arguments if a in GROUPS] or GROUPS:
         sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")
-    cache = Path(config.resolve([]).values["cache"]).expanduser()
+    cache = at_home(config.resolve([]).values["cache"])
     files = sorted((cache / "experts").glob("*/training.json"))
     rows = [(json.loads(file.read_text(encoding="utf-8")), file.parent.name) for file in files]
     lines = [f"{row['task']:<18} seed {row['seed']}  {row.get('backbone', ''):<10} {name}" for row, name in rows]

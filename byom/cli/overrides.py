@@ -19,6 +19,10 @@ MEANT = (
     (re.compile(r"(['\"]).*\1", re.DOTALL), "a quoted text"),
 )
 """Values that are something else than a text, so that quoting them would hide a slip."""
+REMEDIES = {
+    "a list": "quote the texts in it, \"{key}=['a {{}}','b, c']\"",
+    "a mapping": "quote the values in it and no name, \"{key}={{name: 'value'}}\"",
+}
 
 SHARE = re.compile(r"[^=]+=\\\\\w")
 """Start of a path on another Windows machine: of its two backslashes Hydra would leave one."""
@@ -63,10 +67,8 @@ def _quoted(override: str, error: Exception | None = None) -> str:
     if kind is None and _reads(text, value):
         return text
     as_what = f" as {kind}" if kind else ""
-    raise OptionError(
-        f"the value of {key} cannot be read{as_what}: {value!r}; a text needs quotes within those of the shell, "
-        f"\"{key}='...'\""
-    ) from error
+    remedy = REMEDIES.get(kind or "", "a text needs quotes within those of the shell, \"{key}='...'\"").format(key=key)
+    raise OptionError(f"the value of {key} cannot be read{as_what}: {value!r}; {remedy}") from error
 
 
 def _reads(override: str, value: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from byom.cli import config
 from byom.errors import OptionError
 from byom.experts.finetune.processes import led
 from byom.storage.atomic import require_own
+from byom.storage.place import at_home
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -68,9 +70,9 @@ def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool])
     """
     from byom.pipeline.checks import require_folder, require_possible
 
-    if not arguments or "=" in arguments[0]:
+    if not arguments or "=" in arguments[0] or re.match(r"~\w+\.", arguments[0]):
         raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
-    folder = Path(arguments[0]).expanduser()
+    folder = at_home(arguments[0])
     require_own(folder, own)
     require_folder(folder)
     settings = config.settings(list(arguments[1:]))

@@ -28,6 +28,7 @@ from byom.cli.config import build, compose, plain, resolve
 from byom.cli.expand import cells, fitting
 from byom.cli.tree import PLUGINS, explained, folder, options
 from byom.errors import OptionError, suggest
+from byom.storage.place import at_home, require_writable
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -129,8 +130,9 @@ def multirun(overrides: Sequence[str], job: Job) -> list[Path]:
     failed: list[tuple[list[str], Exception]] = []
     first: Exception | None = None
     for number, sweep in enumerate(fitting(overrides)):
-        arguments = [*shared(number), *sweep]
+        arguments = [*shared(number), *map(_at_home, sweep)]
         place = _sweep(arguments)
+        require_writable(place, "the sweep", "set results= to a writable folder")
         failures.forget(place)
         try:
             with explained(sweep), command_line(["-m", *arguments]):
@@ -162,7 +164,11 @@ def launch(cells: Sequence[Sequence[str]], job: Job, overrides: Sequence[str]) -
     """
     _require_plugins(overrides)
     # the launcher's logs go below the cells' results; the bars of many processes would write over one another
-    own = [*shared(), "++hydra.job.env_set.TQDM_DISABLE='1'", *(o for o in cells[0] if o.startswith("results="))]
+    own = [
+        *shared(),
+        "++hydra.job.env_set.TQDM_DISABLE='1'",
+        *(_at_home(o) for o in cells[0] if o.startswith("results=")),
+    ]
     with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):
         core: Any = GlobalHydra.instance().hydra
         config = core.compose_config("run", [*own, *overrides], RunMode.MULTIRUN, with_log_configuration=False)
@@ -217,6 +223,12 @@ def _task(job: Job) -> Callable[[DictConfig], float]:
             raise
 
     return kept
+
+
+def _at_home(override: str) -> str:
+    """Expand ``~`` in where results go: Hydra makes its own folder there, which would be one that is called ``~``."""
+    place = re.fullmatch(r"(results=)(['\"]?)(~.*)\2", override)
+    return f"{place[1]}{place[2]}{at_home(place[3])}{place[2]}" if place else override
 
 
 def _sweep(arguments: Sequence[str]) -> Path:

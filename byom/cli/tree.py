@@ -69,11 +69,22 @@ def _sentence(error: Exception, overrides: Sequence[str], primary: str) -> str:
         return f"there is no {group}={name}; {suggest(name, options(group))}{hint}"
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:\n| requires)", text, re.S):
         return _several(*match[1].split("=", 1))
+    if unset := _unset(text + str(error.__cause__ or error.__context__)):
+        return unset
     if match := re.search(r"Key '([\w.]+)' is not in struct\s+full_key: (\S+)", text):
         return f"there is no option '{match[2]}'; byom run --cfg prints those that do"
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"there is no option '{match[1]}'; {_nearest(match[1], overrides, primary)}"
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _unset(text: str) -> str:
+    """Return a sentence on a value that is not there yet: one that must be given, or an entry of a mapping."""
+    if match := re.search(r"Missing mandatory value: \w+\s+full_key: (\S+)", text):
+        return f"{match[1]} is not given, and has no default; add {match[1]}=VALUE"
+    if match := re.search(r"Could not override '([^']+)'.*full_key: \1\.(\S+)", text, re.S):
+        return f"{match[1]} has no {match[2]} yet; what is new in a mapping is added by a plus, +{match[1]}=..."
+    return ""
 
 
 def _group_and_name(path: str) -> tuple[str, str]:

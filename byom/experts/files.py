@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from byom.checkpoint.files import BESIDE
+from byom.checkpoint.recognise import folder_of
 from byom.errors import CheckpointError
 from byom.experts.base import Validation, check_family, named, require_place
 from byom.experts.checkpoints import Checkpoints
 from byom.experts.labels import beside
 from byom.storage.contents import content_digest
+from byom.storage.place import at_home
 
 if TYPE_CHECKING:
     from byom.data.suite import Task
@@ -55,7 +57,7 @@ class Files(Checkpoints):
         Raises:
             CheckpointError: If it is not there.
         """
-        path = Path(self.path_of.format(task=named(self.names, task))).expanduser()
+        path = at_home(self.path_of.format(task=named(self.names, task)))
         if not path.exists():
             hint = f" ({self.source})" if self.source else ""
             raise CheckpointError(f"the expert of task {task} is not at {path}; set experts.path_of{hint}")
@@ -67,7 +69,7 @@ class Files(Checkpoints):
 
     def contents(self, task: Task, cache: Path | None = None) -> str | None:
         """Return the digest of the files that are read; see `Experts.contents`."""
-        path = self.path(task.name)
+        path = folder_of(self.path(task.name))
         folder, names = (path, _read_of(path)) if path.is_dir() else (path.parent, [path.name, *_shards(path)])
         if self.heads == "checkpoint" and path.is_file() and beside(path).is_file():
             names.append(beside(path).name)  # it says which class each row of the classifier is

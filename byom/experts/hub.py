@@ -58,7 +58,9 @@ class Hub(Checkpoints):
     def __post_init__(self) -> None:
         check_family(self.family, self.validation)
         if not self.repositories:
-            raise OptionError('experts.repositories is empty; give e.g. experts.repositories={"*":"me/model_{task}"}')
+            raise OptionError(
+                "experts.repositories is empty; give e.g. \"experts.repositories={*: 'me/model_{task}'}\""
+            )
 
         for task, name in self.repositories.items():
             require_place(f"experts.repositories.{task}", name)

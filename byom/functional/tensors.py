@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from byom.errors import CheckpointError, listed
 
 UNNUMBERED = ("input_linear", "output_linear")  # what Granite and JetMoe call their packed experts
+NUMBERED = re.compile(r"(expert_?)?\d+")  # one expert among several; NLLB and Switch call theirs expert_3
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -120,7 +122,8 @@ def of_all_experts(name: str) -> bool:
     """Say whether a parameter's name is that of something of all experts of a mixture, its first axis being theirs."""
     path = name.split(".")
     after = [path[i + 1] for i, part in enumerate(path[:-1]) if part.endswith("experts")]
-    return any(not part.isdigit() and "conv" not in part for part in after) or bool({*path[:-1]} & {*UNNUMBERED})
+    packed = any(not NUMBERED.fullmatch(part) and "conv" not in part for part in after)
+    return packed or bool({*path[:-1]} & {*UNNUMBERED})
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

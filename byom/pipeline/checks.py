@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from byom.checkpoint.adapters.export import REFERENCE
 from byom.errors import OptionError
+from byom.experts.finetune.added import Added
 from byom.experts.finetune.full import Full
 from byom.functional.metrics import metric
 from byom.storage.place import require_writable
@@ -73,7 +74,7 @@ def require_exportable(settings: Settings) -> None:
     """
     if odd := [task.name for task in settings.suite.tasks if task.name == REFERENCE]:
         raise OptionError(f"the task '{odd[0]}' cannot name a folder of the export; rename it")
-    variant, whole = settings.byom, settings.experts.default and isinstance(settings.finetune, Full)
+    variant, whole = settings.byom, settings.experts.default and isinstance(settings.finetune, Full | Added)
     own = type(variant).__module__.startswith("byom.")  # of other people's variants it is known when they have packed
     if own and (not variant.low_rank or (isinstance(variant, SingleTask) and whole)):
         raise OptionError(

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from byom.errors import OptionError
 from byom.storage.atomic import write_text
+from byom.storage.place import at_home
 from byom.storage.record import Record
 from byom.storage.signature import signature
 
@@ -82,7 +83,9 @@ class Wandb(Logger):
 
     def mirror(self, record: Record, path: Path) -> None:
         """Send a record once; what keeps it from being sent is said, and the record stays to be sent later."""
-        sent = Path(self.folder) / "mirrored" / f"{signature(self.project, self.entity, self.mode)}-{name_of(record)}"
+        sent = (
+            at_home(self.folder) / "mirrored" / f"{signature(self.project, self.entity, self.mode)}-{name_of(record)}"
+        )
         if sent.is_file():
             return
         try:
@@ -97,10 +100,11 @@ class Wandb(Logger):
     def _send(self, record: Record, path: Path) -> None:
         import wandb
 
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        folder = at_home(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
         live = wandb.init(
             project=self.project, entity=self.entity, group=self.group, name=path.stem, mode=self.mode,
-            dir=self.folder, config={"choices": record.choices.named, **record.config}, reinit="finish_previous",
+            dir=str(folder), config={"choices": record.choices.named, **record.config}, reinit="finish_previous",
             id=name_of(record), resume="allow",
         )  # fmt: skip
         if record.status == "failed":

@@ -12,6 +12,8 @@ FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
 DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])", re.IGNORECASE)
 """Names that Windows keeps for devices, whatever they end in."""
 
+LONGEST = 150  # file systems take 255 bytes, of which endings and the marks of drafts need some
+
 
 def require_file_names(names: Iterable[str], what: str) -> None:
     """Refuse names that cannot all be files or folders next to one another on Linux, macOS and Windows.
@@ -38,6 +40,8 @@ def require_file_names(names: Iterable[str], what: str) -> None:
 def _unfit(name: str) -> str:
     if name in ("", ".", ".."):
         return "it is empty or a folder's own name"
+    if len(name.encode(errors="surrogatepass")) > LONGEST:
+        return f"it is longer than {LONGEST} bytes"
     if match := FORBIDDEN.search(name):
         return f"it has {match[0]!r} in it"
     if name[-1] in ". ":

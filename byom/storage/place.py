@@ -111,6 +111,21 @@ def require_writable(folder: Path, what: str, remedy: str, *, make: bool = True)
         raise OptionError(f"cannot write {what} to {folder} ({error}); {remedy}") from error
 
 
+def at_home(text: str) -> Path:
+    """Return a path, ``~`` and ``~user`` in front of it expanded.
+
+    Raises:
+        OptionError: If this machine knows no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise OptionError(
+            f"{text!r} begins with the home folder of a user that this machine does not know; give the whole path, or "
+            "begin it with ./ if the folder is called so"
+        ) from error
+
+
 def now() -> str:
     """Return the time in UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -286,3 +287,14 @@ def test_records_of_replaced_checkpoints_do_not_share_a_table():
     check_comparable([*records, made[2]])
     with pytest.raises(ByomError, match=r"checkpoints, which were replaced .* older ones again"):
         check_comparable([*records, replace(made[2], contents={"expert a": "y"})])
+
+
+def test_the_configuration_of_an_adapter_counts_when_its_file_is_given(tmp_path):
+    file = put(tmp_path / "mnist" / "adapter_model.safetensors", "factors")
+    settings = put(tmp_path / "mnist" / "adapter_config.json", '{"lora_alpha": 2}')
+    experts = Files("mine", f"{tmp_path}/{{task}}/{file.name}")
+    task: Any = SimpleNamespace(name="mnist")
+    before = experts.contents(task)
+    assert before == Files("mine", f"{tmp_path}/{{task}}").contents(task)
+    swapped(settings, '{"lora_alpha": 4}')
+    assert experts.contents(task) != before

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from byom.errors import DataError
 from byom.storage.contents import content_digest
+from byom.storage.place import at_home
 
 __all__ = ["Folder", "Root", "content_digest", "promised_digest"]
 
@@ -55,7 +56,7 @@ class Folder(Root):
 
     def folder(self) -> Path:
         """Return the folder, or raise DataError if it does not exist."""
-        folder = Path(self.path).expanduser()
+        folder = at_home(self.path)
         if not folder.is_dir():
             raise DataError(f"the data folder {folder} does not exist; set `root` to the folder that holds the data")
         return folder
