@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from byom.__main__ import main
 from byom.cli import config, sweeps
 from byom.cli.overrides import quoted, read
 from byom.data.source.root import Folder
-from byom.errors import ByomError, OptionError
+from byom.errors import ByomError, CheckpointError, OptionError
 from byom.experts.files import Files
 from byom.experts.finetune.bottleneck import Bottleneck
 from byom.experts.finetune.ia3 import Ia3
@@ -16,6 +17,7 @@ from byom.experts.hub import Hub
 from byom.functional.tensors import packs_experts
 from byom.pipeline.checks import require_exportable
 from byom.storage.names import require_file_names
+from byom.weights import Weights
 
 FILES = ["experts=files", "experts.family=mine", "experts.path_of=x/{task}"]
 NOBODY = "~nobody_here/x"
@@ -118,3 +120,13 @@ def test_a_name_too_long_for_a_file_is_refused_before_it_is_written(name):
 def test_a_tensor_of_one_expert_is_not_of_all(one):
     assert not packs_experts(f"mlp.experts.{one}.depthwise.weight", (8, 4, 3))
     assert packs_experts("mlp.experts.depthwise", (8, 4, 3))
+
+
+def test_the_working_folder_is_not_replaced_under_ones_feet(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    weights = Weights.of({"a": torch.ones(2)})
+    for place in (".", "..", str(tmp_path / "work")):
+        with pytest.raises(CheckpointError, match="the folder that you work in"):
+            weights.save(place)
+    assert Weights.open(weights.save("out"))["a"].sum() == 2
