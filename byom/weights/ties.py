@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from byom.weights.declared import declared
-from byom.weights.spec import Tensors, W
-
-if TYPE_CHECKING:
-    from byom.storage.tensor_files import TensorFiles
+from byom.weights.spec import Files, Tensors, W
 
 T = TypeVar("T")
 MOST = 4
@@ -91,7 +88,7 @@ class FileTies(NamedTuple):
         return lambda name: read(self.stored.get(name, name))
 
 
-def file_ties(file: TensorFiles) -> FileTies:
+def file_ties(file: Files) -> FileTies:
     """Return which names are one tensor, from byom's notes in files and from the configuration beside them.
 
     Tensors that the configuration ties and the files hold differently are two: they were trained apart.
@@ -109,7 +106,7 @@ def file_ties(file: TensorFiles) -> FileTies:
     return FileTies(joined(every), stored, frozenset(n for own in held.values() if len(own) > 1 for n in own))
 
 
-def _equal_parts(file: TensorFiles, group: Sequence[str]) -> Iterator[list[str]]:
+def _equal_parts(file: Files, group: Sequence[str]) -> Iterator[list[str]]:
     """Split names that are declared one tensor into those that are; what files lack goes with the input embedding."""
     held = [name for name in group if name in file.specs]
     first = kept(held)
@@ -119,7 +116,7 @@ def _equal_parts(file: TensorFiles, group: Sequence[str]) -> Iterator[list[str]]
     yield [first, *(n for n in group if n not in held or (n != first and _same(file, first, n)))]
 
 
-def _same(file: TensorFiles, a: str, b: str) -> bool:
+def _same(file: Files, a: str, b: str) -> bool:
     return file.specs[a] == file.specs[b] and torch.equal(file.read(a), file.read(b))
 
 
