@@ -18,6 +18,8 @@ REMEDIES = {
     "nested": "Call to_padded_tensor or take it apart, and save again",
     "not initialised": "Run the model once, so that its lazy modules know their shapes",
 }
+WIDER = "write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
+WIDER_BASE = "give the base and the merged model in a wider dtype (base.to(torch.float32))"
 _PACKED = re.compile(r"torch\.(u?int[1-7]|bits\w+|float4\w+|float8_e8m0fnu)")
 
 UNNUMBERED = ("input_linear", "output_linear")  # what Granite and JetMoe call their packed experts
@@ -117,13 +119,14 @@ def is_mask(tensor: Tensor) -> bool:
     return bool(((tensor == 0) | (tensor == -math.inf)).all())
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+def narrowed(tensor: Tensor, dtype: torch.dtype, what: str, remedy: str = WIDER) -> Tensor:
     """Return a tensor in another dtype, refusing values that become infinite.
 
     Args:
         tensor: ``[*shape]``.
         dtype: What it is cast to.
         what: What the message calls the tensor.
+        remedy: How the message ends.
 
     Raises:
         CheckpointError: Naming the largest value that the dtype holds.
@@ -137,7 +140,7 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     if beyond and finite(tensor):
         raise CheckpointError(
             f"{what} has values up to {float(tensor.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} holds "
-            f"{most:.3g} at most; write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
+            f"{most:.3g} at most; {remedy}"
         )
     return cast
 
