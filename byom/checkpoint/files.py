@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from byom.checkpoint.pickled import HOLDERS, read_pickled
@@ -14,10 +16,21 @@ from byom.errors import CheckpointError
 from byom.storage import foreign
 from byom.storage.folder import PYTORCH, SAFETENSORS, indexed, require_agreement
 from byom.storage.quantised import require_plain
-from byom.weights import Weights
+from byom.weights import Spec, Weights
+from byom.weights.ties import file_ties
 
 BESIDE = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state(_\d+)?")
 """Files that a trainer leaves next to the weights."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What `byom.weights.ties.file_ties` asks of files, for tensors in memory."""
+
+    path: Path
+    specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ties: Mapping[str, str]
+    read: Callable[[str], Tensor]
 
 
 def open_raw(path: Path) -> tuple[Weights, str]:
@@ -46,8 +59,14 @@ def open_raw(path: Path) -> tuple[Weights, str]:
 
 
 def _held(path: Path, state: Mapping[str, Tensor]) -> Weights:
-    require_plain(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()})
-    return Weights.of(state, origin=str(path))
+    """Return tensors of PyTorch's own files, with the names that a configuration beside them ties to theirs."""
+    held = Weights.of(state, origin=str(path))
+    files = _Held(path, {name: (held.shape(name), held.dtype(name)) for name in held}, held.ties, held.raw)
+    require_plain(path, files.specs)
+    tied = file_ties(files)
+    specs = {name: Spec(*files.specs[tied.stored.get(name, name)]) for name in (*held, *tied.stored)}
+    doubled = tied.doubled.difference(*held.ties.items())
+    return Weights(specs, tied.renamed(held.raw), ties=tied.ties, origin=str(path), doubled=doubled)
 
 
 def _folder(path: Path) -> tuple[Weights, str]:
@@ -75,7 +94,7 @@ def _sharded(path: Path) -> Weights:
 
 def _pickled(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read a state dict through PyTorch's own restricted reader, and whatever it refuses through ours."""
-    if why := foreign.cause(path):
+    if why := foreign.misplaced(path):
         raise CheckpointError(f"{path} {why}")
     try:
         content = load(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from byom.errors import CheckpointError, listed
 from byom.storage import foreign
 from byom.weights import Weights
-from byom.weights.match import RESIZED, is_resized, partitioned
+from byom.weights.match import RESIZED, is_resized, partitioned, unwrapped, wrapped_names
 
 
 def lacking(raw: Weights, base: Weights, lost: Sequence[str], names: Sequence[str], *, found: bool) -> CheckpointError:
@@ -24,6 +24,8 @@ def lacking(raw: Weights, base: Weights, lost: Sequence[str], names: Sequence[st
     Returns:
         The error.
     """
+    if any(unwrapped(name) != name for name in base) and all(unwrapped(name) in raw for name in lost):
+        return CheckpointError(f"{raw.origin} has the tensors of {base.origin}, but {wrapped_names(base)}")
     known = "" if found else f"; it has, for example, {listed(raw.keys(), 3)}"
     return CheckpointError(
         f"{raw.origin} lacks {len(lost)} of {len(names)} tensors of {base.origin}: {listed(lost)}{known}. "

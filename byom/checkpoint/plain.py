@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from byom.errors import CheckpointError
-
-_REMEDIES = {
-    "quantised": "Call dequantize() on it, or save the model before it was quantised",
-    "sparse": "Call to_dense() on it, and save again",
-    "nested": "Call to_padded_tensor or take it apart, and save again",
-    "without values (on the device 'meta')": "Load the model onto a real device before saving it",
-}
+from byom.functional.tensors import require_values
 
 
 def load(file: Path) -> Any:
@@ -68,24 +62,10 @@ def require_dense(file: Path, state: Mapping[Any, Any]) -> None:
     Raises:
         CheckpointError: Naming the tensor and what it is.
     """
-    for name, value in state.items():
+    for name in state:
         if "_packed_params" in str(name):
             raise CheckpointError(
                 f"{file} is quantised (torch.ao.quantization): '{name}' holds codes and scales. Save the model before "
                 "it was quantised"
             )
-        if isinstance(value, Tensor) and (kind := _kind(value)):
-            remedy = _REMEDIES.get(kind, "Save plain tensors: dequantize() or full_tensor() makes one of most kinds")
-            raise CheckpointError(f"{file}: tensor '{name}' is {kind}, and cannot be merged as it is. {remedy}")
-
-
-def _kind(tensor: Tensor) -> str | None:
-    if tensor.is_quantized:
-        return "quantised"
-    if tensor.is_nested:
-        return "nested"
-    if tensor.layout != torch.strided:
-        return "sparse"
-    if tensor.is_meta:
-        return "without values (on the device 'meta')"
-    return None if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) else f"a {type(tensor).__name__}"
+    require_values({str(name): value for name, value in state.items() if isinstance(value, Tensor)}, str(file))

@@ -7,9 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from byom.errors import CheckpointError, listed
+
+REMEDIES = {
+    "quantised": "Call dequantize() on it, or save the model before it was quantised",
+    "sparse": "Call to_dense() on it, and save again",
+    "nested": "Call to_padded_tensor or take it apart, and save again",
+    "not initialised": "Run the model once, so that its lazy modules know their shapes",
+}
+WIDER = "write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
+WIDER_BASE = "give the base and the merged model in a wider dtype (base.to(torch.float32))"
+_PACKED = re.compile(r"torch\.(u?int[1-7]|bits\w+|float4\w+|float8_e8m0fnu)")
 
 UNNUMBERED = ("input_linear", "output_linear")  # what Granite and JetMoe call their packed experts
 NUMBERED = re.compile(r"(expert_?)?\d+")  # one expert among several; NLLB and Switch call theirs expert_3
@@ -46,16 +57,44 @@ def finite(tensor: Tensor) -> bool:
 
 
 def require_values(tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse tensors on the meta device.
+    """Refuse tensors on the meta device, and those that are no dense arrays of numbers.
+
+    Args:
+        tensors: Name to tensor.
+        origin: What the message calls them.
 
     Raises:
-        CheckpointError: Naming them.
+        CheckpointError: Naming the tensors.
     """
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise CheckpointError(
             f"{origin}: {listed(empty)} have no values (they are on the meta device), as device_map='auto' leaves what "
-            "it offloads; load the model without device_map"
+            "it offloads; load the model onto a real device, without device_map"
         )
+    for name, tensor in tensors.items():
+        if kind := special(tensor):
+            remedy = REMEDIES.get(kind, "Take plain tensors: dequantize() or full_tensor() makes one of most kinds")
+            raise CheckpointError(f"{origin}: tensor '{name}' is {kind}, and cannot be merged as it is. {remedy}")
+
+
+def special(tensor: Tensor) -> str | None:
+    """Say what a tensor is that is no dense array of numbers; None if it is one."""
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if is_lazy(tensor):
+        return "not initialised"
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        return f"a {type(tensor).__name__}"
+    return f"of the type {tensor.dtype}, which packs codes or holds scales" if packed(tensor.dtype) else None
+
+
+def packed(dtype: torch.dtype) -> bool:
+    """Say whether a type is of codes or of their scales, in which no weights are held on their own."""
+    return _PACKED.fullmatch(str(dtype)) is not None
 
 
 def require_result(tensor: Tensor, what: str) -> Tensor:
@@ -81,27 +120,35 @@ def is_mask(tensor: Tensor) -> bool:
     return bool(((tensor == 0) | (tensor == -math.inf)).all())
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+def narrowed(tensor: Tensor, dtype: torch.dtype, what: str, remedy: str = WIDER) -> Tensor:
     """Return a tensor in another dtype, refusing values that become infinite.
 
     Args:
         tensor: ``[*shape]``.
         dtype: What it is cast to.
         what: What the message calls the tensor.
+        remedy: How the message ends.
 
     Raises:
         CheckpointError: Naming the largest value that the dtype holds.
     """
     cast = tensor.to(dtype)
-    if not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
+    if dtype == tensor.dtype or not (dtype.is_floating_point and tensor.is_floating_point() and tensor.numel()):
         return cast
     most = torch.finfo(dtype).max  # bf16 reaches as far as fp32 but for the last step
-    if most < 1e38 and most < torch.finfo(tensor.dtype).max and not finite(cast) and finite(tensor):
+    narrower = most < 1e38 and most < torch.finfo(tensor.dtype).max
+    beyond = narrower and (_saturates(tensor, most) if dtype.itemsize == 1 else not finite(cast))
+    if beyond and finite(tensor):
         raise CheckpointError(
             f"{what} has values up to {float(tensor.abs().max()):.3g}, and {str(dtype).removeprefix('torch.')} holds "
-            f"{most:.3g} at most; write it in a wider dtype (Weights.save(folder, dtype=torch.float32))"
+            f"{most:.3g} at most; {remedy}"
         )
     return cast
+
+
+def _saturates(tensor: Tensor, most: float) -> bool:
+    """Say whether values are beyond the largest one of 8 bits, which torch writes in their place."""
+    return float(wide(tensor).abs().max()) > most
 
 
 def packs_experts(name: str, shape: Sequence[int]) -> bool:

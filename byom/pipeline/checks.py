@@ -17,7 +17,7 @@ from byom.variants.single_task import SingleTask
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
 
-LOW_RANK = "byom=lora byom.rest=drop, byom=lora with finetune=lora, or byom=single_task with finetune=lora or adapters as experts"
+LOW_RANK = "byom=lora byom.rest=drop, or byom=lora or byom=single_task with finetune=lora or adapters as experts"
 
 
 def require_possible(settings: Settings, *, evaluates: bool = True) -> None:

@@ -117,7 +117,7 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     folder = folder.resolve()  # what a link points at is replaced, and the link stays
     if Path.cwd().is_relative_to(folder):
         raise CheckpointError(
-            f"{folder} is the folder that you work in, or one above it, and would be replaced as a whole; name a new one"
+            f"{folder} is the folder that you work in, or one above it, and is replaced as a whole; name a new one"
         )
     partial = folder.with_name(f".{folder.name}.partial-{owner()}")
     try:

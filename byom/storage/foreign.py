@@ -10,6 +10,11 @@ HEAD = 512
 """Bytes of a file that tell what it is."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ADAPTER = "adapter_config.json"
+BUNDLE = "bundle.json"
+STANDARD = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Names of indexes of shards, in safetensors and in PyTorch's own format."""
+PYTORCH = ("pytorch_model.bin", STANDARD[1])
+INDEX_NAME = re.compile(r"\.index\.([\w-]+\.)?json$")
 READ = "byom.read_checkpoint(path, base), or turn it into safetensors with `byom convert SOURCE FOLDER`"
 TRANSFORMERS = "Load it with transformers and save it with save_pretrained"
 
@@ -42,6 +47,12 @@ _SUFFIXES = {
     ".npz": "holds arrays of NumPy. Save them as named tensors with safetensors.torch.save_file",
     ".npy": _STARTS[b"\x93NUMPY"],
 }
+_PACKAGES = {
+    ADAPTER: "it is a PEFT adapter, a difference to a model. Read it on its base with "
+    "byom.Adapter.open(folder).on(base), or byom.read_checkpoint(folder, base)",
+    BUNDLE: "it is a bundle of byom's. Open it with byom.Bundle.open(folder), and take weights(task) of it",
+}
+"""Files that tell what a folder is that holds no model of its own."""
 _OUTPUTS = re.compile(r"checkpoint-\d+|epoch[-_=]?\d+|step[-_=]?\d+|global_step\d+", re.IGNORECASE)
 _PARTITIONED = re.compile(
     r".*\.distcp|zero_to_fp32\.py|pytorch_model_fsdp_\d+|zero_pp_rank_.*|bf16_zero_pp_rank_.*|mp_rank_\d+_model_states\.pt"
@@ -75,6 +86,15 @@ def cause(file: Path) -> str | None:
         return "is an archive. Unpack it, and give what it holds"
     known = next((what for sign, what in _STARTS.items() if head.startswith(sign)), None)
     return known or _SUFFIXES.get(file.suffix.lower())
+
+
+def misplaced(file: Path) -> str | None:
+    """Say what a file is that was given as one of weights; see `cause`."""
+    if INDEX_NAME.search(file.name):
+        return "is the index of a model in shards. Give the folder that it lies in"
+    if file.suffix == ".json":
+        return "holds settings, not weights. Give the folder or the file with the weights"
+    return cause(file)
 
 
 def start(file: Path) -> bytes:
@@ -129,20 +149,34 @@ def unclear(folder: Path, suffixes: Iterable[str]) -> str:
     begin = f"{folder} is not a checkpoint: "
     files = [name for name in names if (folder / name).is_file()]
     found = [name for name in files if name.endswith(tuple(suffixes))]
-    if ADAPTER in files:
-        return (
-            f"{begin}it is a PEFT adapter, a difference to a model. Read it on its base with "
-            "byom.Adapter.open(folder).on(base), or byom.read_checkpoint(folder, base)"
-        )
+    if packed := next((what for file, what in _PACKAGES.items() if file in files), None):
+        return begin + packed
     if dangling := [name for name in names if not (folder / name).exists()]:
         return f"{begin}it has links to files that are not there ({_few(dangling)}). Download them again"
-    if shards := [name for name in files if is_shard(name)]:
-        return f"{begin}it holds shards ({_few(shards)}) and no index that names them. Fetch the *.index.json as well"
+    if shards := [name for name in files if is_shard(name) and not _is_indexed(name, files)]:
+        return begin + _unnamed(files, shards)
     if found:
+        found += [name for name in PYTORCH if name in files and name not in found]
         return (
             f"{begin}it holds {len(found)} files of weights ({_few(found)}), and nothing says which is meant. Name one"
         )
     return begin + (_other(folder, names, files) or f"it holds no file of weights ({_few(names) or 'it is empty'})")
+
+
+def _is_indexed(shard: str, files: list[str]) -> bool:
+    return STANDARD[shard.endswith(".bin")] in files
+
+
+def _unnamed(files: list[str], shards: list[str]) -> str:
+    """Say why shards are not read."""
+    indexes = [name for name in files if INDEX_NAME.search(name) and name not in STANDARD]
+    if not indexes:
+        return f"it holds shards ({_few(shards)}) and no index that names them. Fetch the *.index.json as well"
+    standard = STANDARD[".bin." in indexes[0]]
+    return (
+        f"its shards are named by {_few(indexes)}, and only {standard} is looked for. Copy the index of the model that "
+        "is meant to that name"
+    )
 
 
 def _other(folder: Path, names: list[str], files: list[str]) -> str | None:

@@ -51,6 +51,8 @@ _SCALES = {
     re.compile(r"scaled_fp8"): "fp8 with scales",
 }
 """Names of what goes with codes, of any type."""
+_COMPUTED = re.compile(r"mask|_ids?$|_index$")
+"""Names of whole numbers that are no codes."""
 _SCALE = re.compile(r"scale|absmax|scb|zero_?point|zeros|codebook|quant_?map", re.IGNORECASE)
 
 
@@ -122,7 +124,7 @@ def _marked(specs: Specs) -> Iterator[tuple[str, str]]:
         if _SCALE.search(name.rpartition(".")[2]):
             beside.setdefault(name.rpartition(".")[0], []).append(name)
     for name, (shape, dtype) in specs.items():
-        if dtype in FLOAT8 or (dtype in CODES and len(shape) > 1):
+        if dtype in FLOAT8 or (dtype in CODES and len(shape) > 1 and not _COMPUTED.search(name)):
             scales = [s for s in beside.get(name.rpartition(".")[0], ()) if s != name and _scales(s, name)]
             if any(specs[scale][1] != dtype or name.endswith("_blocks") for scale in scales):
                 yield name, _kind(name, dtype, scales)

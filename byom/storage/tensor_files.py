@@ -18,7 +18,7 @@ from torch import Tensor
 from byom.errors import CheckpointError
 from byom.storage import foreign
 from byom.storage.atomic import drafted, replacing
-from byom.storage.folder import SAFETENSORS, indexed, parsed, require_agreement
+from byom.storage.folder import PYTORCH, SAFETENSORS, indexed, parsed, require_agreement
 from byom.storage.quantised import DEQUANTISED
 
 INDEX, SINGLE = SAFETENSORS.index_file, SAFETENSORS.single_file
@@ -142,6 +142,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
         notes: JSON metadata stored next to the checksums.
     """
     tensors = _apart(tensors)
+    if odd := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES.values()), None):
+        raise CheckpointError(
+            f"tensor '{odd}' is of {tensors[odd].dtype}, which safetensors do not hold. Cast it first"
+        )
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
     with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
         save_file(tensors, draft, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
@@ -168,12 +172,14 @@ def _file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(foreign.missing(path))
-    if (path / foreign.ADAPTER).is_file():
+    if any((path / name).is_file() for name in (foreign.ADAPTER, foreign.BUNDLE)):
         raise CheckpointError(foreign.unclear(path, (".safetensors",)))
     if (path / SINGLE).is_file():
         return path / SINGLE
     files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1 or foreign.is_shard(files[0].name) or not files[0].is_file():
+    others = [path / name for name in (PYTORCH.single_file, PYTORCH.index_file)]  # what transformers would read
+    unsure = len(files) != 1 or foreign.is_shard(files[0].name) or not files[0].is_file()
+    if unsure or any(other.is_file() for other in others):
         raise CheckpointError(foreign.unclear(path, (".safetensors",)))
     return files[0]
 
@@ -224,7 +230,7 @@ def _readable(file: Path) -> Iterator[None]:
             f"{file} cannot be read ({error.strerror}). Give yourself the right to read it"
         ) from error
     except (SafetensorError, OSError, ValueError) as error:
-        if why := foreign.cause(file):
+        if why := foreign.misplaced(file):
             raise CheckpointError(f"{file} {why}") from error
         if foreign.is_pickle(file):
             raise CheckpointError(

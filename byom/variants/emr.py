@@ -13,7 +13,9 @@ from byom.errors import WeightsMismatch, one_of
 from byom.functional.deltas import agreeing, elect_sign
 from byom.functional.tensors import wide
 from byom.merge.base import Problem, blockwise
+from byom.merge.base.running import is_running
 from byom.variants.base import WHOLE, Delta, Parts, Served, Shared, Variant, bits
+from byom.variants.base.delta import own
 from byom.weights import Weights, matched
 
 
@@ -65,6 +67,11 @@ class ElectMaskRescale(Variant):
         packed: dict[str, dict[str, Parts]] = {task: {} for task in problem.tasks}
         sizes = dict.fromkeys(packed, torch.zeros(2, dtype=torch.float64))
         for name in problem.pretrained.mergeable():
+            if is_running(name):
+                before = Shared(problem.pretrained[name])
+                kept = {task: own(expert.read_finite(name), before) for task, expert in problem.finetuned.items()}
+                packed = {task: parts | ({name: kept[task]} if kept[task] else {}) for task, parts in packed.items()}
+                continue
             for task, (mask, size) in zip(packed, self._masked(problem, name), strict=True):
                 sizes[task] = sizes[task] + size
                 packed[task] |= {name: {"mask": bits.pack(mask)}} if mask.any() else {}

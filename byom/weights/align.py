@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from byom.errors import CheckpointError
 from byom.functional.tensors import wide, widened
 from byom.storage.quantised import FLOAT8
-from byom.weights.match import fits, has_no_average, may_be_mask, require_alike, require_match
+from byom.weights.match import fits, has_no_average, may_be_mask, not_finite, require_alike, require_match
 from byom.weights.spec import Spec
 from byom.weights.ties import united
 from byom.weights.weights import Weights
@@ -48,7 +49,10 @@ def aligned(base: Weights, models: Mapping[str, Weights]) -> tuple[Weights, Mapp
     if any(one is not other for one, other in zip(tied, models.values(), strict=True)):
         models = dict(zip(models, tied, strict=True))
     every = [base, *models.values()]
-    masks = [name for name in base.mergeable() if may_be_mask(name, base.shape(name)) and _is_mask(name, every)]
+    numbers = [name for name in base.canonical() if base.dtype(name).is_floating_point]
+    masks = [name for name in numbers if may_be_mask(name, base.shape(name)) and _is_mask(name, every)]
+    if odd := [name for name in numbers if name not in masks and not base.merges(name)]:
+        raise CheckpointError(not_finite(base.origin, odd[0], base[odd[0]]))
     if not masks:
         return base, models
     return base.carrying(masks), {task: model.carrying(masks) for task, model in models.items()}

@@ -58,7 +58,7 @@ def _guessed(config: dict[str, Any], architecture: str, names: Collection[str]) 
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what is not a configuration of transformers declares nothing
+    except (OSError, ValueError, RecursionError):  # what is not a configuration of transformers declares nothing
         return {}
     return config if isinstance(config, dict) else {}
 

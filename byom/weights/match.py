@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from byom.weights.ties import together
 
 BUFFERS = (
     "position_ids", "token_type_ids", "attn_mask", "inv_freq", "masked_bias", "relative_position_index",
-    "relative_coords_table",
+    "relative_coords_table", "num_batches_tracked", "cos_cached", "sin_cached",
 )  # fmt: skip
 """Ends of names of what is computed, not learned."""
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module")
@@ -24,6 +24,8 @@ _WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 
 _TABLES = re.compile(r"embed|wte|shared|lm_head|decoder|word|token|vocab|predictions")
 _POSITIONS = re.compile(r"position|pos_embed|wpe")
+LOGITS = "logits_bias"
+"""End of the names of what is added to the scores of a vocabulary, ``[1, V]`` in BART and its kin."""
 RESIZED = (
     "One of them was resized, or has tokens of its own: give both the same rows (in transformers, "
     "model.resize_token_embeddings(rows), then save), or cut the rows that were added"
@@ -38,10 +40,10 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def may_be_mask(name: str, shape: tuple[int, ...]) -> bool:
-    """Say whether a tensor may be a mask: it is called so, or is no weight and one square, with axes of 1 before it."""
+    """Say whether a tensor may be a mask: it is called so, or is no weight and a square for all or for each head."""
     last = name.rpartition(".")[2]
-    square = len(shape) > 1 and shape[-1] == shape[-2] and set(shape[:-2]) <= {1}
-    return "mask" in last or (square and not last.endswith("weight"))
+    square = len(shape) > 1 and shape[-1] == shape[-2] and (set(shape[:-2]) <= {1} or "bias" in last)
+    return "mask" in last or last.endswith(LOGITS) or (square and not last.endswith("weight"))
 
 
 def fits(name: str, a: Tensors, b: Tensors) -> bool:
@@ -155,17 +157,13 @@ def _names_differ(a: Tensors, b: Tensors, missing: list[str], extra: list[str]) 
         if any(".lora_A." in name for name in one):
             return f"{one.origin} holds the factors of an adapter, not whole weights. {ADAPTER}"
         if any(unwrapped(name) != name for name in one) and _same_unwrapped(missing, extra):
-            words = sorted({part for name in one for part in _WRAPPED.findall(name)})
-            return (
-                f"{both} have the same tensors, but in {one.origin} their names have {listed(words)} in them, which a "
-                f"wrapper of the module has put there. Remove it: {_renaming(words)}"
-            )
+            return f"{both} have the same tensors, but {wrapped_names(one)}"
     if start := _starts(missing, extra):
         rest = listed(sorted(set(_rest(missing, start[0], extra, start[1]))))
         words = [f"'{part}' in {one.origin}" for one, part in ((a, start[0]), (b, start[1])) if part]
         return (
             f"{both} have the same tensors under names that start differently: with {' and with '.join(words)}"
-            f"{f' (only one has {rest})' if rest != 'none' else ''}. {_stripping(*start)}"
+            f"{f' (only one has {rest})' if rest != 'none' else ''}. {_stripping(*start, apart=not set(a) & set(b))}"
         )
     return (
         f"{both} have different tensors: {listed(missing)} only in the first, "
@@ -173,22 +171,38 @@ def _names_differ(a: Tensors, b: Tensors, missing: list[str], extra: list[str]) 
     )
 
 
+def wrapped_names(weights: Tensors) -> str:
+    """Say which parts of names a wrapper of the module has put in, and how to remove them."""
+    words = sorted({part for name in weights for part in _WRAPPED.findall(name)})
+    return (
+        f"in {weights.origin} their names have {listed(words)} in them, which a wrapper of the module has put there. "
+        f"Remove it: {_renaming(words, weights)}"
+    )
+
+
 def _same_unwrapped(missing: list[str], extra: list[str]) -> bool:
     return {unwrapped(name) for name in missing} == {unwrapped(name) for name in extra}
 
 
-def _renaming(words: list[str]) -> str:
-    steps = "".join(f".replace({word!r}, '')" for word in words)
+def _renaming(words: list[str], names: Iterable[str]) -> str:
+    steps = ""
+    for word in words:
+        inside = any(f".{word}" in name for name in names)  # only then: 'module.' ends other words, too
+        steps += f".replace({word!r}, '')" if inside else f".removeprefix({word!r})"
     return f"Weights.of({{name{steps}: tensor for name, tensor in weights.state().items()}})"
 
 
-def _stripping(ours: str, theirs: str) -> str:
+def _stripping(ours: str, theirs: str, *, apart: bool) -> str:
+    """Return how names are changed, of which none (`apart`) or some agree already."""
     added = f"{ours!r} + " if ours and theirs else ""
     removed = theirs or ours
+    changed = f"{added}name.removeprefix({removed!r})"
+    if not apart:
+        changed = f"{changed} if name.startswith({removed!r}) else name"
+    read = ", or read it with byom.read_checkpoint(path, base), which finds them" if apart else ""
     return (
-        f"Give one the other's names, Weights.of({{{added}name.removeprefix({removed!r}): tensor for name, tensor in "
-        "weights.state().items()}), or read it with byom.read_checkpoint(path, base), which finds them; leave heads "
-        "out with select"
+        f"Give one the other's names, Weights.of({{{changed}: tensor for name, tensor in weights.state().items()}})"
+        f"{read}; leave heads out with select"
     )
 
 
@@ -238,6 +252,8 @@ def _shapes_differ(a: Tensors, b: Tensors, names: list[str]) -> str:
 
 def is_resized(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Say whether a table, or what is computed with it, differs in its number of rows alone, as vocabularies do."""
+    if name.endswith(LOGITS):
+        return len(a) == len(b) > 0 and a[:-1] == b[:-1] and 0 not in (a[-1], b[-1])
     table = _TABLES.search(name) and not _POSITIONS.search(name)
     return bool(table) and len(a) == len(b) > 0 and a[1:] == b[1:] and 0 not in (a[0], b[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,30 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Files(Protocol):
+    """The part of opened files that finding ties needs: where they lie, what they hold, and their own notes of ties."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Tensor name to its shape and dtype."""
+        ...
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Alias name to canonical name of tied tensors."""
+        ...
+
+    @property
+    def read(self) -> Reader:
+        """What reads a tensor."""
+        ...
 
 
 class Tensors(Protocol):

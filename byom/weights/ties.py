@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from byom.weights.declared import declared
-from byom.weights.spec import Tensors, W
-
-if TYPE_CHECKING:
-    from byom.storage.tensor_files import TensorFiles
+from byom.weights.spec import Files, Tensors, W
 
 T = TypeVar("T")
 MOST = 4
@@ -91,7 +88,7 @@ class FileTies(NamedTuple):
         return lambda name: read(self.stored.get(name, name))
 
 
-def file_ties(file: TensorFiles) -> FileTies:
+def file_ties(file: Files) -> FileTies:
     """Return which names are one tensor, from byom's notes in files and from the configuration beside them.
 
     Tensors that the configuration ties and the files hold differently are two: they were trained apart.
@@ -109,13 +106,13 @@ def file_ties(file: TensorFiles) -> FileTies:
     return FileTies(joined(every), stored, frozenset(n for own in held.values() if len(own) > 1 for n in own))
 
 
-def _truly_one(file: TensorFiles, group: Sequence[str]) -> list[str]:
+def _truly_one(file: Files, group: Sequence[str]) -> list[str]:
     """Return which names that are declared one tensor are one: all that files do not hold differently."""
     first = kept(name for name in group if name in file.specs)
     return [name for name in group if name not in file.specs or _same(file, first, name)]
 
 
-def _same(file: TensorFiles, a: str, b: str) -> bool:
+def _same(file: Files, a: str, b: str) -> bool:
     return a == b or (file.specs[a] == file.specs[b] and torch.equal(file.read(a), file.read(b)))
 
 

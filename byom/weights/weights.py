@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
-from byom.functional.tensors import finite, narrowed, require_result, require_values, shared, wide
+from byom.functional.tensors import finite, narrowed, packed, require_result, require_values, shared, wide
 from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
@@ -231,8 +231,8 @@ class Weights:
         Raises:
             OptionError: If it is not a floating-point dtype.
         """
-        if not dtype.is_floating_point:
-            raise OptionError(f"dtype={dtype} is not a floating-point dtype; use for example torch.bfloat16")
+        if not dtype.is_floating_point or packed(dtype):
+            raise OptionError(f"dtype={dtype} is not a floating-point dtype of weights; use for example torch.bfloat16")
         specs = {n: Spec(s.shape, dtype if s.dtype.is_floating_point else s.dtype) for n, s in self._specs.items()}
         return self._like(self.raw, specs)
 

@@ -167,8 +167,8 @@ FUNCTIONAL = (
     Mutant(
         "overflow-becomes-infinity",
         "functional",
-        "not finite(cast) and finite(tensor):",
-        "not finite(tensor) and finite(cast):",
+        "if beyond and finite(tensor):",
+        "if beyond and not finite(tensor):",
         ("tests/reliability/test_values.py -k dtype",),
     ),
 )

@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import save_file
 
 from byom.checkpoint import read
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError
 from byom.merge.base import Problem
+from byom.merge.task_arithmetic import TaskArithmetic
 from byom.variants.base.delta import Delta
+from byom.variants.fft import ByomFft
 from byom.weights import Weights
 from tests.problems import bits, configured, models, options, problem, tied
 
@@ -138,3 +141,37 @@ def test_what_differs_or_is_no_number_is_refused(base, expert):
 def test_infinities_elsewhere_name_the_way_out():
     with pytest.raises(CheckpointError, match=r"constant such as a mask, leave it out of all models with select"):
         of({"w": torch.tensor([torch.inf])}, "x").read_finite("w")
+
+
+@pytest.mark.parametrize("name", ["final_logits_bias", "alibi.bias"])
+def test_other_constants_with_infinities(name):
+    value = torch.full((3, 4, 4) if name == "alibi.bias" else (1, 4), -torch.inf)
+    value[..., 0] = 0
+    base, tuned = of(W | {name: value}, "base"), of({"w": W["w"] + 2, name: value.clone()}, "expert")
+    merged = TaskArithmetic(1.0)(Problem(base, {"task": tuned}))
+    assert torch.equal(merged[name], value)
+    assert torch.equal((base + (tuned - base))[name], value)
+
+
+def test_a_bundle_of_models_with_masks_against_a_merged_one(tmp_path):
+    mask = {"attn.mask": BUFFERS["text.attn_mask"]}
+    tuned = of({"w": W["w"] + 2, **mask}, "expert")
+    merged = TaskArithmetic(0.5)(Problem(of(W | mask, "base"), {"task": tuned}))
+    Bundle.pack(ByomFft(1.0), {"task": tuned}, merged).save(tmp_path / "bundle")
+    served = Bundle.open(tmp_path / "bundle").weights("task")
+    assert all(torch.equal(served[name], tuned[name]) for name in tuned)
+
+
+def test_a_mask_that_is_carried_in_the_base_and_differs_in_an_expert():
+    mask = BUFFERS["text.attn_mask"]
+    merged = TaskArithmetic(0.5)(Problem(of({"mask": mask, **W}, "base"), {"t": of({"mask": mask, **W}, "expert")}))
+    with pytest.raises(CheckpointError, match="'mask' has 3 of 9 values that are NaN or infinite"):
+        Problem(merged, {"t": of({"mask": mask.T, **W}, "other")})
+
+
+@pytest.mark.parametrize("name", ["bn.num_batches_tracked", "rotary_emb.cos_cached"])
+def test_counters_and_tables_in_one_of_two(name):
+    extra = {name: torch.tensor(3) if "num" in name else torch.ones(3, 2)}
+    one, other = of(W | extra, "one"), of(W, "other")
+    assert TaskArithmetic(1.0)(Problem(one, {"t": other})).keys() == one.keys()
+    assert TaskArithmetic(1.0)(Problem(other, {"t": one})).keys() == ["w"]

@@ -283,3 +283,67 @@ def test_what_was_saved_too_early(tmp_path, tensors, message):
     torch.save(tensors, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):
         read(tmp_path / "x.pt", BASE)
+
+
+def renamed(message, weights):
+    """Carry out the remedy that a message prints."""
+    remedy = message[message.index("Weights.of(") :]
+    depth, end = 0, 0
+    for end, sign in enumerate(remedy):  # noqa: B007 - the place is needed after the loop
+        depth += {"(": 1, ")": -1}.get(sign, 0)
+        if sign == ")" and not depth:
+            break
+    return eval(remedy[: end + 1], {"Weights": Weights, "weights": weights})
+
+
+@pytest.mark.parametrize(
+    ("base", "expert"),
+    [
+        ("model.layers.0.q", "model.encoder.layers.0.q"),
+        ("my_module.layers.0.q", "module.my_module.layers.0.q"),
+        ("layers.0.q", "_orig_mod.module.layers.0.q"),
+        ("layers.0.q", "module._orig_mod.layers.0._checkpoint_wrapped_module.q"),
+    ],
+)
+def test_the_names_that_are_printed_fit(base, expert):
+    """Names of which a part agrees already, and words that end like a wrapper's, are left alone."""
+    same = "module.embed" if expert.startswith(("module.", "_")) else "model.embed"
+    ours = {f"{base}.weight": STATE["layer.0.q.weight"], f"{same.removeprefix('module.')}.weight": torch.ones(3, 4)}
+    theirs = {f"{expert}.weight": STATE["layer.0.q.weight"], f"{same}.weight": torch.ones(3, 4)}
+    first, second = Weights.of(ours, "base"), Weights.of(theirs, "expert")
+    with pytest.raises(WeightsMismatch) as caught:
+        Problem(first, {"task": second})
+    assert renamed(str(caught.value), second).keys() == first.keys()
+
+
+def test_a_base_with_names_of_a_wrapper(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    wrapped = Weights.of({name.replace("layer.", "layer._orig_mod."): t for name, t in STATE.items()}, "base")
+    with pytest.raises(CheckpointError, match="in base their names have _orig_mod. in them.*Remove it") as caught:
+        read(tmp_path, wrapped)
+    assert read(tmp_path, renamed(str(caught.value), wrapped)).weights.keys() == BASE.keys()
+
+
+def test_a_vocabulary_that_was_resized_with_its_bias():
+    one, other = ({"model.shared.weight": torch.ones(n, 3), "final_logits_bias": torch.ones(1, n)} for n in (5, 6))
+    with pytest.raises(WeightsMismatch, match="vocabularies of different size.*resize_token_embeddings"):
+        Problem(Weights.of(one), {"task": Weights.of(other)})
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.safetensors.index.json", "index of a model in shards. Give the folder"), ("config.json", "settings")],
+)
+def test_a_table_in_place_of_weights(tmp_path, opener, name, message):
+    (tmp_path / name).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=f"{name} .*{message}"):
+        OPENERS[opener](tmp_path / name)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_a_bundle_in_place_of_a_model(tmp_path, opener):
+    (tmp_path / "bundle.json").write_text("{}")
+    save_file({"embed.weight//values": torch.ones(2)}, tmp_path / "task.safetensors")
+    with pytest.raises(CheckpointError, match="it is a bundle.*Bundle.open"):
+        OPENERS[opener](tmp_path)

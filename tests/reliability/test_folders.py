@@ -210,3 +210,36 @@ def test_notes_that_are_damaged(tmp_path, notes):
     save_file(ONE, tmp_path / "x.safetensors", metadata={"byom": notes})
     with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged.*notes"):
         Weights.open(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("opener", [Weights.open, lambda path: read(path, BASE).weights])
+@pytest.mark.parametrize(
+    "index", ["model.safetensors.index.fp16.json", "diffusion_pytorch_model.safetensors.index.json"]
+)
+def test_an_index_of_another_name(tmp_path, opener, index):
+    stem = "model.fp16" if "fp16" in index else "diffusion_pytorch_model"
+    places = {"a": f"{stem}-00001-of-00002.safetensors", "b": f"{stem}-00002-of-00002.safetensors"}
+    for name, tensors in zip(places.values(), (ONE, TWO), strict=True):
+        save_file(tensors, tmp_path / name)
+    (tmp_path / index).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match=f"named by {index}, and only model.safetensors.index.json.*Copy"):
+        opener(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text((tmp_path / index).read_text())
+    assert len(opener(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("opener", [Weights.open, lambda path: read(path, BASE).weights])
+def test_a_model_of_pickles_beside_safetensors_of_another_name(tmp_path, opener):
+    torch.save(ONE | TWO, tmp_path / "pytorch_model.bin")
+    save_file(ONE | TWO, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model.safetensors, pytorch_model.bin\), and nothing says which"
+    ):
+        opener(tmp_path)
+
+
+def test_pickled_shards_are_not_called_without_an_index(tmp_path):
+    folder = Folder(tmp_path, "bin").make()
+    folder.name(folder.places)
+    with pytest.raises(CheckpointError, match="PyTorch's own files.*read_checkpoint"):
+        Weights.open(tmp_path)

@@ -1,6 +1,7 @@
 """Codes and scales of quantised checkpoints are refused by the method's name; plain fp8 is widened."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from byom.checkpoint import read
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.convert import convert
-from byom.errors import CheckpointError
+from byom.errors import CheckpointError, OptionError
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.weights import Weights
@@ -199,7 +200,7 @@ def nested():
         (lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8), "quantised.*dequantize"),
         (lambda: torch.ones(3, 4).to_sparse(), "sparse.*to_dense"),
         (lambda: torch.ones(3, 4).to_sparse_csr(), "sparse.*to_dense"),
-        (lambda: torch.ones(3, 4, device="meta"), "meta.*real device"),
+        (lambda: torch.ones(3, 4, device="meta"), "meta device.*real device"),
         (nested, "nested|which no checkpoint needs"),
     ],
     ids=["quantised", "sparse", "csr", "meta", "nested"],
@@ -227,3 +228,45 @@ def test_an_adapter_of_a_quantised_base_fits_a_plain_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
     assert Adapter.open(tmp_path).on(BASE)["layer.weight"].tolist() == (PLAIN["layer.weight"] + 1).tolist()
     assert read(tmp_path / "adapter_model.safetensors", BASE).format == "PEFT adapter"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8), "quantised.*dequantize"),
+        (lambda: torch.ones(3, 4).to_sparse(), "sparse.*to_dense"),
+        (lambda: torch.ones(3, 4).to_sparse_csr(), "sparse.*to_dense"),
+        (nested, "nested"),
+        (lambda: torch.empty(3, 4, dtype=torch.uint4), "uint4, which packs codes"),
+        (lambda: torch.ones(3, 4).to(torch.float8_e8m0fnu), "float8_e8m0fnu, which packs codes or holds scales"),
+    ],
+    ids=["qint8", "sparse", "csr", "nested", "uint4", "e8m0"],
+)
+def test_tensors_of_other_kinds_in_memory(make, kind):
+    with pytest.raises(CheckpointError, match=f"expert: tensor 'layer.weight' is .*{kind}"):
+        Weights.of(PLAIN | {"layer.weight": make()}, "expert")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_that_are_chosen_hold_every_value_or_are_refused(tmp_path, dtype):
+    most = torch.finfo(dtype).max
+    fits, beyond = (Weights.of({"w": torch.tensor([1.0, -most * factor])}, "model") for factor in (1, 2))
+    assert torch.equal(Weights.open(fits.save(tmp_path / "m", dtype=dtype)).to(torch.float32)["w"], fits["w"])
+    with pytest.raises(
+        CheckpointError, match=f"model: tensor 'w' has values up to.*holds {re.escape(f'{most:.3g}')} at most"
+    ):
+        beyond.save(tmp_path / "n", dtype=dtype)
+    assert not (tmp_path / "n").exists()
+
+
+def test_types_that_hold_no_weights_cannot_be_chosen_or_written(tmp_path):
+    with pytest.raises(OptionError, match="float8_e8m0fnu is not a floating-point dtype of weights"):
+        BASE.to(torch.float8_e8m0fnu)
+    with pytest.raises(CheckpointError, match="'rope' is of torch.complex128, which safetensors do not hold"):
+        Weights.of({"rope": torch.ones(2, dtype=torch.complex128)}).save(tmp_path / "m")
+
+
+def test_masks_beside_a_scale_are_no_codes(tmp_path):
+    state = {"attn.scale": torch.ones(1), "attn.mask": torch.ones(4, 4, dtype=torch.uint8)}
+    assert len(Weights.open(folder_of(tmp_path, state))) == 2

@@ -13,6 +13,7 @@ from byom import checkpoint
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.adapters.export import adapters
 from byom.checkpoint.bundle import Bundle
+from byom.checkpoint.files import open_raw
 from byom.errors import CheckpointError, OptionError
 from byom.merge.base import Problem
 from byom.merge.dare import Dare
@@ -240,3 +241,19 @@ def test_names_of_one_tensor_stay_tied_without_the_first_of_them():
     words = torch.randn(4, 3)
     weights = Weights.of({"decoder.embed": words, "encoder.embed": words, "shared": words})
     assert weights.select(lambda name: name != "decoder.embed").ties == {"shared": "encoder.embed"}
+
+
+@pytest.mark.parametrize("held", ["one name", "both, shared", "both, copied"])
+def test_pickles_beside_a_configuration_that_ties(held, tmp_path):
+    model = MODELS["llama"]()
+    state = model.state_dict()
+    if held == "one name":
+        del state["lm_head.weight"]
+    elif held == "both, copied":
+        state["lm_head.weight"] = state["lm_head.weight"].clone()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
+    opened, _ = open_raw(tmp_path)
+    whole = Weights.of(model.state_dict())
+    assert opened.ties == whole.ties
+    assert (opened - whole).norm() == 0

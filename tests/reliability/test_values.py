@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
 from byom.merge.base import Problem
 from byom.merge.pretrained import Pretrained
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.variants.base import PackingVariant
+from byom.variants.emr import ElectMaskRescale
 from byom.variants.fft import ByomFft
+from byom.variants.lora import ByomLora
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
 from tests.problems import bits, models, options, posed, problem
@@ -116,3 +119,22 @@ def test_experts_come_back_in_the_precision_of_the_base(variant):
     for task, expert in wide.finetuned.items():
         served = variant.serve(wide, reference).weights(task)
         assert all(bits(served[n]) == bits(expert[n]) for n in served.mergeable())
+
+
+@pytest.mark.parametrize("variant", [PostPruning(1.0), ByomFft(1.0), ByomLora(rank=4)], ids=["pruned", "fft", "lora"])
+def test_a_task_beyond_the_dtype_of_the_base_is_refused(variant):
+    base, task = Weights.of({"w": torch.ones(4, 4).half()}, "base"), Weights.of({"w": torch.full((4, 4), 1e5)}, "task")
+    with pytest.raises(CheckpointError, match=r"task: tensor 'w' has values up to 1e\+05.*base.to\(torch.float32\)"):
+        Bundle.pack(variant, {"task": task}, base)
+    served = Bundle.pack(variant, {"task": task}, base.to(torch.float32)).weights("task")
+    assert torch.allclose(served["w"], task["w"])
+
+
+def test_emr_keeps_running_statistics_of_each_task():
+    means = {"base": 50.0, "one": 0.1, "other": 0.4}
+    of = {
+        who: Weights.of({"bn.running_var": torch.full((2,), v), "w": torch.full((2,), v)}) for who, v in means.items()
+    }
+    tasks = {"one": of["one"], "other": of["other"]}
+    bundle = Bundle.pack(ElectMaskRescale(), tasks, of["base"])
+    assert all(torch.equal(bundle.weights(t)["bn.running_var"], tasks[t]["bn.running_var"]) for t in tasks)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError, suggest
 from byom.functional.heads import Changed, Readout
+from byom.functional.tensors import WIDER_BASE, finite
 from byom.storage import tensor_files as storage
 from byom.weights import Weights
 
@@ -108,7 +109,8 @@ class Delta:
                 return value
             if OWN in self.parts[name]:
                 return self.parts[name][OWN]
-            return self.variant.unpack({**whole, **self.parts[name]}, Shared(value, base[name] if base else None))
+            shared = Shared(value, base[name] if base else None)
+            return _within(self.variant.unpack({**whole, **self.parts[name]}, shared), name, reference)
 
         return reference.derived(read, f"{reference.origin} + {self.variant.title}")
 
@@ -196,6 +198,16 @@ class Served:
         """The models stored once for all tasks."""
         stored = [self.reference] if all(delta.variant.shares_reference for delta in self.deltas.values()) else []
         return stored if self.base is None else [*stored, self.base]
+
+
+def _within(values: Tensor, name: str, reference: Weights) -> Tensor:
+    """Return a task's values, refusing those that the reference's dtype cannot hold."""
+    if values.dtype.itemsize < 4 and values.dtype != torch.bfloat16 and values.numel() and not finite(values):
+        raise CheckpointError(
+            f"a task's '{name}' has values beyond what {reference.dtype(name)} holds, which {reference.origin} has; "
+            f"{WIDER_BASE}, and pack again"
+        )
+    return values
 
 
 def own(values: Tensor, shared: Shared) -> Parts:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeGuard
 
 from torch import Tensor
 
-from byom.functional.tensors import finite
+from byom.functional.tensors import WIDER_BASE, finite, narrowed
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
 from byom.merge.base.running import is_running
@@ -146,6 +146,7 @@ class PackingVariant(Variant):
         for name in target.mergeable():
             shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
             values = target.read_finite(name)
+            narrowed(values, reference.dtype(name), f"{target.origin}: tensor '{name}'", WIDER_BASE)
             packed[name] = own(values, shared) if is_running(name) else self.pack(name, values, shared, plan)
         return packed
 
