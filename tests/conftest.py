@@ -28,7 +28,8 @@ LONGEST = tuple(
         "e2e/test_published_images", "e2e/test_published_text", "contract/test_merge", "e2e/test_methods",
         "docs/test_readme", "config/test_yaml", "e2e/test_resume", "e2e/test_command", "e2e/test_launchers",
         "e2e/test_accelerate", "contract/test_variants", "docs/test_notebooks", "e2e/test_true_size",
-        "golden/test_signatures", "e2e/test_lora", "reliability/test_writers", "e2e/test_preview", "e2e/test_pipeline", "unit/test_statistics",
+        "golden/test_signatures", "e2e/test_lora", "reliability/test_writers", "e2e/test_preview", "e2e/test_pipeline",
+        "unit/test_statistics",
     )
 )  # fmt: skip
 APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
