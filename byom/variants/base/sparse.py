@@ -34,7 +34,7 @@ class SparseVariant(PackingVariant):
 
     Values are the target's, not differences, and are assigned, not added: at density 1 the result is theta_t bit
     for bit, and at every kept position it is theta_t exactly, which ``reference + difference`` is not in floating
-    point.
+    point. A reference of a narrower dtype rounds them to it, once; ``Weights.to`` widens it.
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
