@@ -35,6 +35,10 @@ def cells(name: str) -> Cells:
     return sweeps.cells(plan(name)["rows"], plan(name)["common"])
 
 
+BETWEEN = {"suite.size=4", "suite.size=8", "suite.size=12", "suite.size=16", "byom.density=0.06457"}
+"""Values between the first and the last of a sweep."""
+
+
 def kind(cell: list[str]) -> tuple[str, ...]:
     """Return a cell without its numbers and without the names of its backbone, experts and results."""
     return tuple(sorted(re.sub(r"=[\d.]+$", "=#", o) for o in cell if o.partition("=")[0] not in PLACES))
@@ -43,7 +47,7 @@ def kind(cell: list[str]) -> tuple[str, ...]:
 def run(
     name: str, home: Path, patch, *extra: str, select: Callable[[Cells], Cells] = lambda every: every
 ) -> tuple[int, Path]:
-    """Run an experiment on tiny data, training methods cut to a few steps, numbers of tasks to the first and last.
+    """Run an experiment on tiny data: training methods cut to a few steps, numbers of tasks and densities to the ends.
 
     Returns:
         The exit status, and the results folder.
@@ -51,11 +55,7 @@ def run(
     expand = sweeps.cells
 
     def shorter(rows, common):
-        every = [
-            c
-            for c in expand(rows, common)
-            if not {"suite.size=4", "suite.size=8", "suite.size=12", "suite.size=16"} & set(c)
-        ]
+        every = [c for c in expand(rows, common) if not BETWEEN & set(c)]
         return [[*c, *(v for k, v in SHORTER.items() if k in c)] for c in select(every)]
 
     folder = home / "made" / chosen(name, "results")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from byom.__main__ import main
 from byom.cli import config
 from byom.pipeline.labs import laboratory
 from byom.weights import Weights
@@ -57,7 +58,7 @@ def free_port():
 def test_two_processes_train_what_one_trains_and_one_of_them_writes(tmp_path):
     said = run(tmp_path / "two", *LAUNCH, f"--main_process_port={free_port()}")
     assert said.count("seed 0  test") == 1  # and Fisher's gradients were one process's own, or it would hang
-    run(tmp_path / "one")
+    assert main(["run", *options(tmp_path / "one")]) == 0
     alone, together = experts(tmp_path / "one"), experts(tmp_path / "two")
     pretrained = laboratory(config.settings(options(tmp_path / "one"))).pretrained
     for name, weights in alone.items():
