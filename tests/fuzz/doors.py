@@ -97,18 +97,23 @@ def _safetensors() -> list[Files]:
 
 def _enter_safetensors(folder: Path) -> dict[str, Mapping[str, Tensor]]:
     opened = Weights.open(folder)
-    return {"open": {name: opened[name] for name in opened.canonical()}}
+    return {"open": {name: opened[name] for name in opened}}
 
 
 def _expect_safetensors(folder: Path, road: str) -> Mapping[str, Tensor]:
     del road
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if index.is_file():
+        files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+    else:
         single = folder / "model.safetensors"
-        return safetensors.torch.load_file(single if single.is_file() else next(iter(folder.glob("*.safetensors"))))
-    places = json.loads(index.read_text())["weight_map"]
-    shards = [safetensors.torch.load_file(folder / shard) for shard in sorted(set(places.values()))]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}
+        files = [single if single.is_file() else next(iter(folder.glob("*.safetensors")))]
+    tensors, ties = {}, {}
+    for file in files:
+        tensors |= safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, framework="pt") as handle:
+            ties |= json.loads((handle.metadata() or {}).get("byom", "{}")).get("ties", {})
+    return tensors | {alias: tensors[name] for alias, name in ties.items()}
 
 
 # pickles and adapters

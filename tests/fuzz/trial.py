@@ -90,8 +90,10 @@ def _same(a: Tensor, b: Tensor, *, exact: bool) -> bool:
         return False
     if not exact:
         return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4)
-    flat = [tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor for tensor in (a, b)]
-    return torch.equal(*flat) if a.numel() else True
+    if not a.numel():
+        return True
+    flat = [tensor.contiguous().reshape(-1).as_strided((tensor.numel(),), (1,)) for tensor in (a, b)]
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
 
 
 @contextlib.contextmanager

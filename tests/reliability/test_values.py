@@ -138,3 +138,10 @@ def test_emr_keeps_running_statistics_of_each_task():
     tasks = {"one": of["one"], "other": of["other"]}
     bundle = Bundle.pack(ElectMaskRescale(), tasks, of["base"])
     assert all(torch.equal(bundle.weights(t)["bn.running_var"], tasks[t]["bn.running_var"]) for t in tasks)
+
+
+def test_one_value_at_any_stride_is_one_value(tmp_path):
+    odd = torch.arange(300.0)[7:].as_strided((1,), (255,), 7)
+    given = Weights.of({"a": odd, "b": torch.ones(2)})
+    assert given.fingerprint() == Weights.of({"a": torch.tensor([7.0]), "b": torch.ones(2)}).fingerprint()
+    assert bits(Weights.open(given.save(tmp_path / "out"))["a"]) == bits(torch.tensor([7.0]))
