@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from byom.weights.declared import declared
+from byom.storage.declared import declared
 from byom.weights.spec import Files, Tensors, W
 
 T = TypeVar("T")

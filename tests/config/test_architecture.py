@@ -22,7 +22,7 @@ LIBRARIES = {
     "omegaconf": {"cli"},
     "wandb": {"pipeline"},
     "open_clip": {"backbone", "checkpoint"},
-    "transformers": {"weights", "backbone", "checkpoint", "experts"},
+    "transformers": {"storage", "backbone", "checkpoint", "experts"},
     "datasets": {"data"},
     "matplotlib": {"report"},
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from byom.functional.tensors import shared
+from byom.storage.declared import declared
 from byom.weights import Weights
-from byom.weights.declared import declared
 from byom.weights.ties import groups
 
 
