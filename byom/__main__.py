@@ -125,6 +125,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
+    "merge": _command("merge", "folders"),
 }
 
 if __name__ == "__main__":

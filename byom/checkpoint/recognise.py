@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Checkpoint:
         extra: Tensors of heads that came with it, under their own names.
         frozen: What is left of a text tower that fine-tuning never touches, in open_clip's names.
         notes: What a reader should know.
+        names: Name in the file to the backbone's, of every tensor that is one of the backbone's under one change of
+            the names' start; empty for other formats.
     """
 
     weights: Weights
@@ -48,6 +50,7 @@ class Checkpoint:
     extra: dict[str, Tensor] = field(default_factory=dict)
     frozen: Weights | None = None
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def conventions(self) -> dict[str, int]:
@@ -78,10 +81,24 @@ def read(path: str | Path, base: Weights) -> Checkpoint:
     if (path / CONFIG).is_file():
         adapter = Adapter.open(path)
         return Checkpoint(adapter.on(base), "PEFT adapter", adapter.heads(base))
-    raw, container = open_raw(path)
+    return fitted(*open_raw(path), base)
+
+
+def fitted(
+    raw: Weights, container: str, base: Weights, *, heads: Callable[[str], bool] = lambda _: False, own: bool = False
+) -> Checkpoint:
+    """Give opened weights the names of a backbone; see `read`.
+
+    Args:
+        raw: The weights under the names of their file.
+        container: What they were read from.
+        base: The backbone's pre-trained weights.
+        heads: Says which names in the file are a head's, besides those that are called so.
+        own: Whether tensors keep the dtype of their file; otherwise they are rounded to the backbone's.
+    """
     raw = _unwrapped(raw, base)
     tower = _tower(raw, base)
-    return _renamed(raw, base, container) if tower is None else _clip(raw, base, tower, container)
+    return _renamed(raw, base, container, heads, own) if tower is None else _clip(raw, base, tower, container)
 
 
 def folder_of(path: Path) -> Path:
@@ -127,7 +144,7 @@ def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint
     )
 
 
-def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
+def _renamed(raw: Weights, base: Weights, container: str, is_own: Callable[[str], bool], own: bool) -> Checkpoint:
     matches, start = _places(raw, base)
     places = {name: every[kept(every)] for name, every in matches.items()}
     if wrong := [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]:
@@ -139,7 +156,7 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
     used |= {name for name in raw for theirs in used if raw.ties.get(name, name) == raw.ties.get(theirs, theirs)}
     left = [name for name in raw if name not in used]
     frozen = [name for name in left if _is_text(name.removeprefix(start), base)]
-    heads = [name for name in left if name not in frozen and _is_head(name)]
+    heads = [name for name in left if name not in frozen and (is_head(name) or is_own(name))]
     if emptied := [name for name in heads if raw.shape(name) == (0,)]:
         raise CheckpointError(f"{raw.origin}: {partitioned(emptied[0])}")
     known = {*frozen, *heads}
@@ -150,11 +167,19 @@ def _renamed(raw: Weights, base: Weights, container: str) -> Checkpoint:
         places |= {name: places[first] for name, first in before.items() if first in places} | apart
     view = base.derived(lambda name: raw[places[name]] if name in places else base[name], raw.origin)
     return Checkpoint(
-        view,
+        _retyped(view, raw, places) if own else view,
         f"{'ImageEncoder, ' if frozen else ''}{container}",
         {name.removeprefix(start) if name.startswith(start) else name: raw[name] for name in heads},
         _named(raw, {name.removeprefix(start): name for name in frozen}) if frozen else None,
+        names={theirs: name for every in matches.values() for name, theirs in every.items()},
     )
+
+
+def _retyped(view: Weights, raw: Weights, places: Mapping[str, str]) -> Weights:
+    """Return a view whose tensors have the dtypes of the file."""
+    types = {name: raw.dtype(places[name]) if name in places else view.dtype(name) for name in view}
+    specs = {name: Spec(view.shape(name), dtype) for name, dtype in types.items()}
+    return Weights(specs, view.raw, ties=view.ties, origin=view.origin)
 
 
 def _named(raw: Weights, places: Mapping[str, str]) -> Weights:
@@ -215,7 +240,8 @@ def _is_text(name: str, base: Weights) -> bool:
     return any(each.endswith("visual.proj") or ".resblocks." in each for each in base) and name.startswith(TEXT)
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Say whether a tensor belongs to a head, by its name."""
     return any(part in f".{name}" for part in (f".{head}" for head in HEADS))
 
 

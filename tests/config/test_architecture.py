@@ -12,7 +12,7 @@ import byom
 
 ROOT = Path(byom.__file__).parent
 ORDER = (
-    "errors", "functional", "storage", "weights", "merge", "variants", "checkpoint", "data", "backbone", "statistics",
+    "errors", "functional", "storage", "weights", "merge", "variants", "checkpoint", "folders", "data", "backbone", "statistics",
     "experts", "pipeline", "report", "cli",
 )  # fmt: skip
 APART = {("report", "pipeline"), ("report", "merge"), ("report", "variants"), ("report", "backbone")}

@@ -1,0 +1,130 @@
+"""``byom merge``: from a base and fine-tuned models, each a folder, a file or a repository, to one folder."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from byom.cli import config, given
+from byom.errors import OptionError, listed
+from byom.folders import beside
+from byom.folders.models import models
+from byom.folders.output import files_of, require_apart, require_space, write, written_bytes
+from byom.folders.request import Request
+from byom.folders.result import Result
+from byom.storage.atomic import require_own
+from byom.storage.place import at_home
+
+NAMES = ("base", "experts", "keep", "only", "exclude", "scale", "heads", "dtype", "vocabulary", "files")
+GROUPS = ("merge", "byom")
+DRY = "--dry-run"
+USAGE = "OUT base=PATH 'experts=[a=PATH,b=PATH]' merge=METHOD [merge.OPTION=VALUE ...] [--dry-run]"
+
+
+def merge(arguments: Sequence[str]) -> int:
+    """Merge folders into one, then print what was done."""
+    dry, arguments = DRY in arguments, [argument for argument in arguments if argument != DRY]
+    out = place("merge", arguments, USAGE)
+    request = requested(given.options(arguments[1:]), packs=False)
+    result = Result(request, models(request))
+    every = [result.models.source, *(expert.source for expert in result.models.experts.values())]
+    require_apart(out, every)
+    require_own(out, beside.own(out))
+    _describe(result, out)
+    if dry:
+        require_space(out, sum(written_bytes(result).values()))
+        sys.stdout.write("nothing was written (--dry-run)\n")
+        return 0
+    _merged(result, out)
+    return 0
+
+
+def _merged(result: Result, out: Path) -> None:
+    from byom.pipeline.provenance import Stages
+
+    total = sum(written_bytes(result).values())
+    stages, start = Stages(), time.perf_counter()
+    with stages.stage("merge"), tqdm(total=total, unit="B", unit_scale=True, desc="merge", mininterval=0.5) as bar:
+        write(result, out, bar.update)
+    taken = stages.taken["merge"]
+    if simpler := result.fallbacks:
+        sys.stdout.write(f"merged by a simpler rule than the method's: {listed(simpler)}\n")
+    sys.stdout.write(
+        f"{len(result.models.base)} tensors, {total:,} bytes in {time.perf_counter() - start:.1f} s, "
+        f"peak {taken['peak_mib']:,.0f} MiB\n{out}\n"
+    )
+
+
+def _describe(result: Result, out: Path) -> None:
+    """Print what is read, what becomes of it, and what is written."""
+    rows = {"base": (result.models.source, "")} | {
+        name: (expert.source, expert.container) for name, expert in result.models.experts.items()
+    }
+    for name, (source, container) in rows.items():
+        sys.stdout.write(f"reads  {name:<12} {source.nbytes:>15,} bytes  {source.given}  {container}\n")
+    for note in result.models.notes:
+        sys.stdout.write(f"note   {note}\n")
+    problem = result.problem
+    sys.stdout.write(f"merges {len(problem.pretrained.mergeable())} tensors, {problem.pretrained.numel:,} parameters")
+    sys.stdout.write(f", {type(result.request.merge).title}\n")
+    if result.kept:
+        sys.stdout.write(f"keeps  {len(result.kept)} tensors: {listed(sorted(result.kept))}\n")
+    for folder, size in written_bytes(result).items():
+        sys.stdout.write(f"writes {size:>28,} bytes  {out if folder == '.' else out / folder}\n")
+    place = files_of(result)
+    sys.stdout.write(f"copies configuration and tokenizer of {place or 'nobody: the base is a file'}\n")
+
+
+def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
+    """Build a request from options.
+
+    Args:
+        options: Option to its value, text as it was typed or what a recipe holds.
+        packs: Whether a variant is chosen.
+
+    Raises:
+        OptionError: If an option is unknown or misses.
+    """
+    groups = {name: value for name, value in options.items() if re.split(r"[.@]", name)[0] in GROUPS}
+    given.require_known({name: value for name, value in options.items() if name not in groups}, [*NAMES, *GROUPS])
+    if not packs and (odd := [name for name in groups if name.startswith("byom")]):
+        raise OptionError(f"{odd[0]} says what is packed for each task: byom pack BUNDLE ...; byom merge merges alone")
+    for name in ("base", "experts"):
+        if name not in options:
+            raise OptionError(f"{name}= is not given: base=PATH 'experts=[a=PATH,b=PATH]', or recipe=FILE")
+    experts = given.experts(options["experts"])
+    chosen = groups if "merge" in groups else {"merge": "average"} | groups
+    built = config.resolve([f"{name}={given.override(value)}" for name, value in chosen.items()]).values
+    written = {name: given.plain(value) for name, value in options.items()} | {"experts": experts}
+    return Request(
+        base=given.text("base", options["base"]),
+        experts=experts,
+        merge=config.made(built["merge"]),
+        variant=config.made(built["byom"]) if packs else None,
+        keep={name: str(task) for name, task in given.pairs("keep", options.get("keep", []), bare=True).items()},
+        only=tuple(given.items("only", options.get("only", []))),
+        exclude=tuple(given.items("exclude", options.get("exclude", []))),
+        scale={name: given.number("scale", v) for name, v in given.pairs("scale", options.get("scale", [])).items()},
+        heads=tuple(given.items("heads", options.get("heads", []))),
+        dtype=given.text("dtype", options.get("dtype", "")),
+        vocabulary=given.text("vocabulary", options.get("vocabulary", "strict")),  # pyright: ignore[reportArgumentType]
+        files=given.text("files", options.get("files", "base")),
+        recipe=written,
+    )
+
+
+def place(command: str, arguments: Sequence[str], usage: str) -> Path:
+    """Return the folder that a command writes, its first argument.
+
+    Raises:
+        OptionError: If it is missing.
+    """
+    if not arguments or "=" in arguments[0] or not arguments[0].strip():
+        raise OptionError(f"where to? byom {command} {usage}")
+    return at_home(arguments[0])

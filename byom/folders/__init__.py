@@ -1,0 +1,1 @@
+"""From folders to a folder: a base and fine-tuned models are read, merged or packed, and written for other tools."""

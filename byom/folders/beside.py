@@ -1,0 +1,127 @@
+"""What lies beside weights: configuration, tokenizer, processor, custom code, which are copied and never run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from byom.errors import CheckpointError
+from byom.storage.folder import parsed
+from byom.weights import Weights
+
+CONFIG = "config.json"
+MANIFEST = "byom.json"
+MOST = 100 << 20
+"""Bytes of the largest file that is copied; a tokenizer of 250,000 tokens has 35 MB."""
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".ot",
+    ".tflite", ".onnx_data", ".distcp", ".index.json",
+)  # fmt: skip
+LEFT = re.compile(
+    r"(readme\.md|byom\.json|recipe\.yaml|trainer_state\.json|all_results\.json|\w*_results\.json|training_args\..*"
+    r"|adapter_config\.json|bundle\.json|onnx|openvino|coreml|runs|logs|heads|reference|original|checkpoint-\d+|\..*)",
+    re.IGNORECASE,
+)
+"""Files and folders that belong to how a model was made, not to the model."""
+
+
+def beside(folder: Path | None) -> list[Path]:
+    """Return what lies beside the weights in a folder and belongs to the model, relative to the folder.
+
+    Args:
+        folder: The folder; None has none.
+    """
+    return [] if folder is None else sorted(_beside(folder, folder))
+
+
+def _beside(folder: Path, root: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            yield from _beside(path, root)
+        elif path.is_file() and not path.name.endswith(WEIGHTS) and path.stat().st_size <= MOST:
+            yield path.relative_to(root)
+
+
+def copy(folder: Path | None, target: Path) -> list[Path]:
+    """Copy what lies beside the weights of a folder, and return its names; a configuration is copied as it is."""
+    files = beside(folder)
+    for name in files:
+        assert folder is not None
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+    return files
+
+
+def configured(target: Path, weights: Weights, changes: Mapping[str, Any]) -> None:
+    """Make a copied configuration true of the weights beside it.
+
+    Args:
+        target: The folder.
+        weights: What was written there.
+        changes: Further entries.
+
+    Raises:
+        CheckpointError: If the configuration is no JSON.
+    """
+    file = target / CONFIG
+    if not file.is_file():
+        return
+    config = configuration(file) | dict(changes)
+    config.pop("quantization_config", None)  # packed weights were unpacked when they were read
+    types = {weights.dtype(name) for name in weights if weights.dtype(name).is_floating_point}
+    if len(types) == 1:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(types.pop()).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def configuration(file: Path) -> dict[str, Any]:
+    """Return a configuration.
+
+    Raises:
+        CheckpointError: If it is no JSON.
+    """
+    try:
+        config = parsed(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no JSON ({error}). Download it again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is no table of settings. Download it again")
+    return config
+
+
+def noted(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write notes and the list of all files of a folder, by which a later run knows that they are byom's."""
+    files = {str(f.relative_to(folder).as_posix()): _mark(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    text = json.dumps({**notes, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def own(folder: Path) -> Callable[[Path], bool]:
+    """Return what tells the files that `noted` listed, and that nobody changed since, from all others."""
+    file = folder.resolve() / MANIFEST
+    try:
+        files = dict(json.loads(file.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        files = {}
+
+    def is_own(path: Path) -> bool:
+        name = path.relative_to(folder.resolve()).as_posix()
+        return path == file or (name in files and files[name] == _mark(path))
+
+    return is_own
+
+
+def _mark(file: Path) -> str:
+    """Return a small file's digest, and a large one's size, which its own checksums tell from others."""
+    size = file.stat().st_size
+    if file.suffix == ".safetensors" or size > MOST:
+        return f"{size} bytes"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""The models of a request: what they share is merged, heads of their own and parts that none has are set apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from byom.checkpoint.adapters.adapter import Adapter
+from byom.checkpoint.files import open_raw
+from byom.checkpoint.recognise import fitted, is_head
+from byom.errors import CheckpointError, listed
+from byom.folders.patterns import chosen, matches
+from byom.folders.request import Request
+from byom.folders.source import Source
+from byom.folders.vocabulary import Vocabulary, agreed
+from byom.weights import Spec, Weights
+from byom.weights.match import is_buffer
+
+CLASSIFIER = re.compile(r"(^|\.)(classifier|score|qa_outputs)\.")
+"""Names of heads that each task has anew, unlike those of language models."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A fine-tuned model.
+
+    Args:
+        source: Where it lies.
+        weights: What it shares with the others, in the base's names.
+        container: What it was read from.
+        raw: All of it, under its own names; None for an adapter.
+        names: Its own names to the base's, of what it shares.
+        head: What is its own, under its own names.
+    """
+
+    source: Source
+    weights: Weights
+    container: str
+    raw: Weights | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def whole(self, shared: Weights) -> Weights:
+        """Return the model with other values of what is shared, under its own names.
+
+        Args:
+            shared: Values in the base's names.
+        """
+        raw = self.raw
+        if raw is None:
+            return with_head(shared, self.head, {}, shared.origin)
+        specs = {name: Spec(raw.shape(name), shared.dtype(self.names[name])) for name in raw if name in self.names}
+        specs |= {name: Spec(raw.shape(name), raw.dtype(name)) for name in raw if name not in self.names}
+        ties = {alias: name for alias, name in raw.ties.items() if (alias in self.names) == (name in self.names)}
+
+        def read(name: str) -> Tensor:
+            return shared[self.names[name]] if name in self.names else raw[name]
+
+        return Weights(specs, read, ties=ties, origin=shared.origin)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a request.
+
+    Args:
+        source: Where the base lies.
+        base: All of the base.
+        shared: The part of it that every expert has.
+        experts: Name to fine-tuned model.
+        vocabulary: How vocabularies of different size were made one.
+        notes: What a reader should know.
+    """
+
+    source: Source
+    base: Weights
+    shared: Weights
+    experts: Mapping[str, Expert]
+    vocabulary: Vocabulary
+    notes: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> dict[str, Expert]:
+        """The experts with heads of their own, by name."""
+        return {name: expert for name, expert in self.experts.items() if expert.head}
+
+    @property
+    def finetuned(self) -> dict[str, Weights]:
+        """Name to theta_t."""
+        return {name: expert.weights for name, expert in self.experts.items()}
+
+
+def with_head(shared: Weights, head: Mapping[str, Tensor], names: Mapping[str, str], origin: str) -> Weights:
+    """Return shared weights together with a head.
+
+    Args:
+        shared: Weights in the base's names.
+        head: Name to tensor.
+        names: The base's names to those that the result has, where they differ.
+        origin: What messages call the result.
+    """
+    places = {names.get(name, name): name for name in shared}
+    specs = {name: Spec(shared.shape(own), shared.dtype(own)) for name, own in places.items()}
+    specs |= {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()}
+    ties = {names.get(alias, alias): names.get(name, name) for alias, name in shared.ties.items()}
+    return Weights(specs, lambda n: head[n] if n in head else shared[places[n]], ties=ties, origin=origin)
+
+
+def models(request: Request) -> Models:
+    """Open the models of a request; no tensor is read but adapters' and what tells ties apart.
+
+    Raises:
+        CheckpointError: If a model cannot be read, or does not fit the base.
+        OptionError: If a pattern of heads means nothing.
+    """
+    source = Source.of(request.base, "base")
+    sources = {name: Source.of(path, f"experts.{name}") for name, path in request.experts.items()}
+    if source.is_adapter:
+        raise CheckpointError(
+            f"base={request.base} is a PEFT adapter, not a model. Give the model that it was trained on as base"
+        )
+    base, _ = open_raw(source.path)
+    opened = {name: open_raw(each.path) for name, each in sources.items() if not each.is_adapter}
+    raws = {name: raw for name, (raw, _) in opened.items()}
+    base, raws, vocabulary = agreed(request.vocabulary, source, base, sources, raws)
+    own = _own_head(base, raws.values(), request.heads)
+    lacking = _lacking(base, raws.values(), own)
+    shared = base.select(lambda name: name not in own and name not in lacking)
+    experts = {
+        name: _adapted(each, shared)
+        if each.is_adapter
+        else _expert(each, raws[name], opened[name][1], shared, request.heads)
+        for name, each in sources.items()
+    }
+    if request.heads:
+        chosen("heads", request.heads, [*base, *(n for raw in raws.values() for n in raw)])
+    notes = [*vocabulary.notes, *_noted(base, own, lacking, experts)]
+    return Models(source, base, shared, experts, vocabulary, tuple(notes))
+
+
+def _expert(source: Source, raw: Weights, container: str, shared: Weights, heads: Sequence[str]) -> Expert:
+    def is_own(name: str) -> bool:
+        return any(matches(pattern, name) for pattern in heads)
+
+    found = fitted(raw, container, shared, heads=is_own, own=True)
+    kept = {n: raw[n] for n in raw if found.names and n not in found.names and not is_buffer(n, raw.shape(n))}
+    return Expert(source, found.weights, found.format, raw, found.names, kept)
+
+
+def _adapted(source: Source, shared: Weights) -> Expert:
+    adapter = Adapter.open(source.path)
+    return Expert(source, adapter.on(shared), "PEFT adapter", head=adapter.heads(shared))
+
+
+def _own_head(base: Weights, raws: Collection[Weights], patterns: Sequence[str]) -> set[str]:
+    """Return the base's tensors that are a head which not every expert has in the same shape."""
+    named = {name for name in base if any(matches(pattern, name) for pattern in patterns)}
+    heads = [name for name in base if is_head(name) and name not in named]
+    return named | {name for name in heads if not all(_holds(raw, name, base.shape(name)) for raw in raws)}
+
+
+def _holds(raw: Weights, name: str, shape: tuple[int, ...]) -> bool:
+    """Say whether an expert has a tensor, if under a longer or shorter name, as where a head wraps the base."""
+    return any(
+        raw.shape(other) == shape and (other == name or other.endswith(f".{name}") or name.endswith(f".{other}"))
+        for other in raw
+    )
+
+
+def _lacking(base: Weights, raws: Collection[Weights], own: set[str]) -> set[str]:
+    """Return the base's parts that no expert has, as where experts are one tower of a model with two."""
+    held = {name for raw in raws for name in raw if name in base}
+    lost = {name for name in base if name not in held and name not in own and not is_buffer(name, base.shape(name))}
+    apart = {name.partition(".")[0] for name in lost} & {name.partition(".")[0] for name in held}
+    return set() if not held or apart else lost
+
+
+def _noted(base: Weights, own: set[str], lacking: set[str], experts: Mapping[str, Expert]) -> list[str]:
+    notes = [f"{name}: {line}" for name, expert in experts.items() for line in _left(expert)]
+    if own:
+        notes.append(f"not merged, a head that experts lack or have in another shape: {listed(sorted(own))}")
+    if lacking:
+        parts = sorted({name.partition(".")[0] for name in lacking})
+        notes.append(f"not merged, {len(lacking)} tensors that no expert has: all of {listed(parts)}")
+    if same := [n for n in base if CLASSIFIER.search(n) and n not in own and n not in lacking]:
+        notes.append(f"merged, a head of one shape in all: {listed(same)}; heads=[...] keeps each expert's own")
+    return notes
+
+
+def _left(expert: Expert) -> list[str]:
+    return [f"has a head of its own: {listed(sorted(expert.head))}"] if expert.head else []

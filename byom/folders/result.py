@@ -1,0 +1,123 @@
+"""The merged weights of a request: a method on the part that is merged, everything else as it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from byom.errors import OptionError
+from byom.folders.models import Models
+from byom.folders.patterns import chosen, require_whole, valued
+from byom.folders.request import Request
+from byom.functional.tensors import wide
+from byom.merge.base import Problem
+from byom.weights import Weights
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request makes of its models.
+
+    Args:
+        request: The request.
+        models: Its models.
+    """
+
+    request: Request
+    models: Models
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """Tensors that are not merged, to the expert whose they are; an empty name is the base."""
+        request, base = self.request, self.models.base
+        names = list(base)
+        given = valued("keep", request.keep, names)
+        require_whole("keep", given, base.ties)
+        left = set(chosen("exclude", request.exclude, names))
+        if request.only:
+            left |= set(names) - set(chosen("only", request.only, names))
+        require_whole("exclude" if request.exclude else "only", left, base.ties)
+        for name, task in given.items():
+            if task and name not in self.models.experts[task].weights:
+                raise OptionError(f"keep: the expert '{task}' has no tensor {name}")
+        return dict.fromkeys(left - given.keys(), "") | given
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The part of the models that is merged.
+
+        Raises:
+            OptionError: If nothing is left of them.
+        """
+        shared, kept = self.models.shared, self.kept
+        if not any(name not in kept for name in shared.mergeable()):
+            raise OptionError("keep, only and exclude leave nothing to merge")
+
+        def stays(name: str) -> bool:
+            return name not in kept
+
+        if not any(name in kept for name in shared):
+            return Problem(shared, self.models.finetuned)
+        experts = {task: expert.select(stays) for task, expert in self.models.finetuned.items()}
+        return Problem(shared.select(stays), experts)
+
+    @property
+    def whole(self) -> Problem:
+        """All that the models share, which is what is packed."""
+        return Problem(self.models.shared, self.models.finetuned)
+
+    def merged(self) -> Weights:
+        """Merge lazily: all tensors of the base, those merged that are to be."""
+        before = None if self.request.variant is None else self.request.variant.before
+        problem = self.problem if before is None else before(self.problem)
+        merged = self.request.merge(problem)
+        return assembled(self.models, self.scaled(merged), self.kept)
+
+    def scaled(self, merged: Weights) -> Weights:
+        """Return the merged part with its difference to the base scaled as ``scale`` says."""
+        factors = valued("scale", self.request.scale, list(self.models.base))
+        require_one_factor(factors, self.models.base.ties)
+        if not factors:
+            return merged
+        base = self.models.base
+
+        def read(name: str) -> Tensor:
+            value = merged.raw(name)
+            if name not in factors or not merged.merges(name):
+                return value
+            return torch.lerp(wide(base[name]), wide(value), factors[name])
+
+        return merged.derived(read, merged.origin)
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What gets a simpler rule than the method's own."""
+        return self.request.merge.fallbacks(self.problem)
+
+
+def require_one_factor(factors: Mapping[str, float], ties: Mapping[str, str]) -> None:
+    """Refuse different factors on the names of one tensor."""
+    for alias, name in ties.items():
+        if factors.get(alias) != factors.get(name):
+            raise OptionError(f"scale: {alias} and {name} are one tensor of the base (tied) and need one factor")
+
+
+def assembled(models: Models, merged: Weights, kept: Mapping[str, str]) -> Weights:
+    """Return all tensors of the base: the merged ones, those of an expert that are kept, and the base's others."""
+    base = models.base
+    ties = {a: n for a, n in base.ties.items() if (a in merged) == (n in merged) and _one(merged, a, n)}
+
+    def read(name: str) -> Tensor:
+        if name in merged:
+            return merged.raw(name)
+        return models.experts[kept[name]].weights[name] if kept.get(name) else base[name]
+
+    return base.tied(ties).derived(read, "merged")
+
+
+def _one(merged: Weights, alias: str, name: str) -> bool:
+    return alias not in merged or merged.ties.get(alias, alias) == merged.ties.get(name, name)
