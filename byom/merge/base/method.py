@@ -53,9 +53,16 @@ class MergeMethod(ABC):
         """Refuse a problem that lacks what the method needs.
 
         Raises:
-            OptionError: Naming what is missing and the command that makes it.
+            OptionError: Naming what is missing and the command that makes it, or task weights of another number than
+                the tasks.
         """
         name, needs = type(self).__name__, self.needs
+        weights = getattr(self, "weights", ())  # of the methods that weigh tasks, all by this name
+        if weights and len(weights) != len(problem.tasks):
+            raise OptionError(
+                f"merge.weights has {len(weights)} values for {len(problem.tasks)} tasks "
+                f"({', '.join(problem.tasks)}); give one per task, in this order"
+            )
         if missing := sorted(needs.statistics - set(problem.statistics)):
             raise OptionError(
                 f"{name} needs the statistics {missing}, which the problem lacks; byom statistics {missing[0]} "
