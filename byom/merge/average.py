@@ -9,8 +9,10 @@ from torch import Tensor
 from byom.errors import OptionError
 from byom.functional.deltas import total
 from byom.functional.means import weighted_mean
-from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.changes import require_adapted
 from byom.merge.base.checks import signed_weights
+from byom.weights.lowrank import Adapted, cat
 
 CANCELLED = 1e-6  # share of the magnitudes below which a sum of weights is rounding
 
@@ -59,3 +61,10 @@ class Average(TensorwiseMethod):
         if not self.weights:
             return total(group.finetuned) / len(group.experts)
         return weighted_mean(group.finetuned, self.weights)
+
+    def low_rank(self, problem: Problem) -> Adapted:
+        """Return the weighted mean of adapters as one product, without forming it; see `byom.weights.lowrank.cat`."""
+        self.check(problem)
+        weights = self.weights or (1.0,) * len(problem.tasks)
+        shares = {task: weight / sum(weights) for task, weight in zip(problem.tasks, weights, strict=True)}
+        return cat(require_adapted(problem), shares)

@@ -8,8 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from byom.functional.deltas import total, weighted
-from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.changes import require_adapted
 from byom.merge.base.checks import signed_weights
+from byom.weights.lowrank import Adapted, cat
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,10 @@ class TaskArithmetic(TensorwiseMethod):
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + scale * sum_t w_t tau_t``."""
         return group.pretrained + self.scale * total(weighted(group.deltas, self.weights))
+
+    def low_rank(self, problem: Problem) -> Adapted:
+        """Return the weighted sum of adapters as one product, without forming it; see `byom.weights.lowrank.cat`."""
+        self.check(problem)
+        weights = self.weights or (1.0,) * len(problem.tasks)
+        scaled = {task: self.scale * weight for task, weight in zip(problem.tasks, weights, strict=True)}
+        return cat(require_adapted(problem), scaled)
