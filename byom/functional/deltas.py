@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,21 @@ def total(stacked: Tensor) -> Tensor:
     for row in stacked[1:]:
         result += row
     return result
+
+
+def weighted(deltas: Tensor, weights: Sequence[float]) -> Tensor:
+    """Multiply the values of each task by its weight, in place.
+
+    Args:
+        deltas: ``[T, *shape]`` task vectors.
+        weights: One per task, of either sign; empty changes nothing.
+
+    Returns:
+        The same tensor.
+    """
+    for row, weight in zip(deltas, weights, strict=True) if weights else ():
+        row.mul_(weight)
+    return deltas
 
 
 def elect_sign(deltas: Tensor, majority: float = 0.0) -> Tensor:
@@ -57,16 +74,22 @@ def agreeing(deltas: Tensor, sign: Tensor) -> Tensor:
     return deltas * (deltas * sign > 0)
 
 
-def disjoint_mean(deltas: Tensor) -> Tensor:
+def disjoint_mean(deltas: Tensor, weights: Sequence[float] = ()) -> Tensor:
     """Average the non-zero entries of each coordinate; 0 where all are zero.
 
     Args:
-        deltas: ``[T, *shape]`` agreeing task vectors.
+        deltas: ``[T, *shape]`` agreeing task vectors, multiplied by their weights.
+        weights: One per task; the sum is divided by the magnitudes of those that still have a value. Empty divides by
+            their number.
 
     Returns:
         ``[*shape]``, the mean over the tasks that still have a value.
     """
-    return total(deltas) / (deltas != 0).sum(0).clamp_(min=1)
+    left = deltas != 0
+    if not weights:
+        return total(deltas) / left.sum(0).clamp_(min=1)
+    whole = total(weighted(left.to(deltas.dtype), [abs(weight) for weight in weights]))
+    return total(deltas) / whole.masked_fill_(whole == 0, 1)
 
 
 def tall_mask(delta: Tensor, unified: Tensor, scale: float) -> Tensor:

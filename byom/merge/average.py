@@ -9,8 +9,12 @@ from torch import Tensor
 from byom.errors import OptionError
 from byom.functional.deltas import total
 from byom.functional.means import weighted_mean
-from byom.merge.base import Group, TensorwiseMethod
-from byom.merge.base.checks import require_weights
+from byom.merge.base import Group, Problem, TensorwiseMethod
+from byom.merge.base.changes import require_adapted
+from byom.merge.base.checks import signed_weights
+from byom.weights.lowrank import Adapted, cat
+
+CANCELLED = 1e-6  # share of the magnitudes below which a sum of weights is rounding
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,15 @@ class Average(TensorwiseMethod):
 
     With task weights it is ``theta = sum_t alpha_t theta_t``, ``sum_t alpha_t = 1``, which minimises
     ``sum_t alpha_t |theta - theta_t|^2``: the preview of joint fine-tuning that takes the loss of every task for the
-    same isotropic bowl.
+    same isotropic bowl. A task of negative weight is moved away from, along the line from the weighted mean of the
+    others.
 
     Args:
-        weights: Task weights (alpha), 0 or more, in the order of the tasks; they are divided by their sum. Empty
-            weighs the tasks equally.
+        weights: Task weights (alpha) of either sign, in the order of the tasks; they are divided by their sum, which
+            must be positive and above a millionth of the sum of their magnitudes. Empty weighs the tasks equally.
 
     Raises:
-        OptionError: If a weight is negative or not finite, none is positive, or their number is not that of the tasks.
+        OptionError: If a weight is not finite, their sum is not positive, or their number is not that of the tasks.
 
     References:
         Model soups, uniform soup. https://arxiv.org/abs/2203.05482
@@ -35,7 +40,7 @@ class Average(TensorwiseMethod):
 
     Differences:
         Buffers that are not floating point are carried from the pre-trained model; implementations that average
-        the whole state dict turn them into floats or truncate them.
+        the whole state dict turn them into floats or truncate them. mergekit's ``linear`` divides by any sum.
     """
 
     weights: tuple[float, ...] = ()
@@ -43,15 +48,23 @@ class Average(TensorwiseMethod):
     title = "Averaging"
 
     def __post_init__(self) -> None:
+        weights = signed_weights(self.weights)
+        if weights and sum(weights) <= CANCELLED * sum(map(abs, weights)):
+            raise OptionError(
+                f"merge.weights={list(self.weights)} have no positive, finite sum to be divided by; weigh the other "
+                "tasks more, or use merge=task_arithmetic, which divides by nothing"
+            )
         object.__setattr__(self, "weights", tuple(self.weights))
-        require_weights(self.weights)
 
     def merge(self, group: Group) -> Tensor:
         """Return the mean over tasks, accumulated in fp32."""
         if not self.weights:
             return total(group.finetuned) / len(group.experts)
-        if len(self.weights) != len(group.experts):
-            raise OptionError(
-                f"merge.weights has {len(self.weights)} values for {len(group.experts)} tasks; give one per task"
-            )
         return weighted_mean(group.finetuned, self.weights)
+
+    def low_rank(self, problem: Problem) -> Adapted:
+        """Return the weighted mean of adapters as one product, without forming it; see `byom.weights.lowrank.cat`."""
+        self.check(problem)
+        weights = self.weights or (1.0,) * len(problem.tasks)
+        shares = {task: weight / sum(weights) for task, weight in zip(problem.tasks, weights, strict=True)}
+        return cat(require_adapted(problem), shares)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError, fraction, one_of
-from byom.functional.deltas import total
+from byom.functional.deltas import total, weighted
 from byom.functional.rows import leading
 from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base.checks import signed_weights
 
 Granularity = Literal["per_row", "per_tensor"]
 
@@ -24,7 +25,8 @@ class ModelBreadcrumbs(TensorwiseMethod):
     With the entries of a row ranked by magnitude, those of ranks ``(removed, removed + kept]`` survive, where
     ``removed = floor(remove_top * n)`` and ``kept = floor(keep * n)``, ties going to the lowest position;
     ``theta = theta_0 + scale * sum_t m_t tau_t``. Short rows therefore keep nothing where ``keep * n < 1``, and lose no
-    outlier where ``remove_top * n < 1``. A 0-dim parameter is kept whole.
+    outlier where ``remove_top * n < 1``. A 0-dim parameter is kept whole. With task weights the sum is
+    ``sum_t w_t m_t tau_t``.
 
     Args:
         keep: Fraction of a row's entries that survive, in [0, 1]; ``gamma - beta`` of the paper.
@@ -33,9 +35,11 @@ class ModelBreadcrumbs(TensorwiseMethod):
         scale: Scaling coefficient (alpha), any real number.
         granularity: ``per_row`` ranks along the last axis, a vector being one row (the authors' code);
             ``per_tensor`` ranks a whole parameter (the paper's layer).
+        weights: Task weights (w) of either sign, in the order of the tasks; they are not divided by their sum. Empty
+            weighs every task 1, and 0 leaves a task out.
 
     Raises:
-        OptionError: If a hyperparameter is out of range.
+        OptionError: If a hyperparameter is out of range, or the weights are not one finite number per task.
 
     References:
         Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks.
@@ -52,6 +56,7 @@ class ModelBreadcrumbs(TensorwiseMethod):
     remove_top: float = 0.006
     scale: float = 0.3
     granularity: Granularity = "per_row"
+    weights: tuple[float, ...] = ()
 
     elementwise: ClassVar[bool] = False
     title = "Model Breadcrumbs"
@@ -66,13 +71,14 @@ class ModelBreadcrumbs(TensorwiseMethod):
                 "lower one of them"
             )
         one_of("merge.granularity", self.granularity, get_args(Granularity))
+        object.__setattr__(self, "weights", signed_weights(self.weights))
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled sum of what is neither large nor small."""
         deltas = group.deltas
         for delta in deltas:
             delta.mul_(middle(delta, self.keep, self.remove_top, self.granularity))
-        return group.pretrained + self.scale * total(deltas)
+        return group.pretrained + self.scale * total(weighted(deltas, self.weights))
 
 
 def middle(delta: Tensor, keep: float, remove_top: float, granularity: Granularity = "per_row") -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import isfinite
@@ -10,21 +10,27 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from byom.errors import OptionError, one_of
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
-from byom.merge.base.matrices import is_matrix, is_stack, patterns
-from byom.merge.base.needs import Needs
+from byom.merge.base.changes import (
+    Chain,
+    Changes,
+    changes,
+    coordinates,
+    in_coordinates,
+    low_rank_result,
+    matrices,
+    merged_changes,
+    require_adapted,
+    require_coordinates,
+)
+from byom.merge.base.matrices import patterns
 from byom.merge.ties import Ties
 from byom.weights import Spec, Weights
-from byom.weights.lowrank import Adapted, Piece
-
-Chain = Sequence[Tensor]  # matrices whose product is meant: a change itself, or the two factors of a low-rank one
-Changes = Callable[[str, str], Chain]  # (task, parameter) -> the change
-EXPERT = "#"  # between the name of a tensor that packs experts and the number of one
+from byom.weights.lowrank import Adapted
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,7 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
             raise OptionError(f"merge.rtol={self.rtol} is not in [0, 1); it is relative, try 1e-6")
         one_of("merge.rest", self.rest, ("pretrained", "merged"))
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
-        if self.then.needs != Needs():
-            raise OptionError(
-                f"merge.then={type(self.then).__name__} needs {self.then.needs.words}, which have no coordinates in "
-                "the shared basis; choose a method that needs weights alone, for example merge@merge.then=ties"
-            )
+        require_coordinates(self.then)
 
     def simpler(self, problem: Problem) -> list[str]:
         """Name what is not merged in a shared basis."""
@@ -109,95 +111,50 @@ class KnowledgeOrientationThroughSvd(PlannedMethod):
 
     def plan(self, problem: Problem) -> SharedBases:
         """Find the bases, and let the wrapped method plan for the coordinates."""
-        base, experts = problem.pretrained, problem.finetuned
-        low_rank = {t: e for t, e in experts.items() if isinstance(e, Adapted) and e.on(base)}
-        changes = LowRank(base, low_rank) if len(low_rank) == len(experts) else Dense(base, experts)
-        of = changes.of if self.concat == "output" else _transposed(changes.of)
+        base, of = problem.pretrained, changes(problem)
+        of = of if self.concat == "output" else _transposed(of)
         bases, widths = {}, {}
         for name in (name for name in base.mergeable() if self._applies(base, name)):
             dtype = problem.group(name).deltas.dtype  # reading the group refuses what is not finite
             for key in matrices(name, base.shape(name)):
                 chains = [of(task, key) for task in problem.tasks]
                 bases[key], widths[key] = basis(chains, self.rtol).to(dtype), chains[0][-1].shape[1]
-        return SharedBases(bases, self.then(coordinates(problem, of, bases, widths)), self._rest(problem))
+        return SharedBases(bases, self.then(_coordinates(problem, of, bases, widths)), self._rest(problem))
 
     def merge(self, group: Group, plan: SharedBases) -> Tensor:
         """Return ``theta_0 + scale * U R`` for a matrix, and what `rest` says for other tensors."""
         keys = matrices(group.name, group.pretrained.shape)
         if keys[0] in plan.bases:
-            changes = [plan.bases[key] @ plan.merged[key] for key in keys]
-            change = torch.stack([each.T if self.concat == "input" else each for each in changes])
+            every = [plan.bases[key] @ plan.merged[key] for key in keys]
+            change = torch.stack([each.T if self.concat == "input" else each for each in every])
             return group.pretrained + self.scale * change.reshape(group.pretrained.shape)
         return group.pretrained + self.scale * plan.rest[group.name] if plan.rest else wide(group.pretrained)
 
+    def low_rank(self, problem: Problem) -> Adapted:
+        """Return the merged model as ``theta_0`` and the factors ``scale * U`` and R; see `MergeMethod.low_rank`."""
+        self.check(problem)
+        require_adapted(problem)
+        plan = self.plan(problem)
+        pairs = {key: (self.scale * basis, plan.merged[key]) for key, basis in plan.bases.items()}
+        if self.concat == "input":
+            pairs = {key: (right.T, left.T) for key, (left, right) in pairs.items()}
+        rest = (lambda name: self.merge(problem.group(name), plan)) if plan.rest else None
+        return low_rank_result(problem, pairs, rest)
+
     def _rest(self, problem: Problem) -> Weights | None:
         """Merge the changes of what is not a matrix."""
-        if self.rest == "pretrained":
-            return None
-        base = problem.pretrained.select(set(self.simpler(problem)).__contains__)
-        zero = base - base
-
-        def change(expert: Weights) -> Weights:
-            return zero.derived(lambda n: wide(expert.read_finite(n)) - wide(base.read_finite(n)), expert.origin)
-
-        return self.then(Problem(zero, {task: change(expert) for task, expert in problem.finetuned.items()}))
+        return None if self.rest == "pretrained" else merged_changes(self.then, problem, self.simpler(problem))
 
     def _applies(self, base: Weights, name: str) -> bool:
-        shape = base.shape(name)
-        return is_matrix(name, shape, self.exclude) or is_stack(name, shape, self.exclude)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Changes as matrices.
-
-    Args:
-        base: theta_0.
-        experts: Task name to theta_t.
-    """
-
-    base: Weights
-    experts: Mapping[str, Weights]
-
-    def of(self, task: str, name: str) -> Chain:
-        """Return one change, as one matrix; of a tensor that packs experts, that of one of them."""
-        name, _, expert = name.partition(EXPERT)
-        models = (wide(weights[name]) for weights in (self.experts[task], self.base))
-        after, before = (value[int(expert)] if expert else value for value in models)
-        return (after - before,)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """Changes as products of two factors, and as one matrix where an expert was trained whole.
-
-    Args:
-        base: theta_0.
-        experts: Task name to theta_t, low-rank differences to this theta_0.
-    """
-
-    base: Weights
-    experts: Mapping[str, Adapted]
-
-    def of(self, task: str, name: str) -> Chain:
-        """Return one change, as one matrix or two."""
-        expert = self.experts[task]
-        if EXPERT in name or name in expert.replaced:
-            return Dense(self.base, self.experts).of(task, name)
-        return stacked(expert.pieces(name), self.base.shape(name))
-
-
-def matrices(name: str, shape: Sequence[int]) -> list[str]:
-    """Return what the matrices of a parameter are called: its name, or one name for each expert that it packs."""
-    return [f"{name}{EXPERT}{expert}" for expert in range(shape[0])] if is_stack(name, shape) else [name]
+        return in_coordinates(base, name, self.exclude)
 
 
 def _transposed(of: Changes) -> Changes:
     return lambda task, name: [factor.T for factor in reversed(of(task, name))]
 
 
-def coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], widths: Mapping[str, int]) -> Problem:
-    """Return the problem of merging the ``R_t``, read when asked for.
+def _coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], widths: Mapping[str, int]) -> Problem:
+    """Return the problem of merging the ``R_t``.
 
     Args:
         problem: The models.
@@ -206,33 +163,12 @@ def coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], widt
         widths: Parameter name to the number of columns of its changes.
     """
     specs = {name: Spec((u.shape[1], widths[name]), u.dtype) for name, u in bases.items()}
-    zero = Weights(specs, lambda name: torch.zeros(specs[name].shape, dtype=specs[name].dtype), origin="zero")
 
-    def expert(task: str) -> Weights:
-        def read(name: str) -> Tensor:
-            chain = [factor.to(specs[name].dtype) for factor in of(task, name)]
-            return reduce(torch.matmul, chain, bases[name].T)
+    def read(task: str, name: str) -> Tensor:
+        chain = [factor.to(specs[name].dtype) for factor in of(task, name)]
+        return reduce(torch.matmul, chain, bases[name].T)
 
-        return zero.derived(read, problem.finetuned[task].origin)
-
-    return Problem(zero, {task: expert(task) for task in problem.tasks})
-
-
-def stacked(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Write the differences of a matrix as one product.
-
-    Args:
-        pieces: Low-rank differences of some rows each, or none.
-        shape: ``(m, n)``.
-
-    Returns:
-        ``[m, q]`` and ``[q, n]``, q being the sum of the ranks.
-    """
-    height, width = shape
-    below = [height - piece.start - len(piece.left) for piece in pieces]
-    left = [pad(piece.left, (0, 0, piece.start, rows)) for piece, rows in zip(pieces, below, strict=True)]
-    right = [piece.right for piece in pieces]
-    return torch.cat([torch.zeros(height, 0), *left], 1), torch.cat([torch.zeros(0, width), *right])
+    return coordinates(problem, specs, read)
 
 
 def basis(chains: Sequence[Chain], rtol: float) -> Tensor:

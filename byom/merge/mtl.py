@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from byom.errors import OptionError
 from byom.merge.base import MergeMethod, Problem
 from byom.merge.base.checks import require_weights
 from byom.merge.base.needs import Needs
@@ -46,10 +45,6 @@ class JointFineTuning(MergeMethod):
         self.check(problem)
         tasks = problem.tasks
         weights = self.weights or (1.0,) * len(tasks)
-        if len(weights) != len(tasks):
-            raise OptionError(
-                f"merge.weights has {len(weights)} values for {len(tasks)} tasks; give one per task: {tasks}"
-            )
         trained = problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
         # masks are no parameters, of which training may diverge
         trained = trained.carrying(set(trained.mergeable()) - set(problem.pretrained.mergeable()))

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from byom.errors import fraction, one_of
-from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
+from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total, weighted
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
+from byom.merge.base.checks import signed_weights
 from byom.weights.cuts import Cuts, Scope, cuts, require_scope
 
 
 @dataclass(frozen=True)
 class Trimming:
-    """Knowledge of the whole model: one cut per task, and the sign most coordinates elect."""
+    """Knowledge of the whole model: one cut per task, the sign most coordinates elect, and the weights of the tasks."""
 
     cuts: Sequence[Cuts]
     majority: float
+    weights: tuple[float, ...] = ()
 
     def agreeing(self, piece: Group, start: int) -> Tensor:
         """Return what trimming and sign election leave of the task vectors.
@@ -45,7 +47,7 @@ class Trimming:
         for row, cut in zip(deltas, self.cuts, strict=True):
             threshold, offset = cut[piece.name]
             row.mul_(threshold.mask(row, offset + start))
-        return deltas
+        return weighted(deltas, self.weights)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Ties(PlannedMethod):
     ``tau_t`` is trimmed to its top `density` entries by magnitude; ``gamma = sgn(sum_t tau_t)``;
     ``theta = theta_0 + scale * mean of the non-zero tau_t whose sign is gamma``.
 
+    With task weights every trimmed ``tau_t`` is multiplied by ``w_t`` before the election, and the mean of those that
+    agree is ``sum_t w_t tau_t / sum_t |w_t|`` over them. A task of negative weight is one with the opposite task vector
+    and weight ``|w_t|``: the mean has the elected sign and is no larger than the largest change. A task of weight 0 is
+    left out.
+
     Args:
         density: Fraction of entries kept per task (K), in [0, 1]; exactly ``floor(density * n)`` survive, ties
             going to the lowest position.
@@ -63,9 +70,11 @@ class Ties(PlannedMethod):
             scale 0.3 in the CLIP tables since AdaMerging).
         scope: ``global`` ranks all parameters of a task together, ``tensor`` each tensor on its own, ``row`` each row
             along a tensor's last axis on its own.
+        weights: Task weights (w) of either sign, in the order of the tasks; empty weighs them equally. For ``mean``
+            only ratios matter.
 
     Raises:
-        OptionError: If a hyperparameter is out of range.
+        OptionError: If a hyperparameter is out of range, or the weights are not one finite number per task.
 
     References:
         TIES-Merging: Resolving Interference When Merging Models, algorithm 1. https://arxiv.org/abs/2306.01708
@@ -74,13 +83,16 @@ class Ties(PlannedMethod):
         The authors keep entries >= the threshold, hence one more, and read density > 1 as a percentage; here
         exactly k survive and density is a fraction. A coordinate whose trimmed sum is exactly 0 takes the sign
         that most coordinates elected, as in the authors' code; if that is 0 as well nothing is merged there
-        (their code then keeps the negatives). mergekit and PEFT trim per tensor and send zero sums to +.
+        (their code then keeps the negatives). mergekit and PEFT trim per tensor and send zero sums to +. mergekit
+        divides by ``sum_t w_t``, which is the same while all are positive; with negative ones its mean may turn its
+        sign, or grow without bound. PEFT elects before it weighs, and divides by the number of tasks that agree.
     """
 
     density: float = 0.2
     scale: float = 1.0
     combine: Literal["mean", "sum"] = "mean"
     scope: Scope = "global"
+    weights: tuple[float, ...] = ()
 
     title = "TIES"
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
@@ -89,17 +101,21 @@ class Ties(PlannedMethod):
         fraction("merge.density", self.density)
         one_of("merge.combine", self.combine, ("mean", "sum"))
         require_scope("merge.scope", self.scope)
+        object.__setattr__(self, "weights", signed_weights(self.weights))
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
         by_task = [cuts(expert, problem.pretrained, self.density, self.scope) for expert in problem.finetuned.values()]
-        undecided = Trimming(by_task, 0.0)
+        undecided = Trimming(by_task, 0.0, self.weights)
         votes = sum(undecided.votes(problem.group(name)) for name in problem.pretrained.mergeable())
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))
 
     def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""
-        combine = disjoint_mean if self.combine == "mean" else total
-        return blockwise(
-            group, lambda start, piece: piece.pretrained + self.scale * combine(plan.agreeing(piece, start))
-        )
+
+        def merged(start: int, piece: Group) -> Tensor:
+            agreed = plan.agreeing(piece, start)
+            combined = disjoint_mean(agreed, self.weights) if self.combine == "mean" else total(agreed)
+            return piece.pretrained + self.scale * combined
+
+        return blockwise(group, merged)

@@ -164,11 +164,16 @@ def test_the_page_of_proofs_lists_every_option_and_no_failure():
     assert "failed**" not in proved and "(0 failed)" in proved.replace("\n", " ")
 
 
+FOR_ADAPTERS = {"core_space"}
+"""Methods that the sweep leaves out: of fully fine-tuned models they are another method in rotated coordinates."""
+
+
 @pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
 def test_the_sweep_over_all_methods_has_every_method_and_variant(suite):
     records = [json.loads(path.read_text()) for path in (ROOT / "results/methods/runs" / suite).glob("*/*.json")]
     done = [record["choices"] for record in records if record["status"] == "done"]
-    assert {choice["merge"] for choice in done} == {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
+    every = {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
+    assert {choice["merge"] for choice in done} == every - FOR_ADAPTERS
     assert {choice["byom"] for choice in done} == {path.stem for path in (ROOT / "conf/byom").glob("*.yaml")}
     assert all(record["cost"] and record["needs"]["words"] for record in records)
 

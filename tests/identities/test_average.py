@@ -89,11 +89,21 @@ def test_tasks_and_weights_permute_together():
         assert_close(turned[name], merged[name])
 
 
-@pytest.mark.parametrize(
-    "weights", [(0.5, -0.1), (0.0, 0.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (0,)]
-)
-def test_weights_out_of_range_are_refused(weights):
-    with pytest.raises(OptionError, match=r"merge\.weights=.* at least 0"):
+def test_golden_a_task_of_negative_weight_is_moved_away_from():
+    held = vectors([4.0, -8.0, 0.0], [0.0, 8.0, 2.0])
+    assert Average((1.5, -0.5))(held)["w"].tolist() == [6.0, -16.0, -1.0]
+    assert Average((3, -1))(held)["w"].tolist() == [6.0, -16.0, -1.0]
+
+
+@pytest.mark.parametrize("weights", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), "12", 1.0])
+def test_what_is_no_list_of_finite_numbers_is_refused(weights):
+    with pytest.raises(OptionError, match=r"merge\.weights=.* is not a list of finite numbers"):
+        Average(weights)
+
+
+@pytest.mark.parametrize("weights", [(0.5, -0.6), (0.0, 0.0), (0,), (-1.0,), (0.1, 0.2, -0.3), (1e308, 1e308)])
+def test_weights_without_a_positive_sum_are_refused(weights):
+    with pytest.raises(OptionError, match=r"merge\.weights=.* have no positive, finite sum"):
         Average(weights)
 
 

@@ -171,4 +171,11 @@ FUNCTIONAL = (
         "if beyond and not finite(tensor):",
         ("tests/reliability/test_values.py -k dtype",),
     ),
+    Mutant(
+        "ties-divides-by-weights-with-their-signs",
+        "functional",
+        "[abs(weight) for weight in weights]",
+        "weights",
+        ("tests/identities/test_ties.py",),
+    ),
 )

@@ -109,6 +109,13 @@ MERGE = (
         ("tests/identities/test_knots.py",),
     ),
     Mutant(
+        "core-space-takes-the-rows-of-one-task",
+        "merge",
+        "directions(torch.cat([chain[-1].double() for chain in chains]).T).T)",
+        "directions(torch.cat([chain[-1].double() for chain in chains[:1]]).T).T)",
+        ("tests/identities/test_core_space.py",),
+    ),
+    Mutant(
         "stitching-divides-by-all-tasks",
         "merge",
         "total(deltas * masks) / masks.sum(0).clamp_(min=1)",

@@ -1,6 +1,6 @@
 """Merging beside mergekit's in-memory API.
 
-They agree with weight 1 for every model and ``lambda`` as the scale:
+They agree with ``lambda`` as the scale, and with weights of their models as `weights` (1 where there are none):
 
 - ``task_arithmetic`` (normalize off) is Task Arithmetic; ``linear`` (normalize on) is the average;
 - ``ties`` trims each tensor on its own (``scope="tensor"``); normalize on is ``combine="mean"``, because the sum of
@@ -8,6 +8,8 @@ They agree with weight 1 for every model and ``lambda`` as the scale:
 
 They differ
 
+- in the mean of TIES with negative weights: mergekit divides by the sum of the weights that agree, byom by that of
+  their magnitudes;
 - in coordinates whose weighted sum is exactly 0: mergekit elects +, byom the majority of the model;
 - in k: ``max(1, int(density * n))`` against ``floor(density * n + 1e-9)``: a bias of 4 at density 0.2 keeps one entry
   there and none here;
@@ -65,6 +67,13 @@ def theirs(method, base, *experts, **parameters):
     return mergekit.merge_state_dicts(named, method, base="base", parameters={"weight": 1.0} | parameters)
 
 
+WEIGHTS = [[0.7, 1.5, 0.2], [0.7, -0.2, 1.5]]
+
+
+def weighed(weights):
+    return {"weight": {str(t): weight for t, weight in enumerate(weights)}}
+
+
 @pytest.mark.parametrize("tasks", TASKS)
 @pytest.mark.parametrize("scale", [1.0, 0.3, -0.5])
 def test_task_arithmetic(tasks, scale):
@@ -98,6 +107,49 @@ def test_breadcrumbs_of_each_tensor(tasks, keep, remove_top):
     peer = theirs("breadcrumbs", *models, density=keep, gamma=remove_top, **{"lambda": 0.3})
     ours_ = ours(ModelBreadcrumbs(keep, remove_top, 0.3, "per_tensor"), *models)
     assert_close(ours_, peer, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_weights(weights):
+    models, parameters = states(3), weighed(weights) | {"lambda": 0.5}
+    peer = theirs("task_arithmetic", *models, **parameters)
+    assert_close(ours(TaskArithmetic(0.5, tuple(weights)), *models), peer, rtol=1e-6, atol=1e-6)
+    peer = theirs("breadcrumbs", *models, density=0.5, gamma=0.1, **parameters)
+    crumbs = ModelBreadcrumbs(0.5, 0.1, 0.5, "per_tensor", tuple(weights))
+    assert_close(ours(crumbs, *models), peer, rtol=1e-6, atol=1e-6)
+    peer = mergekit.merge_state_dicts(dict(zip("012", models[1:], strict=True)), "linear", parameters=weighed(weights))
+    assert_close(ours(Average(tuple(weights)), *models), peer, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+def test_weights_of_ties(weights, combine):
+    models = states(3)
+    peer = theirs("ties", *models, density=0.5, normalize=combine == "mean", **weighed(weights))
+    own = ours(Ties(0.5, 1.0, combine, "tensor", tuple(weights)), *models)
+    if combine == "sum" or min(weights) >= 0:
+        assert_close(own, peer, rtol=1e-6, atol=1e-6)
+    else:
+        assert not torch.allclose(own["weight"], peer["weight"], rtol=1e-2)
+
+
+def test_the_mean_of_ties_turns_its_sign_there_and_not_here():
+    models = [{"w": torch.tensor([value])} for value in (0.0, 2.0, -4.0)]
+    peer = theirs("ties", *models, **weighed([0.5, -1.0]))
+    assert peer["w"].tolist() == [-10.0]  # (0.5 * 2 + -1 * -4) / (0.5 - 1): both vote for +
+    assert ours(Ties(1.0, weights=(0.5, -1.0)), *models)["w"].tolist() == [pytest.approx(5 / 1.5)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_weights_of_dare(weights, monkeypatch):
+    models = [{"w": state["weight"]} for state in states(3)]
+    for combine, then in (
+        ("linear", TaskArithmetic(1.0, tuple(weights))),
+        ("ties", Ties(1.0, 1.0, "sum", "tensor", tuple(weights))),
+    ):
+        inject(monkeypatch, models, 0.5)
+        peer = theirs(f"dare_{combine}", *models, density=0.5, rescale=False, normalize=False, **weighed(weights))
+        assert_close(ours(Dare(then, 0.5, rescale=False), *models), peer, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8])

@@ -6,7 +6,8 @@ elects the sign of the *unweighted* sum, and divides by the number of agreeing t
 - in coordinates whose sum is exactly 0: PEFT elects +, byom the majority of the model, so a zero sum of opposite
   values is never drawn here but in the test that states it;
 - in k: ``int(density * n)`` against ``floor(density * n + 1e-9)``, so 0.29 of 100 is 28 there and 29 here;
-- in weights: PEFT multiplies after the election, byom has one scale for all tasks;
+- in the weights of TIES: PEFT multiplies after the election and divides by the number of tasks that agree, byom before
+  it, and by the magnitudes of their weights;
 - in the flips of DARE: PEFT draws in the order of calls, byom by seed, task and parameter, so they are compared with
   the same flips, and by how often they drop.
 """
@@ -77,9 +78,11 @@ def test_pruning_before_adding(density):
 def test_algebra_of_unequal_weights():
     taus, weights = vectors(3), [0.7, -0.2, 1.5]
     ours = sum(weight * Weights.of(tau) for weight, tau in zip(weights, taus, strict=True))
+    method = merged(TaskArithmetic(1.0, tuple(weights)), taus)
     for name in SHAPES:
         theirs = merge_utils.task_arithmetic([tau[name] for tau in taus], torch.tensor(weights))
         assert_close(ours[name], theirs, rtol=1e-6, atol=1e-6)
+        assert_close(method[name], theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_a_zero_sum_goes_to_plus_there_and_to_the_majority_here():

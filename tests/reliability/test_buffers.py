@@ -87,6 +87,7 @@ def masked():
         "iso_c",
         "pcb",
         "knots",
+        "core_space",
         "awd",
         "consensus",
     ],

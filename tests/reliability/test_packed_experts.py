@@ -14,6 +14,7 @@ from byom.errors import CheckpointError, OptionError
 from byom.functional.tensors import packs_experts
 from byom.merge.base import Problem
 from byom.merge.base.matrices import is_matrix, is_stack
+from byom.merge.core_space import CoreSpace
 from byom.merge.iso_c import IsotropicMergingCommon
 from byom.merge.iso_cts import IsotropicMergingCommonTaskSpecific
 from byom.merge.knots import KnowledgeOrientationThroughSvd
@@ -52,7 +53,7 @@ def joined(weights: Weights) -> torch.Tensor:
 METHODS = [
     TaskSingularVectors(), IsotropicMergingCommon(), IsotropicMergingCommonTaskSpecific(common=0.4),
     Wudi(solver="closed_form"), Wudi(steps=3), KnowledgeOrientationThroughSvd(),
-    KnowledgeOrientationThroughSvd(concat="input", then=Ties()),
+    KnowledgeOrientationThroughSvd(concat="input", then=Ties()), CoreSpace(),
 ]  # fmt: skip
 VARIANTS = [
     ByomLora(2), ByomLora(2, solver="randomised"), ByomLora(2, "global"), TaskSingularVectorsCompress(0.4),
@@ -62,7 +63,9 @@ VARIANTS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_a_merge_of_packed_experts_is_that_of_each(method):
-    if isinstance(method, KnowledgeOrientationThroughSvd):  # TIES ranks the entries of a tensor, or of all of them
+    if isinstance(
+        method, KnowledgeOrientationThroughSvd | CoreSpace
+    ):  # TIES ranks the entries of a tensor, or of all of them
         method = replace(method, then=Ties(density=1.0))
     packed, apart = method(problem()), method(problem(apart=True))
     assert_close(packed[NAME], joined(apart))

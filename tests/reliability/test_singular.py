@@ -10,6 +10,7 @@ from byom.functional.linalg import weighted_solve, without_rounding
 from byom.functional.means import precision_mean
 from byom.merge.awd import AdaptiveWeightDisentanglement as Awd
 from byom.merge.base import Problem
+from byom.merge.core_space import CoreSpace
 from byom.merge.iso_c import IsotropicMergingCommon as IsoC
 from byom.merge.iso_cts import IsotropicMergingCommonTaskSpecific as IsoCts
 from byom.merge.knots import KnowledgeOrientationThroughSvd as Knots
@@ -101,8 +102,8 @@ def stack(kind: str, tasks: int = 3) -> list[torch.Tensor]:
 
 
 METHODS = {
-    "tsv": Tsv(), "iso_c": IsoC(), "iso_cts": IsoCts(), "knots": Knots(), "wudi": Wudi(solver="closed_form"),
-    "model_stock": ModelStock(), "awd": Awd(),
+    "tsv": Tsv(), "iso_c": IsoC(), "iso_cts": IsoCts(), "knots": Knots(), "core": CoreSpace(),
+    "wudi": Wudi(solver="closed_form"), "model_stock": ModelStock(), "awd": Awd(),
 }  # fmt: skip
 
 

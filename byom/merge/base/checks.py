@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from byom.errors import CheckpointError, OptionError
 from byom.merge.base.method import MergeMethod
@@ -19,16 +20,26 @@ def require_weights(weights: Sequence[float]) -> None:
         raise OptionError(f"merge.weights={list(weights)} must be at least 0, finite, and not all 0")
 
 
-def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
-    """Return one weight per task, all alike with sum 1 if none are given.
+def signed_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return task weights of either sign as floats.
 
     Raises:
-        OptionError: If their number is not that of the tasks.
+        OptionError: If they are not a list of finite numbers, naming ``merge.weights``.
     """
-    tasks = problem.tasks
-    if weights and len(weights) != len(tasks):
-        raise OptionError(f"merge.weights has {len(weights)} values for {len(tasks)} tasks: {', '.join(tasks)}")
-    return list(weights) or [1 / len(tasks)] * len(tasks)
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or not all(map(_finite, weights)):
+        raise OptionError(
+            f"merge.weights={weights} is not a list of finite numbers; write merge.weights=[1,0.5], one per task"
+        )
+    return tuple(map(float, weights))
+
+
+def _finite(weight: object) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight)
+
+
+def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
+    """Return one weight per task, all alike with sum 1 if none are given."""
+    return list(weights) or [1 / len(problem.tasks)] * len(problem.tasks)
 
 
 def require_shape(group: Group, statistic: str) -> None:

@@ -14,6 +14,7 @@ from byom.merge.base.needs import Needs
 from byom.merge.base.problem import Group, Problem, blockwise
 from byom.merge.base.running import running
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,36 @@ class MergeMethod(ABC):
         """Name the parameters that get a simpler rule than the method's own."""
         return []
 
+    def low_rank(self, problem: Problem) -> Adapted:
+        """Merge into low-rank differences to theta_0, which can be written as one adapter.
+
+        The values are those of a call, up to rounding in fp32, which its parameters have whatever theta_0's dtype.
+
+        Args:
+            problem: Models of which every expert is a low-rank difference to theta_0 (`byom.weights.lowrank.Adapted`).
+
+        Raises:
+            OptionError: If the method's result has no low rank, or some expert is not known as one.
+        """
+        raise OptionError(
+            f"the result of {self.title} is no low-rank difference, so it cannot be written as an adapter; choose "
+            "merge=task_arithmetic, average, knots or core_space, or write the merged model whole"
+        )
+
     def check(self, problem: Problem) -> None:
         """Refuse a problem that lacks what the method needs.
 
         Raises:
-            OptionError: Naming what is missing and the command that makes it.
+            OptionError: Naming what is missing and the command that makes it, or task weights of another number than
+                the tasks.
         """
         name, needs = type(self).__name__, self.needs
+        weights = getattr(self, "weights", ())  # of the methods that weigh tasks, all by this name
+        if weights and len(weights) != len(problem.tasks):
+            raise OptionError(
+                f"merge.weights has {len(weights)} values for {len(problem.tasks)} tasks "
+                f"({', '.join(problem.tasks)}); give one per task, in this order"
+            )
         if missing := sorted(needs.statistics - set(problem.statistics)):
             raise OptionError(
                 f"{name} needs the statistics {missing}, which the problem lacks; byom statistics {missing[0]} "
