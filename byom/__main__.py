@@ -95,6 +95,12 @@ def _run(arguments: list[str]) -> int:
     return _command("sweep", "run")(sweep) if len(sweep) < len(arguments) else _command("command", "run")(arguments)
 
 
+def _pack(arguments: list[str]) -> int:
+    """Pack folders where a base or a recipe is given, and a suite's experts otherwise."""
+    folders = any(argument.startswith(("base=", "recipe=", "experts=[", "experts={")) for argument in arguments)
+    return _command("pack", "folders" if folders else "serve")(arguments)
+
+
 def _command(name: str, module: str = "") -> Callable[[list[str]], int]:
     """Return a function of a module of `byom.cli`, by default of its own name, which is imported when it is called."""
 
@@ -121,11 +127,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     **{name: _command(name) for name in ("table", "preview", "statistics")},
     "report": _command("report", "table"),
-    **{name: _command(name, "serve") for name in ("export", "pack")},
+    "export": _command("export", "serve"),
+    "pack": _pack,
     "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
-    "merge": _command("merge", "folders"),
+    **{name: _command(name, "folders") for name in ("merge", "unpack")},
 }
 
 if __name__ == "__main__":

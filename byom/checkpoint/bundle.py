@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from byom.errors import CheckpointError
 from byom.merge.base import Problem
+from byom.storage import manifest
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import replacing
 from byom.storage.names import require_file_names
 from byom.variants.base import Variant
 from byom.variants.base.delta import Delta, Served
-from byom.weights import Weights
+from byom.variants.base.variant import Packing
+from byom.weights import Spec, Weights
 from byom.weights.align import aligned
+
+BUNDLE, HEADS, HEAD = "bundle.json", "heads", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,13 @@ class Bundle(Served):
         deltas: Task name to packed difference.
         base: The second shared model, where a variant has one: theta_0 alongside a merged one (TALL-masks), or a
             unified task vector alongside theta_0 (EMR).
+        heads: Task name to what only its own model has, such as a classifier, under that model's names.
+        starts: Task name to how its model's names start where the reference's start otherwise: what is dropped of the
+            reference's, and what takes its place.
     """
+
+    heads: Mapping[str, Weights] = field(default_factory=dict)
+    starts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @classmethod
     def pack(
@@ -60,11 +73,25 @@ class Bundle(Served):
         """The folder's whole models by name."""
         return {"reference": self.reference} | ({} if self.base is None else {"base": self.base})
 
-    def save(self, folder: str | Path) -> Path:
+    def whole(self, task: str) -> Weights:
+        """Return one task's weights and its own head, lazily, under the names of the model that it was packed from.
+
+        Raises:
+            OptionError: If the bundle does not hold the task.
+        """
+        shared, head = self.weights(task), self.heads.get(task)
+        dropped, added = self.starts.get(task, ("", ""))
+        names = {n: added + n.removeprefix(dropped) if n.startswith(dropped) else n for n in shared}
+        return shared if head is None and names.keys() == set(names.values()) else joined(shared, names, head)
+
+    def save(self, folder: str | Path, complete: Callable[[Path], Mapping[str, Any]] | None = None) -> Path:
         """Write ``reference/``, ``base/`` if there is one, ``<task>.safetensors`` and ``bundle.json``, all or nothing.
 
+        Heads go to ``heads/<task>/head.safetensors``.
+
         Args:
-            folder: Created, or replaced as a whole if it holds an earlier bundle.
+            folder: Created, or replaced as a whole if it holds an earlier bundle that nobody changed.
+            complete: Writes further files into the folder that it is given, and returns notes for ``bundle.json``.
 
         Returns:
             The folder.
@@ -74,14 +101,24 @@ class Bundle(Served):
             OptionError: If a task's name cannot name a file.
         """
         require_file_names(self.deltas, "task")
-        with replacing(Path(folder), storage.written("bundle.json")) as partial:
-            for name, weights in self.models.items():
-                weights.save(partial / name)
-            for task in self.deltas:  # not items(), which holds one difference while the next is packed
-                self.deltas[task].save(partial / f"{task}.safetensors")
-            prints = {name: weights.fingerprint() for name, weights in self.models.items()}
+        with replacing(Path(folder), own_files(Path(folder))) as partial:
+            placed = {name: _placed(weights, partial / name) for name, weights in self.models.items()}
+            deltas = self.deltas
+            if isinstance(deltas, Packing):  # tasks are packed against what lies there, not merged anew for each
+                deltas = replace(deltas, reference=placed["reference"], base=placed.get("base"))
+            for task in deltas:  # not items(), which holds one difference while the next is packed
+                deltas[task].save(partial / f"{task}.safetensors")
+            for task, head in self.heads.items():
+                place = partial / HEADS / task / HEAD
+                storage.write_file(place, head.state(), {"format": 1})
+            prints = {name: weights.fingerprint() for name, weights in placed.items()}
             notes = {"format": 1, **prints, "tasks": list(self.deltas)}
-            (partial / "bundle.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
+            if self.heads:
+                notes |= {"heads": list(self.heads)}
+            if self.starts:
+                notes |= {"starts": {task: list(pair) for task, pair in self.starts.items()}}
+            more = complete(partial) if complete else {}
+            manifest.noted(partial, BUNDLE, {**notes, **more})
         return Path(folder)
 
     @classmethod
@@ -104,11 +141,46 @@ class Bundle(Served):
             notes = json.loads(file.read_text(encoding="utf-8"))
             tasks, prints = list(notes["tasks"]), {n: notes[n] for n in ("reference", "base") if n in notes}
             prints["reference"]
-        except (ValueError, KeyError, TypeError) as error:
+            heads = {task: Weights.open(Path(folder) / HEADS / task / HEAD) for task in notes.get("heads", [])}
+            starts = {task: (str(pair[0]), str(pair[1])) for task, pair in notes.get("starts", {}).items()}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged ({error!r}); make or fetch the bundle again") from error
         models = {name: _opened(Path(folder) / name, expected) for name, expected in prints.items()}
         deltas = {task: Delta.open(Path(folder) / f"{task}.safetensors") for task in tasks}
-        return cls(models["reference"], deltas, models.get("base"))
+        return cls(models["reference"], deltas, models.get("base"), heads, starts)
+
+
+def own_files(folder: Path) -> Callable[[Path], bool]:
+    """Return what tells the files of an earlier bundle from all others."""
+    listed, tensors = manifest.own(folder, BUNDLE), storage.written(BUNDLE)
+    plain = not (folder / HEADS).exists()  # of the time before manifests, bundles had nothing but tensors
+    return lambda file: listed(file) or (plain and tensors(file))
+
+
+def joined(shared: Weights, names: Mapping[str, str], head: Weights | None) -> Weights:
+    """Return shared weights under other names, together with a head.
+
+    Args:
+        shared: The weights.
+        names: Their names to those of the result.
+        head: Further tensors; None adds none.
+    """
+    places = {own: name for name, own in names.items()}
+    specs = {own: Spec(shared.shape(name), shared.dtype(name)) for own, name in places.items()}
+    specs |= {} if head is None else {name: Spec(head.shape(name), head.dtype(name)) for name in head}
+    ties = {names[alias]: names[name] for alias, name in shared.ties.items()}
+    ties |= {} if head is None else head.ties
+
+    def read(name: str) -> Tensor:
+        return head[name] if head is not None and name in head else shared[places[name]]
+
+    return Weights(specs, read, ties=ties, origin=shared.origin)
+
+
+def _placed(weights: Weights, folder: Path) -> Weights:
+    """Write a model, and return it as it is read from there."""
+    constants = [name for name in weights if weights.dtype(name).is_floating_point and not weights.merges(name)]
+    return Weights.open(weights.save(folder)).carrying(constants)
 
 
 def _opened(folder: Path, fingerprint: str) -> Weights:

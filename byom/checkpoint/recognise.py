@@ -43,6 +43,7 @@ class Checkpoint:
         notes: What a reader should know.
         names: Name in the file to the backbone's, of every tensor that is one of the backbone's under one change of
             the names' start; empty for other formats.
+        start: That change: what is dropped of the backbone's names, and what takes its place.
     """
 
     weights: Weights
@@ -51,6 +52,7 @@ class Checkpoint:
     frozen: Weights | None = None
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    start: tuple[str, str] = ("", "")
 
     @property
     def conventions(self) -> dict[str, int]:
@@ -145,7 +147,7 @@ def _clip(raw: Weights, base: Weights, tower: str, container: str) -> Checkpoint
 
 
 def _renamed(raw: Weights, base: Weights, container: str, is_own: Callable[[str], bool], own: bool) -> Checkpoint:
-    matches, start = _places(raw, base)
+    matches, (dropped, start) = _places(raw, base)
     places = {name: every[kept(every)] for name, every in matches.items()}
     if wrong := [n for n, theirs in places.items() if raw.shape(theirs) != base.shape(n)]:
         raise misshapen(raw, base, [(places[name], name) for name in wrong])
@@ -172,6 +174,7 @@ def _renamed(raw: Weights, base: Weights, container: str, is_own: Callable[[str]
         {name.removeprefix(start) if name.startswith(start) else name: raw[name] for name in heads},
         _named(raw, {name.removeprefix(start): name for name in frozen}) if frozen else None,
         names={theirs: name for every in matches.values() for name, theirs in every.items()},
+        start=(dropped, start),
     )
 
 
@@ -190,19 +193,20 @@ def _specs(raw: Weights, places: Mapping[str, str]) -> dict[str, Spec]:
     return {name: Spec(raw.shape(theirs), raw.dtype(theirs)) for name, theirs in places.items()}
 
 
-def _places(raw: Weights, base: Weights) -> tuple[Matches, str]:
-    """Return where every tensor of the backbone is, by one change of the names' start; and that start.
+def _places(raw: Weights, base: Weights) -> tuple[Matches, tuple[str, str]]:
+    """Return where every tensor of the backbone is, by one change of the names' start; and that change.
 
     A buffer that is computed may be missing, or have another shape: then it is the backbone's.
     """
-    candidates = [(_matched(raw, base, dropped, added), added) for dropped, added in _shifts(raw, base)]
-    places, added = max(candidates, key=lambda candidate: (len(candidate[0]), -len(candidate[1])), default=({}, ""))
+    candidates = [(_matched(raw, base, *shift), shift) for shift in _shifts(raw, base)]
+    nothing: tuple[Matches, tuple[str, str]] = ({}, ("", ""))
+    places, shift = max(candidates, key=lambda found: (len(found[0]), -len(found[1][1])), default=nothing)
     names = [name for name in base.mergeable() if not is_buffer(name, base.shape(name))]
     if lost := [name for name in names if name not in places]:
         raise lacking(raw, base, lost, names, found=bool(places))
     buffers = {name: every for name, every in places.items() if is_buffer(name, base.shape(name))}
     odd = {n for n, every in buffers.items() if raw.shape(every[kept(every)]) != base.shape(n)}
-    return {name: every for name, every in places.items() if name not in odd}, added
+    return {name: every for name, every in places.items() if name not in odd}, shift
 
 
 def _shifts(raw: Weights, base: Weights) -> set[tuple[str, str]]:

@@ -1,29 +1,34 @@
-"""``byom merge``: from a base and fine-tuned models, each a folder, a file or a repository, to one folder."""
+"""``byom merge``, ``pack`` and ``unpack``: from a base and fine-tuned models, each a folder, a file or a repository."""
 
 from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from byom.checkpoint.bundle import own_files
+from byom.checkpoint.convert import DTYPES
 from byom.cli import config, given
-from byom.errors import OptionError, listed
-from byom.folders import beside
+from byom.errors import OptionError, listed, one_of
+from byom.folders.beside import MANIFEST
 from byom.folders.models import models
-from byom.folders.output import files_of, require_apart, require_space, write, written_bytes
+from byom.folders.output import files_of, nbytes, require_apart, require_space, write, written_bytes
 from byom.folders.request import Request
 from byom.folders.result import Result
+from byom.storage import manifest
 from byom.storage.atomic import require_own
 from byom.storage.place import at_home
+from byom.variants.base.delta import Delta
 
 NAMES = ("base", "experts", "keep", "only", "exclude", "scale", "heads", "dtype", "vocabulary", "files")
 GROUPS = ("merge", "byom")
 DRY = "--dry-run"
+PACK = "BUNDLE base=PATH 'experts=[a=PATH,b=PATH]' merge=METHOD byom=VARIANT [--dry-run], or BUNDLE suite=SUITE ..."
 USAGE = "OUT base=PATH 'experts=[a=PATH,b=PATH]' merge=METHOD [merge.OPTION=VALUE ...] [--dry-run]"
 
 
@@ -35,33 +40,80 @@ def merge(arguments: Sequence[str]) -> int:
     result = Result(request, models(request))
     every = [result.models.source, *(expert.source for expert in result.models.experts.values())]
     require_apart(out, every)
-    require_own(out, beside.own(out))
-    _describe(result, out)
+    require_own(out, manifest.own(out, MANIFEST))
+    _describe(result, {out if folder == "." else out / folder: n for folder, n in written_bytes(result).items()})
     if dry:
         require_space(out, sum(written_bytes(result).values()))
         sys.stdout.write("nothing was written (--dry-run)\n")
         return 0
-    _merged(result, out)
+    with _shown("merge", sum(written_bytes(result).values()), result) as bar:
+        write(result, out, bar)
+    sys.stdout.write(f"{out}\n")
     return 0
 
 
-def _merged(result: Result, out: Path) -> None:
+def pack(arguments: Sequence[str]) -> int:
+    """Pack folders into a bundle, then print what each task takes."""
+    from byom.folders.pack import pack as packed
+
+    dry, arguments = DRY in arguments, [argument for argument in arguments if argument != DRY]
+    out = place("pack", arguments, PACK)
+    request = requested(given.options(arguments[1:]), packs=True)
+    result = Result(request, models(request))
+    require_apart(out, [result.models.source, *(expert.source for expert in result.models.experts.values())])
+    require_own(out, own_files(out))
+    _describe(result, {out / "reference": nbytes(result.models.base)})
+    if dry:
+        sys.stdout.write("nothing was written (--dry-run)\n")
+        return 0
+    with _shown("pack", nbytes(result.models.base), result) as bar:
+        packed(result, out, bar)
+    for task in result.models.experts:
+        delta = Delta.open(out / f"{task}.safetensors")
+        size = f"{delta.stored_parameters:>13,} parameters {delta.nbytes:>14,} bytes"
+        sys.stdout.write(f"{task:<18} {size}  {out / task}.safetensors\n")
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+def unpack(arguments: Sequence[str]) -> int:
+    """Write one task's model of a bundle as a plain folder."""
+    from byom.folders.pack import unpack as unpacked
+
+    places = [argument for argument in arguments if "=" not in argument]
+    options = given.options([argument for argument in arguments if "=" in argument])
+    given.require_known(options, ("task", "dtype"))
+    if len(places) != 2 or "task" not in options:
+        raise OptionError("byom unpack BUNDLE task=NAME OUT [dtype=...]")
+    dtype = given.text("dtype", options.get("dtype", ""))
+    if dtype:
+        one_of("dtype", dtype, DTYPES)
+    out = unpacked(at_home(places[0]), given.text("task", options["task"]), at_home(places[1]), dtype)
+    sys.stdout.write(f"{out}\n")
+    return 0
+
+
+@contextmanager
+def _shown(what: str, total: int, result: Result) -> Iterator[Callable[[int], object]]:
+    """Show a bar by bytes while a block runs, and say in the end what it took."""
     from byom.pipeline.provenance import Stages
 
-    total = sum(written_bytes(result).values())
-    stages, start = Stages(), time.perf_counter()
-    with stages.stage("merge"), tqdm(total=total, unit="B", unit_scale=True, desc="merge", mininterval=0.5) as bar:
-        write(result, out, bar.update)
-    taken = stages.taken["merge"]
+    stages = Stages()
+    with (
+        stages.stage(what),
+        tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5) as bar,
+    ):
+        yield bar.update
+    taken = stages.taken[what]
     if simpler := result.fallbacks:
         sys.stdout.write(f"merged by a simpler rule than the method's: {listed(simpler)}\n")
     sys.stdout.write(
-        f"{len(result.models.base)} tensors, {total:,} bytes in {time.perf_counter() - start:.1f} s, "
-        f"peak {taken['peak_mib']:,.0f} MiB\n{out}\n"
+        f"{len(result.models.base)} tensors, {total:,} bytes in {taken['seconds']:.1f} s, "
+        f"peak {taken['peak_mib']:,.0f} MiB\n"
     )
 
 
-def _describe(result: Result, out: Path) -> None:
+def _describe(result: Result, writes: Mapping[Path, int]) -> None:
     """Print what is read, what becomes of it, and what is written."""
     rows = {"base": (result.models.source, "")} | {
         name: (expert.source, expert.container) for name, expert in result.models.experts.items()
@@ -75,8 +127,8 @@ def _describe(result: Result, out: Path) -> None:
     sys.stdout.write(f", {type(result.request.merge).title}\n")
     if result.kept:
         sys.stdout.write(f"keeps  {len(result.kept)} tensors: {listed(sorted(result.kept))}\n")
-    for folder, size in written_bytes(result).items():
-        sys.stdout.write(f"writes {size:>28,} bytes  {out if folder == '.' else out / folder}\n")
+    for folder, size in writes.items():
+        sys.stdout.write(f"writes {size:>28,} bytes  {folder}\n")
     place = files_of(result)
     sys.stdout.write(f"copies configuration and tokenizer of {place or 'nobody: the base is a file'}\n")
 

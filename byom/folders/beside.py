@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,33 +94,3 @@ def configuration(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is no table of settings. Download it again")
     return config
-
-
-def noted(folder: Path, notes: Mapping[str, Any]) -> None:
-    """Write notes and the list of all files of a folder, by which a later run knows that they are byom's."""
-    files = {str(f.relative_to(folder).as_posix()): _mark(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    text = json.dumps({**notes, "files": files}, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def own(folder: Path) -> Callable[[Path], bool]:
-    """Return what tells the files that `noted` listed, and that nobody changed since, from all others."""
-    file = folder.resolve() / MANIFEST
-    try:
-        files = dict(json.loads(file.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        files = {}
-
-    def is_own(path: Path) -> bool:
-        name = path.relative_to(folder.resolve()).as_posix()
-        return path == file or (name in files and files[name] == _mark(path))
-
-    return is_own
-
-
-def _mark(file: Path) -> str:
-    """Return a small file's digest, and a large one's size, which its own checksums tell from others."""
-    size = file.stat().st_size
-    if file.suffix == ".safetensors" or size > MOST:
-        return f"{size} bytes"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from byom.checkpoint.adapters.adapter import Adapter
+from byom.checkpoint.bundle import joined
 from byom.checkpoint.files import open_raw
 from byom.checkpoint.recognise import fitted, is_head
 from byom.errors import CheckpointError, listed
@@ -34,6 +35,7 @@ class Expert:
         raw: All of it, under its own names; None for an adapter.
         names: Its own names to the base's, of what it shares.
         head: What is its own, under its own names.
+        start: How its names start where the base's do otherwise: what is dropped of the base's, and what comes instead.
     """
 
     source: Source
@@ -42,6 +44,7 @@ class Expert:
     raw: Weights | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    start: tuple[str, str] = ("", "")
 
     def whole(self, shared: Weights) -> Weights:
         """Return the model with other values of what is shared, under its own names.
@@ -51,7 +54,8 @@ class Expert:
         """
         raw = self.raw
         if raw is None:
-            return with_head(shared, self.head, {}, shared.origin)
+            head = Weights.of(self.head, shared.origin)
+            return joined(shared, {name: name for name in shared}, head)
         specs = {name: Spec(raw.shape(name), shared.dtype(self.names[name])) for name in raw if name in self.names}
         specs |= {name: Spec(raw.shape(name), raw.dtype(name)) for name in raw if name not in self.names}
         ties = {alias: name for alias, name in raw.ties.items() if (alias in self.names) == (name in self.names)}
@@ -89,24 +93,15 @@ class Models:
 
     @property
     def finetuned(self) -> dict[str, Weights]:
-        """Name to theta_t."""
+        """Name to theta_t, of what is shared."""
         return {name: expert.weights for name, expert in self.experts.items()}
 
-
-def with_head(shared: Weights, head: Mapping[str, Tensor], names: Mapping[str, str], origin: str) -> Weights:
-    """Return shared weights together with a head.
-
-    Args:
-        shared: Weights in the base's names.
-        head: Name to tensor.
-        names: The base's names to those that the result has, where they differ.
-        origin: What messages call the result.
-    """
-    places = {names.get(name, name): name for name in shared}
-    specs = {name: Spec(shared.shape(own), shared.dtype(own)) for name, own in places.items()}
-    specs |= {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()}
-    ties = {names.get(alias, alias): names.get(name, name) for alias, name in shared.ties.items()}
-    return Weights(specs, lambda n: head[n] if n in head else shared[places[n]], ties=ties, origin=origin)
+    @property
+    def completed(self) -> dict[str, Weights]:
+        """Name to theta_t with all tensors of the base: what is not shared is the base's."""
+        if set(self.shared) == set(self.base):
+            return self.finetuned
+        return {name: _completed(self.base, weights) for name, weights in self.finetuned.items()}
 
 
 def models(request: Request) -> Models:
@@ -141,13 +136,21 @@ def models(request: Request) -> Models:
     return Models(source, base, shared, experts, vocabulary, tuple(notes))
 
 
+def _completed(base: Weights, weights: Weights) -> Weights:
+    """Return weights with the tensors that they lack, of the base."""
+    owner = {name: weights if name in weights else base for name in base}
+    specs = {name: Spec(each.shape(name), each.dtype(name)) for name, each in owner.items()}
+    ties = {a: n for a, n in base.ties.items() if a not in weights or weights.ties.get(a) == weights.ties.get(n, n)}
+    return Weights(specs, lambda name: owner[name].raw(name), ties=ties, origin=weights.origin)
+
+
 def _expert(source: Source, raw: Weights, container: str, shared: Weights, heads: Sequence[str]) -> Expert:
     def is_own(name: str) -> bool:
         return any(matches(pattern, name) for pattern in heads)
 
     found = fitted(raw, container, shared, heads=is_own, own=True)
     kept = {n: raw[n] for n in raw if found.names and n not in found.names and not is_buffer(n, raw.shape(n))}
-    return Expert(source, found.weights, found.format, raw, found.names, kept)
+    return Expert(source, found.weights, found.format, raw, found.names, kept, found.start)
 
 
 def _adapted(source: Source, shared: Weights) -> Expert:

@@ -16,9 +16,11 @@ import byom
 from byom.checkpoint.convert import DTYPES
 from byom.errors import CheckpointError, OptionError
 from byom.folders import beside, card
+from byom.folders.beside import MANIFEST
 from byom.folders.models import Expert, Models
 from byom.folders.result import Result
 from byom.folders.source import Source
+from byom.storage import manifest
 from byom.storage.atomic import replacing, require_own
 from byom.storage.tensor_files import size
 from byom.weights import Weights
@@ -102,11 +104,11 @@ def write(result: Result, out: Path, watch: Any = None) -> Path:
     models, dtype = result.models, _dtype(result)
     every = {"base": models.source} | {name: expert.source for name, expert in models.experts.items()}
     require_apart(out, every.values())
-    require_own(out, beside.own(out))
+    require_own(out, manifest.own(out, MANIFEST))
     require_space(out, sum(written_bytes(result).values()))
-    with hashing(every) as digests, replacing(out, beside.own(out)) as partial:
+    with hashing(every) as digests, replacing(out, manifest.own(out, MANIFEST)) as partial:
         merged = result.merged()
-        _watched(merged, watch).save(partial, dtype=dtype)
+        watched(merged, watch).save(partial, dtype=dtype)
         _complete(partial, files_of(result), merged if dtype is None else merged.to(dtype), models)
         for name, expert in models.heads.items():
             whole(expert, merged, partial / HEADS / name, models, dtype, watch)
@@ -115,7 +117,7 @@ def write(result: Result, out: Path, watch: Any = None) -> Path:
         (partial / RECIPE).write_text(recipe, encoding="utf-8")
         (partial / CARD).write_text(card.card(result, recipe, done), encoding="utf-8")
         notes = {"byom": byom.__version__, "method": card.method(result), "models": card.sources(result, done)}
-        beside.noted(partial, {**notes, "notes": list(models.notes), "simpler": result.fallbacks})
+        manifest.noted(partial, MANIFEST, {**notes, "notes": list(models.notes), "simpler": result.fallbacks})
     return out
 
 
@@ -133,7 +135,7 @@ def whole(
         watch: Called with the bytes of every tensor that is written.
     """
     weights = expert.whole(shared)
-    _watched(weights, watch).save(folder, dtype=dtype)
+    watched(weights, watch).save(folder, dtype=dtype)
     place = None if expert.source.is_adapter else expert.source.folder
     _complete(folder, place, weights if dtype is None else weights.to(dtype), models)
 
@@ -165,7 +167,8 @@ def hashing(sources: Mapping[str, Source]) -> Iterator[Callable[[], dict[str, st
                 future.cancel()
 
 
-def _watched(weights: Weights, watch: Any) -> Weights:
+def watched(weights: Weights, watch: Any) -> Weights:
+    """Return weights that call back with the bytes of every tensor that is read."""
     if watch is None:
         return weights
 

@@ -65,11 +65,6 @@ class Result:
         experts = {task: expert.select(stays) for task, expert in self.models.finetuned.items()}
         return Problem(shared.select(stays), experts)
 
-    @property
-    def whole(self) -> Problem:
-        """All that the models share, which is what is packed."""
-        return Problem(self.models.shared, self.models.finetuned)
-
     def merged(self) -> Weights:
         """Merge lazily: all tensors of the base, those merged that are to be."""
         before = None if self.request.variant is None else self.request.variant.before

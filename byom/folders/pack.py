@@ -1,0 +1,120 @@
+"""Packing folders: a bundle whose reference transformers opens, and one folder of each task out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial as bound
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import byom
+from byom.checkpoint.bundle import HEADS, Bundle, own_files
+from byom.checkpoint.convert import DTYPES
+from byom.errors import OptionError
+from byom.folders import beside, card
+from byom.folders.models import Expert, Models
+from byom.folders.output import RECIPE, files_of, hashing, nbytes, require_apart, require_space, watched
+from byom.folders.result import Result
+from byom.merge.base import Problem
+from byom.storage import manifest
+from byom.storage.atomic import replacing, require_own
+from byom.weights import Weights
+
+KIND = "folders"
+
+
+def pack(result: Result, out: Path, watch: Any = None) -> Path:
+    """Pack every expert against the merged model or the base, as the variant says.
+
+    Args:
+        result: The models, the method and the variant.
+        out: The bundle's folder; created, or replaced as a whole if it holds an earlier one that nobody changed.
+        watch: Called with the bytes of every tensor of the shared models that is written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If a model cannot be read or the folder not be written; then nothing changes.
+        OptionError: If the variant cannot be packed from folders.
+    """
+    models, variant = result.models, result.request.variant
+    assert variant is not None
+    every = {"base": models.source} | {name: expert.source for name, expert in models.experts.items()}
+    require_apart(out, every.values())
+    require_own(out, own_files(out))
+    require_space(out, nbytes(models.base))
+    problem = Problem(models.base, models.completed)
+    reference = watched(result.merged(), watch) if variant.on == "merged" else problem.pretrained
+    served = variant.streamed(problem, _typed(reference, result.request.dtype))
+    heads = {name: Weights.of(expert.head, expert.source.given) for name, expert in models.heads.items()}
+    starts = {name: pair for name, expert in models.experts.items() if (pair := expert.start) != ("", "")}
+    with hashing(every) as digests:
+        bundle = Bundle(served.reference, served.deltas, served.base, heads, starts)
+        return bundle.save(out, bound(_completed, result=result, digests=digests))
+
+
+def _typed(reference: Weights, dtype: str) -> Weights:
+    return reference.to(DTYPES[dtype]) if dtype else reference
+
+
+def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, Any]:
+    """Write what lies beside the weights, and return the bundle's notes."""
+    models = result.models
+    for name in ("reference", "base"):
+        if (folder / name).is_dir():
+            weights = Weights.open(folder / name)
+            beside.copy(files_of(result), folder / name)
+            beside.configured(folder / name, weights, _untied(models, weights))
+    for name, expert in models.heads.items():
+        beside.copy(_place(expert), folder / HEADS / name)
+        beside.configured(folder / HEADS / name, expert.weights, {})
+    recipe = yaml.safe_dump(dict(result.request.recipe), sort_keys=False, allow_unicode=True)
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    notes = {"kind": KIND, "byom": byom.__version__, "method": card.method(result)}
+    return {**notes, "models": card.sources(result, digests()), "notes": list(models.notes)}
+
+
+def _untied(models: Models, weights: Weights) -> dict[str, Any]:
+    return {"tie_word_embeddings": False} if set(models.base.ties) - set(weights.ties) else {}
+
+
+def _place(expert: Expert) -> Path | None:
+    return None if expert.source.is_adapter else expert.source.folder
+
+
+def unpack(folder: Path, task: str, out: Path, dtype: str = "") -> Path:
+    """Write one task's model of a bundle as a plain folder.
+
+    Args:
+        folder: The bundle.
+        task: The task.
+        out: The folder; created, or replaced as a whole if it holds an earlier result that nobody changed.
+        dtype: What floating-point tensors are written in, one of `DTYPES`; empty keeps theirs.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: If the bundle does not hold the task, or the folders lie in one another.
+        CheckpointError: If the bundle cannot be read or the folder not be written.
+    """
+    bundle = Bundle.open(folder)
+    weights = bundle.whole(task)
+    if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
+        raise OptionError(f"{out} and the bundle {folder} lie in one another; choose another folder")
+    own = manifest.own(out, beside.MANIFEST)
+    require_own(out, own)
+    written = DTYPES[dtype] if dtype else None
+    require_space(out, nbytes(weights, written))
+    with replacing(out, own) as partial:
+        weights.save(partial, dtype=written)
+        place = folder / HEADS / task
+        beside.copy(place if (place / beside.CONFIG).is_file() else folder / "reference", partial)
+        typed = weights if written is None else weights.to(written)
+        untied = set(bundle.reference.ties) - set(weights.ties) if task not in bundle.heads else set()
+        beside.configured(partial, typed, {"tie_word_embeddings": False} if untied else {})
+        manifest.noted(partial, beside.MANIFEST, {"byom": byom.__version__, "bundle": str(folder), "task": task})
+    return out
