@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from byom.cli import config
-from byom.errors import OptionError
+from byom.errors import OptionError, one_of
 from byom.experts.finetune.processes import led
 from byom.storage.atomic import require_own
 from byom.storage.place import at_home
@@ -26,6 +26,7 @@ def export(arguments: Sequence[str]) -> int:
     from byom.pipeline.cell import Cell
     from byom.pipeline.checks import require_exportable
 
+    arguments, server, embeddings = _server(arguments)
     folder, settings = _folder("export", arguments, adapters._exported)
     require_exportable(settings)
     cell = Cell(settings)
@@ -37,6 +38,8 @@ def export(arguments: Sequence[str]) -> int:
         module=cell.lab.encoder,
         heads={name: (cell.lab.head(name), task.classes) for name, task in cell.lab.tasks.items()},
         notes={"suite": settings.suite.name, **{k: v for k, v in settings.titles().items() if v}},
+        server=server,
+        embeddings=embeddings,
     )
     for task, notes in json.loads((folder / "export.json").read_text(encoding="utf-8"))["tasks"].items():
         ranks = "-".join(str(rank) for rank in dict.fromkeys(notes["rank"]))
@@ -61,6 +64,19 @@ def pack(arguments: Sequence[str]) -> int:
         size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
         sys.stdout.write(f"{task:<18} {size}  {folder / task}.safetensors\n")
     return 0
+
+
+def _server(arguments: Sequence[str]) -> tuple[list[str], str | None, bool]:
+    """Take out of the arguments what says for which server adapters are written, and whether with embeddings."""
+    from byom.checkpoint.adapters.server import require_server
+
+    given = dict(each.split("=", 1) for each in arguments if re.match("(server|embeddings)=", each))
+    rest = [each for each in arguments if not re.match("(server|embeddings)=", each)]
+    require_server(given.get("server"))
+    embeddings = one_of("embeddings", given.get("embeddings", "false").lower(), ("true", "false")) == "true"
+    if embeddings and "server" not in given:
+        raise OptionError("embeddings=true is for a server; without server= adapters hold all that PEFT can")
+    return rest, given.get("server"), embeddings
 
 
 def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool]) -> tuple[Path, Settings]:

@@ -134,13 +134,16 @@ def save(
     return folder
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], header: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file with checksums and notes, atomically and with the umask's permissions.
 
     Args:
         path: The file; replaced only when the new one is complete.
         tensors: Name to tensor.
         notes: JSON metadata stored next to the checksums.
+        header: Further entries of the file's header, for readers of other formats.
     """
     tensors = _apart(tensors)
     if odd := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES.values()), None):
@@ -149,7 +152,14 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, An
         )
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
     with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
-        save_file(tensors, draft, metadata={"format": "pt", "byom": json.dumps(notes, sort_keys=True)})
+        metadata = {**(header or {}), "format": "pt", "byom": json.dumps(notes, sort_keys=True)}
+        save_file(tensors, draft, metadata=metadata)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return all entries of a safetensors file's header that are not its tensors."""
+    with _readable(path), safe_open(path, framework="pt") as handle:
+        return handle.metadata() or {}
 
 
 def read_notes(path: Path) -> dict[str, Any]:

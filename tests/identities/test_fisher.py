@@ -132,7 +132,7 @@ def test_a_value_out_of_range_is_refused(options, said):
 
 
 def test_a_wrong_number_of_weights_is_refused():
-    with pytest.raises(OptionError, match="3 values for 2 tasks: task0, task1"):
+    with pytest.raises(OptionError, match=r"3 values for 2 tasks \(task0, task1\)"):
         merged([FIRST, SECOND], [torch.ones(4)] * 2, FisherMerging(weights=(1, 1, 1)))
 
 

@@ -235,3 +235,25 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 def test_a_command_without_a_folder_says_so(command, capsys):
     assert main([command, "byom=fft"]) == 1
     assert f"byom {command} FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["server=tgi"], "server=tgi is not known; use vllm"),
+        (["server=vllm", "embeddings=maybe"], "embeddings=maybe is not known; use true or false"),
+        (["embeddings=true"], "embeddings=true is for a server"),
+    ],
+    ids=str,
+)
+def test_the_command_refuses_servers_that_it_does_not_know(given, said, tmp_path, capsys):
+    assert main(["export", str(tmp_path / "out"), *given, "byom=lora"]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_takes_the_server_out_of_its_options():
+    from byom.cli.serve import _server
+
+    assert _server(["out", "server=vllm", "byom=lora"]) == (["out", "byom=lora"], "vllm", False)
+    assert _server(["out", "embeddings=True", "server=vllm"]) == (["out"], "vllm", True)
+    assert _server(["out", "byom=lora"]) == (["out", "byom=lora"], None, False)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from byom.checkpoint.adapters.config import CONFIG, INNER, ROOT, SAFE
 from byom.checkpoint.adapters.modules import Modules, SiteFactors, TaskAdapter
+from byom.checkpoint.adapters.server import fitted, require_server, task_type
 from byom.errors import OptionError
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import replacing
@@ -49,6 +50,8 @@ def adapters(
     module: nn.Module | None = None,
     heads: Heads | None = None,
     notes: Mapping[str, Any] | None = None,
+    server: str | None = None,
+    embeddings: bool = False,
 ) -> list[Path]:
     """Write every task as a PEFT folder, all or nothing.
 
@@ -65,14 +68,17 @@ def adapters(
             transformers model with its configuration; None takes every matrix for a linear layer.
         heads: Task to its head and class names, written as ``<task>/head.safetensors``.
         notes: Further entries of ``export.json``: the suite, for example.
+        server: ``vllm`` writes what it accepts, or refuses; see `byom.checkpoint.adapters.server.fitted`.
+        embeddings: Whether a server gets factors of embeddings and output matrices.
 
     Returns:
         The tasks' folders.
 
     Raises:
-        OptionError: If a task cannot name a folder, or an adapter cannot hold its difference.
+        OptionError: If a task cannot name a folder, or an adapter, or the server, cannot hold its difference.
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
+    require_server(server)
     folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module, base_model)
     merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
@@ -80,10 +86,13 @@ def adapters(
     with replacing(folder, _exported) as partial:
         if merged:
             _write_reference(modules, partial / REFERENCE)
+        kind = task_type(partial / REFERENCE if merged else base_model, server)
         for task, delta in served.deltas.items():
             weights = served.weights(task)
             adapter = modules.adapter(modules.factors(delta) or modules.spare(served), delta, weights)
-            written[task] = _write_adapter(modules, adapter, weights, partial / task, base)
+            (partial / task).mkdir()
+            adapter = fitted(modules, adapter, server, embeddings)
+            written[task] = write_task(modules, adapter, weights, partial / task, base, kind)
         for task, (head, classes) in (heads or {}).items():
             _write_head(partial / task, head, task, classes)
         record = {"format": 1, **(notes or {}), "base_model": base, "reference": served.reference.fingerprint()}
@@ -160,12 +169,12 @@ def _factors(modules: Modules, factors: SiteFactors) -> dict[str, Tensor]:
     return {"lora_A.weight": down.reshape(len(down), *inputs), "lora_B.weight": up.reshape(*up.shape, *ones)}
 
 
-def _write_adapter(
-    modules: Modules, adapter: TaskAdapter, weights: Weights, folder: Path, base_model: str
+def write_task(
+    modules: Modules, adapter: TaskAdapter, weights: Weights, folder: Path, base_model: str, kind: str | None = None
 ) -> dict[str, Any]:
-    """Write one task's folder and return what `export.json` says of it."""
-    folder.mkdir()
+    """Write one adapter into a folder and return what `export.json` says of it."""
     settings, named = config(modules, adapter, base_model), tensors(modules, adapter, weights)
+    settings["task_type"] = kind
     (folder / CONFIG).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     storage.write_file(folder / SAFE, named, {"format": 1})
     ranks = [each.up.shape[1] for each in adapter.factors.values()]
