@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import floor, inf, sqrt
 
@@ -14,11 +15,12 @@ from byom.errors import OptionError, fraction
 from byom.functional.rows import leading
 from byom.functional.stream import Array, Part, Stream
 
-__all__ = ["Cut", "Part", "kept", "locate", "top_mask"]
+__all__ = ["Cut", "Part", "kept", "locate", "locate_each", "top_mask"]
 
 SAMPLE = 1 << 18  # sampled elements: brackets hold 2 * MARGIN * sqrt(p (1 - p) / SAMPLE) < 1 % of the stream
 MARGIN = 5.0  # standard deviations on each side of a bracket: a miss costs one more pass, never an error
 TOGETHER = 8  # brackets in one pass, which bounds the memory of the candidates
+STRIDE = 16  # blocks of each stream that are read before the next stream's
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,70 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
         OptionError: If a count lies outside [0, n].
         CheckpointError: If the stream holds NaN, infinities or values that are not floating-point.
     """
-    stream = Stream.of(parts)
-    n = stream.numel
-    for count in counts:
-        if not 0 <= count <= n:
-            raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
-    cuts = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
-    pending, unread = _brackets(stream, sorted(set(counts) - set(cuts))), True
-    while pending or unread:
-        batch, pending, unread = pending[:TOGETHER], pending[TOGETHER:], False
-        _scan(stream, batch)
-        cuts |= {each.count: each.cut(stream) for each in batch if each.side() == 0}
-        pending += [each.moved() for each in batch if each.side() != 0]
-    return [cuts[count] for count in counts]
+    return locate_each([parts], counts)[0]
+
+
+@torch.no_grad()
+def locate_each(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> list[list[Cut]]:
+    """Find where to cut each of several streams; see `locate`.
+
+    All are read side by side, so that what their parts have in common is read once, and by as many threads as torch
+    has.
+
+    Args:
+        streams: The parts of each stream.
+        counts: Wanted numbers of survivors, in [0, n] with n the length of every stream.
+
+    Returns:
+        For each stream one `Cut` per count, in the order given.
+    """
+    searches = [_Search.of(parts, counts) for parts in streams]
+    with ThreadPoolExecutor(max(1, min(len(searches), torch.get_num_threads()))) as pool:
+        while unfinished := [search for search in searches if search.next()]:
+            blocks = max(search.stream.blocks for search in unfinished)
+            for start in range(0, blocks, STRIDE):
+                stride = range(start, start + STRIDE)
+                if len(unfinished) == 1:
+                    unfinished[0].scan(stride)
+                else:
+                    list(pool.map(_Search.scan, unfinished, [stride] * len(unfinished)))
+    return [[search.cuts[count] for count in counts] for search in searches]
+
+
+@dataclass
+class _Search:
+    """The search for the cuts of one stream: those that are found, and the brackets that are still to be looked at."""
+
+    stream: Stream
+    cuts: dict[int, Cut]
+    pending: list[_Bracket]
+    batch: list[_Bracket] | None = None  # what the pass that runs looks at; None before the first
+
+    @staticmethod
+    def of(parts: Sequence[Part], counts: Sequence[int]) -> _Search:
+        stream = Stream.of(parts)
+        n = stream.numel
+        for count in counts:
+            if not 0 <= count <= n:
+                raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
+        cuts = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
+        return _Search(stream, cuts, _brackets(stream, sorted(set(counts) - set(cuts))))
+
+    def next(self) -> bool:
+        """Take stock of a pass, and say whether there is another; the first one looks for NaN even without brackets."""
+        first, batch = self.batch is None, self.batch or []
+        self.cuts |= {each.count: each.cut(self.stream) for each in batch if each.side() == 0}
+        self.pending += [each.moved() for each in batch if each.side() != 0]
+        self.batch, self.pending = self.pending[:TOGETHER], self.pending[TOGETHER:]
+        return first or bool(self.batch)
+
+    def scan(self, blocks: range) -> None:
+        for index in range(blocks.start, min(blocks.stop, self.stream.blocks)):
+            block = self.stream.block(index)
+            if not np.isfinite(block.max()):
+                self.stream.refuse()
+            for bracket in self.batch or ():
+                bracket.add(block)
 
 
 def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
@@ -228,12 +281,3 @@ def _positions(n: int) -> Array:
     size = min(SAMPLE, n, max(n // 16, 4096))  # sorting a sample must not cost more than the pass it saves
     spots = (np.arange(size) + np.random.default_rng(0).random(size)) * (n / size)
     return np.minimum(spots.astype(np.int64), n - 1)
-
-
-def _scan(stream: Stream, brackets: list[_Bracket]) -> None:
-    for index in range(stream.blocks):
-        block = stream.block(index)
-        if not np.isfinite(block.max()):
-            stream.refuse()
-        for bracket in brackets:
-            bracket.add(block)

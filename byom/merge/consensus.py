@@ -53,6 +53,7 @@ class ConsensusMerging(PlannedMethod):
     density: float = 0.2
 
     title = "Consensus Merging"
+    passes: ClassVar[int] = 2
     grid: ClassVar = {"mask_scale": (0.2, 0.4, 0.6), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)}
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class FisherMerging(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Fisher merging"
+    passes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

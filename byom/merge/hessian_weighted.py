@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class HessianWeighted(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Hessian-weighted"
+    passes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -14,7 +14,7 @@ from byom.errors import fraction
 from byom.functional.deltas import total
 from byom.functional.selection import Part, kept, locate
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.weights.cuts import difference
+from byom.weights.cuts import differences
 
 LEAST = 1e-12  # a sum of shares below this is not a competition; the value of the authors
 
@@ -91,8 +91,7 @@ class ParameterCompetitionBalancing(PlannedMethod):
         clipped, d = kept(self.clip, base.numel), base.numel
         if d == 0:
             return Range(0.0, 0.0)
-        parts = [difference(expert, base, name) for name in base.mergeable()]
-        high, low = _ranked(parts, [clipped + 1, d - clipped])
+        high, low = _ranked(differences(expert, base), [clipped + 1, d - clipped])
         return Range(low, high)
 
     def _scores(self, problem: Problem, read: Reader, index: int, sizes: Range) -> Range:

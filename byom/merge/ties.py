@@ -13,7 +13,7 @@ from byom.errors import fraction, one_of
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total, weighted
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.checks import signed_weights
-from byom.weights.cuts import Cuts, Scope, cuts, require_scope
+from byom.weights.cuts import Cuts, Scope, cuts_of_each, require_scope
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Ties(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "TIES"
+    passes: ClassVar[int] = 2
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class Ties(PlannedMethod):
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
-        by_task = [cuts(expert, problem.pretrained, self.density, self.scope) for expert in problem.finetuned.values()]
+        by_task = cuts_of_each([*problem.finetuned.values()], problem.pretrained, self.density, self.scope)
         undecided = Trimming(by_task, 0.0, self.weights)
         votes = sum(undecided.votes(problem.group(name)) for name in problem.pretrained.mergeable())
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))

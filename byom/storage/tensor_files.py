@@ -17,12 +17,12 @@ from torch import Tensor
 
 from byom.errors import CheckpointError
 from byom.storage import foreign
-from byom.storage.atomic import drafted, replacing
+from byom.storage.atomic import drafted
 from byom.storage.folder import PYTORCH, SAFETENSORS, indexed, parsed, require_agreement
 from byom.storage.quantised import DEQUANTISED
 
 INDEX, SINGLE = SAFETENSORS.index_file, SAFETENSORS.single_file
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
@@ -30,6 +30,7 @@ _DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
 }  # fmt: skip
 """Types that are read. Of the others, F4 and F6 pack several values into a byte, and F8_E8M0 holds scales of blocks."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def crc32(tensor: Tensor) -> str:
@@ -79,8 +80,11 @@ class TensorFiles:
         return tensor
 
     def checksum(self, name: str) -> str:
-        """Return the recorded checksum of a tensor, or compute it."""
-        return self._recorded.get(name) or crc32(self.read(name))
+        """Return the recorded checksum of a tensor, or compute it, once."""
+        if name not in self._recorded:
+            self._recorded[name] = crc32(self.read(name))
+            self._verified.add(name)
+        return self._recorded[name]
 
     def _verify(self, name: str, tensor: Tensor) -> None:
         if crc32(tensor) != self._recorded[name]:
@@ -103,37 +107,6 @@ class TensorFiles:
         return names
 
 
-def save(
-    folder: Path,
-    sizes: Mapping[str, int],
-    read: Callable[[str], Tensor],
-    ties: Mapping[str, str],
-    shard_bytes: int,
-) -> Path:
-    """Write tensors into a folder of safetensors files; an interrupted or failed write leaves the old folder alone.
-
-    Args:
-        folder: Where the result goes.
-        sizes: Tensor name to its size in bytes, in the order to write.
-        read: Gives one tensor by name.
-        ties: Alias to canonical name, recorded in the metadata.
-        shard_bytes: Largest size of a file in bytes.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: If the folder holds other files or cannot be written.
-    """
-    with replacing(folder, written()) as partial:
-        shards = _shards(sizes, shard_bytes)
-        for number, names in enumerate(shards):
-            _write(partial / _shard_name(number, len(shards)), names, read, ties if number == 0 else {})
-        if len(shards) > 1:
-            _write_index(partial, shards, sum(sizes.values()))
-    return folder
-
-
 def write_file(
     path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], header: Mapping[str, str] | None = None
 ) -> None:
@@ -146,10 +119,9 @@ def write_file(
         header: Further entries of the file's header, for readers of other formats.
     """
     tensors = _apart(tensors)
-    if odd := next((name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES.values()), None):
-        raise CheckpointError(
-            f"tensor '{odd}' is of {tensors[odd].dtype}, which safetensors do not hold. Cast it first"
-        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES:
+            raise unheld(name, tensor.dtype)
     notes = dict(notes) | {"crc32": {name: crc32(tensor) for name, tensor in tensors.items()}}
     with drafted(path, settled=True) as draft:  # safetensors writes 0600, which a shared cache cannot use
         metadata = {**(header or {}), "format": "pt", "byom": json.dumps(notes, sort_keys=True)}
@@ -160,6 +132,11 @@ def read_header(path: Path) -> dict[str, str]:
     """Return all entries of a safetensors file's header that are not its tensors."""
     with _readable(path), safe_open(path, framework="pt") as handle:
         return handle.metadata() or {}
+
+
+def unheld(name: str, dtype: torch.dtype) -> CheckpointError:
+    """Return the error about a tensor of a type that safetensors do not hold."""
+    return CheckpointError(f"tensor '{name}' is of {dtype}, which safetensors do not hold. Cast it first")
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -204,13 +181,13 @@ def _require_names_once(file: Path) -> None:
 
 
 def _dtype(file: Path, name: str, stored: str) -> torch.dtype:
-    if stored not in _DTYPES:
+    if stored not in DTYPES:
         raise CheckpointError(
             f"{file}: tensor '{name}' has the type {stored}, in which models are quantised (MXFP4, MXFP8 and their "
             "kin) "
             f"and not merged. {DEQUANTISED}"
         )
-    return _DTYPES[stored]
+    return DTYPES[stored]
 
 
 def _notes(file: Path, handle: Any) -> dict[str, Any]:
@@ -263,29 +240,3 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             apart[name] = tensor.clone()
         end = max(end, tensor.data_ptr() + tensor.nbytes)
     return apart
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, nbytes in sizes.items():
-        if shards[-1] and used + nbytes > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += nbytes
-    return shards
-
-
-def _shard_name(number: int, total: int) -> str:
-    return SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-
-
-def _write(path: Path, names: list[str], read: Callable[[str], Tensor], ties: Mapping[str, str]) -> None:
-    write_file(path, {name: read(name) for name in names}, {"format": 1, "ties": dict(ties)})
-
-
-def _write_index(folder: Path, shards: list[list[str]], total: int) -> None:
-    where = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_bytes(json.dumps(index, indent=1, sort_keys=True).encode())

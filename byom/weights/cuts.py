@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
+from threading import Lock
 from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
-from byom.errors import one_of
+from byom.errors import CheckpointError, one_of
 from byom.functional.rows import RowCut, row_cuts
-from byom.functional.selection import Cut, Part, kept, locate
+from byom.functional.selection import Cut, Part, kept, locate_each
 from byom.functional.tensors import wide
+from byom.weights.watched import unwatched
 from byom.weights.weights import Weights
 
 Scope = Literal["global", "tensor", "row"]
@@ -77,51 +79,115 @@ def cuts(
     Raises:
         OptionError: If the scope is not known or the density is not a fraction.
     """
+    return cuts_of_each([target], reference, density, scope, densities)[0]
+
+
+def cuts_of_each(
+    targets: Sequence[Weights],
+    reference: Weights,
+    density: float,
+    scope: Scope = "global",
+    densities: Iterable[float] = (),
+) -> list[Cuts]:
+    """Find the cuts of several targets side by side, reading the reference once for all of them; see `cuts`."""
     require_scope("scope", scope)
-    held = _HELD.setdefault(target, {}).setdefault((reference.fingerprint(), scope), {})
-    if density not in held:
-        held.update(cuts_at(target, reference, sorted({density, *densities, *_SWEEP.get()}), scope))
-    return held[density]
+    key = (reference.fingerprint(), scope)
+    every = [_HELD.setdefault(target, {}).setdefault(key, {}) for target in targets]
+    if lacking := [index for index, held in enumerate(every) if density not in held]:
+        wanted = sorted({density, *densities, *_SWEEP.get()})
+        found = _each([targets[index] for index in lacking], reference, wanted, scope)
+        for index, by_density in zip(lacking, found, strict=True):
+            every[index].update(by_density)
+    return [held[density] for held in every]
 
 
 def cuts_at(target: Weights, reference: Weights, densities: Sequence[float], scope: Scope) -> dict[float, Cuts]:
     """Find the cuts of several densities in one pass over the difference; see `cuts`."""
     require_scope("scope", scope)
-    names = target.mergeable()
-    parts = [difference(target, reference, name) for name in names]
+    return _each([target], reference, densities, scope)[0]
+
+
+def _each(
+    targets: Sequence[Weights], reference: Weights, densities: Sequence[float], scope: Scope
+) -> list[dict[float, Cuts]]:
+    latest = _Latest(checked=scope == "row")
+    names = reference.mergeable() if not targets else targets[0].mergeable()
+    every = [[_difference(target, reference, name, latest) for name in names] for target in targets]
+    try:
+        found = _located(every, [reference.shape(name) for name in names], densities, scope)
+    except CheckpointError:
+        for weights, name in product((*targets, reference), names):
+            weights.read_finite(name)  # which says in which model and tensor a value is not finite
+        raise
+    return [
+        {density: dict(zip(names, row, strict=True)) for density, row in zip(densities, each, strict=True)}
+        for each in found
+    ]
+
+
+def _located(
+    every: Sequence[Sequence[Part]], shapes: Sequence[tuple[int, ...]], densities: Sequence[float], scope: Scope
+) -> list[list[list[Located]]]:
+    """Return cuts by target, density and parameter."""
     if scope == "global":
-        by_density = _global(parts, densities)
-    elif scope == "tensor":
-        by_density = _apart([locate([part], [kept(m, part.numel) for m in densities]) for part in parts], densities)
-    else:
-        widths = [(target.shape(name) or (1,))[-1] for name in names]
-        counts = [[kept(m, width) for m in densities] for width in widths]
-        by_density = _apart(list(map(row_cuts, parts, widths, counts)), densities)
-    return {density: dict(zip(names, row, strict=True)) for density, row in zip(densities, by_density, strict=True)}
+        return _global(every, densities)
+    if scope == "tensor":
+        counts = [[kept(m, part.numel) for m in densities] for part in every[0]]
+        alone = [[[part] for part in parts] for parts in zip(*every, strict=True)]  # [parameter][target]
+        columns = list(map(locate_each, alone, counts))
+        return [_apart([column[index] for column in columns], densities) for index in range(len(every))]
+    widths = [(shape or (1,))[-1] for shape in shapes]
+    counts = [[kept(m, width) for m in densities] for width in widths]
+    return [_apart(list(map(row_cuts, parts, widths, counts)), densities) for parts in every]
 
 
-def difference(target: Weights, reference: Weights, name: str) -> Part:
-    """Return one parameter of ``target - reference`` as a stream part that subtracts what it is asked for."""
-    numel = 1
-    for extent in target.shape(name):
-        numel *= extent
-    left, right = _flat(target, name), _flat(reference, name)
-    return Part(numel, lambda at: wide(left()[at]) - wide(right()[at]))
+def differences(target: Weights, reference: Weights) -> list[Part]:
+    """Return ``target - reference``, parameter by parameter, as parts that subtract what they are asked for."""
+    latest = _Latest(checked=True)
+    return [_difference(target, reference, name, latest) for name in target.mergeable()]
 
 
-@lru_cache(maxsize=2)  # the stream asks for block after block of one parameter of two models
-def _read(weights: Weights, name: str) -> Tensor:
-    return weights.read_finite(name).reshape(-1)
+def _difference(target: Weights, reference: Weights, name: str, latest: _Latest) -> Part:
+    sources = unwatched(target), unwatched(reference)
+
+    def read(at: slice | Tensor) -> Tensor:
+        left, right = wide(latest.read(target, name)[at]), latest.read(reference, name)[at]
+        return left - wide(right)
+
+    def peek(at: slice | Tensor) -> Tensor:
+        left, right = (wide(source[name].reshape(-1)[at]) for source in sources)
+        return left - right
+
+    return Part(torch.Size(target.shape(name)).numel(), read, peek)
 
 
-def _flat(weights: Weights, name: str) -> Callable[[], Tensor]:
-    return lambda: _read(weights, name)
+class _Latest:
+    """The tensor of each of some models that was read last: a stream asks for block after block of one.
+
+    Args:
+        checked: Whether NaN and infinity are refused here; where a selection refuses them, that would be one more pass.
+    """
+
+    def __init__(self, *, checked: bool) -> None:
+        self._checked, self._lock = checked, Lock()
+        self._held: WeakKeyDictionary[Weights, tuple[str, Tensor]] = WeakKeyDictionary()
+
+    def read(self, weights: Weights, name: str) -> Tensor:
+        """Return a tensor, flat."""
+        with self._lock:
+            held = self._held.pop(weights, None)
+            if held is None or held[0] != name:
+                held = None  # freed before the next is computed
+                held = name, (weights.read_finite(name) if self._checked else weights[name]).reshape(-1)
+            self._held[weights] = held
+            return held[1]
 
 
-def _global(parts: Sequence[Part], densities: Sequence[float]) -> list[list[Located]]:
-    total = sum(part.numel for part in parts)
-    offsets = [0, *accumulate(part.numel for part in parts)][: len(parts)]
-    return [[(cut, offset) for offset in offsets] for cut in locate(parts, [kept(m, total) for m in densities])]
+def _global(every: Sequence[Sequence[Part]], densities: Sequence[float]) -> list[list[list[Located]]]:
+    sizes = [part.numel for part in every[0]]
+    offsets = [0, *accumulate(sizes)][: len(sizes)]
+    found = locate_each(every, [kept(m, sum(sizes)) for m in densities])
+    return [[[(cut, offset) for offset in offsets] for cut in cuts] for cuts in found]
 
 
 def _apart(by_parameter: Sequence[Sequence[Cut | RowCut]], densities: Sequence[float]) -> list[list[Located]]:

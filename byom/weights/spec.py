@@ -19,6 +19,9 @@ class Spec(NamedTuple):
     dtype: torch.dtype
 
 
+Specs = Mapping[str, Spec]
+
+
 class Files(Protocol):
     """The part of opened files that finding ties needs: where they lie, what they hold, and their own notes of ties."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from byom.errors import CheckpointError, OptionError
 from byom.functional.tensors import finite, narrowed, packed, require_result, require_values, shared, wide
+from byom.storage import shards
 from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
 from byom.weights.match import matched, not_finite
-from byom.weights.spec import Reader, Spec
+from byom.weights.spec import Reader, Spec, Specs
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
@@ -70,9 +70,8 @@ class Weights:
     def open(cls, path: str | Path) -> Weights:
         """Open a ``.safetensors`` file, or a folder with one or with shards and their index; tensors are read later.
 
-        Tensors of files that byom wrote are checked against their checksum when they are first read. Names that a
-        ``config.json`` beside the file ties to one in it are there too; tied tensors that it holds twice are tied if
-        they are equal.
+        Tensors of files that byom wrote are checked against their checksum when first read. Names that a neighbouring
+        ``config.json`` ties to one in it are there too; tied tensors that it holds twice are tied if they are equal.
 
         Args:
             path: The file or folder.
@@ -242,8 +241,14 @@ class Weights:
         ties = joined([name for name in every if name in specs] for every in groups(self._ties).values())
         return self._like(self.raw, specs, ties)
 
-    def save(self, folder: str | Path, shard_bytes: int = 5_000_000_000, dtype: torch.dtype | None = None) -> Path:
-        """Write the tensors as safetensors with checksums, one shard in memory at a time, all or nothing.
+    def save(
+        self,
+        folder: str | Path,
+        shard_bytes: int = 5_000_000_000,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Path:
+        """Write the tensors as safetensors with checksums, one after the other, all or nothing.
 
         Of tied names the file holds that of the input embedding, as transformers keeps it.
 
@@ -251,26 +256,26 @@ class Weights:
             folder: Created, or replaced as a whole if it holds an earlier result of this method.
             shard_bytes: Largest size of one file in bytes; a single larger tensor gets its own file.
             dtype: What floating-point tensors are written in; None keeps theirs.
+            progress: Called with the bytes of each tensor that has been written.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: If the folder cannot be written, or a value is not finite or beyond what its dtype can
-                hold; then nothing changes.
+            CheckpointError: If the folder cannot be written or a value does not fit its dtype; then nothing changes.
         """
         if dtype is not None:
-            return self.to(dtype).save(folder, shard_bytes)
+            return self.to(dtype).save(folder, shard_bytes, progress=progress)
         aliases = unwritten(self._ties, self._doubled)
-        sizes = {name: storage.size(*self._specs[name]) for name in self.keys() if name not in aliases}
-        return storage.save(Path(folder), sizes, partial(_result, self), aliases, shard_bytes)
+        specs = {name: self._specs[name] for name in self.keys() if name not in aliases}
+
+        def result(name: str) -> Tensor:
+            return require_result(self[name], f"{self.origin}: tensor '{name}'")
+
+        return shards.save(Path(folder), specs, result, aliases, shard_bytes, progress)
 
     def _like(
-        self,
-        read: Reader,
-        specs: Mapping[str, Spec] | None = None,
-        ties: Mapping[str, str] | None = None,
-        origin: str = "",
+        self, read: Reader, specs: Specs | None = None, ties: Mapping[str, str] | None = None, origin: str = ""
     ) -> Weights:
         specs, ties = self._specs if specs is None else specs, self._ties if ties is None else ties
         origin, doubled, carried = origin or self.origin, self._doubled, self._carried
@@ -293,7 +298,3 @@ class Weights:
         read = combined(left, right, op, difference=difference)
         both = left.carrying(other._carried)
         return both._like(read, results(left, difference=difference), origin=f"({self.origin} {sign} {other.origin})")
-
-
-def _result(weights: Weights, name: str) -> Tensor:
-    return require_result(weights[name], f"{weights.origin}: tensor '{name}'")

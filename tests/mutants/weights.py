@@ -76,22 +76,22 @@ WEIGHTS = (
     Mutant(
         "cuts-of-one-scope-serve-the-other",
         "weights",
-        "setdefault((reference.fingerprint(), scope), {})",
-        'setdefault((reference.fingerprint(), "global"), {})',
+        "key = (reference.fingerprint(), scope)",
+        'key = (reference.fingerprint(), "global")',
         ("tests/contract/test_variants.py -k scope",),
     ),
     Mutant(
         "cuts-of-one-reference-serve-another",
         "weights",
-        "setdefault((reference.fingerprint(), scope), {})",
-        "setdefault((target.fingerprint(), scope), {})",
+        "key = (reference.fingerprint(), scope)",
+        "key = (targets[0].fingerprint(), scope)",
         ("tests/unit/test_cuts.py",),
     ),
     Mutant(
         "a-sweep-forgets-the-density-asked-for",
         "weights",
-        "zip(densities, by_density, strict=True)}",
-        "zip(sorted(densities, reverse=True), by_density, strict=True)}",
+        "zip(densities, each, strict=True)",
+        "zip(sorted(densities, reverse=True), each, strict=True)",
         ("tests/unit/test_cuts.py",),
     ),
     Mutant(
@@ -181,8 +181,8 @@ WEIGHTS = (
     Mutant(
         "results-of-any-value-are-written",
         "weights",
-        "return require_result(weights[name], f",
-        "return str and weights[name] if True else (f",
+        "return require_result(self[name], f",
+        "return str and self[name] if True else (f",
         ("tests/reliability/test_values.py -k written",),
     ),
 )

@@ -319,7 +319,9 @@ WRITES = re.compile(
 )
 BEHIND = {  # what writes with its own hands, and what stands in front of it
     "byom/storage/atomic.py": "drafts",
-    "byom/storage/tensor_files.py": "a draft; its index lies in a folder that is swapped in",
+    "byom/storage/tensor_files.py": "a draft",
+    "byom/storage/streamed.py": "a draft",
+    "byom/storage/shards.py": "a folder that is swapped in: the index",
     "byom/storage/place.py": "a probe that is removed",
     "byom/checkpoint/bundle.py": "a folder that is swapped in",
     "byom/checkpoint/adapters/export.py": "a folder that is swapped in",

@@ -4,16 +4,19 @@ import json
 import os
 import re
 import struct
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from byom.errors import CheckpointError
+from byom.storage import streamed
 from byom.storage import tensor_files as storage
 from byom.storage.lock import owner
-from byom.weights import Weights
+from byom.weights import Spec, Weights
 from tests.problems import bits, counted, model, same
 
 
@@ -87,14 +90,58 @@ def test_shards_keep_to_the_limit_unless_one_tensor_is_larger(weights, folder, l
         assert sizes and (sum(sizes) <= limit or sum(size > 0 for size in sizes) == 1)
 
 
-def test_saving_holds_one_shard(weights, folder, monkeypatch):
-    watched, reads = counted(weights)
-    held = []
-    write = storage._write
-    monkeypatch.setattr(storage, "_write", lambda path, *rest: (held.append(len(reads)), write(path, *rest)))
-    watched.save(folder, shard_bytes=100)
-    assert len(held) > 2 and held == sorted(set(held)) and held[0] == 0
-    assert sorted(reads) == weights.canonical()
+def test_saving_is_never_more_than_a_few_tensors_ahead(folder, monkeypatch):
+    """Each tensor is freed once it is written: what waits is bounded by bytes, whatever the size of a shard."""
+    monkeypatch.setattr(streamed, "WAITING", 3000)
+    alive: list[weakref.ref] = []
+    most = []
+
+    def read(name):
+        tensor = torch.full((250,), float(name))
+        alive.append(weakref.ref(tensor))
+        most.append(sum(ref() is not None for ref in alive))
+        return tensor
+
+    names = [f"{number:03}" for number in range(60)]
+    saved = Weights({name: Spec((250,), torch.float32) for name in names}, read).save(folder)
+    assert max(most) <= 3000 // 1000 + 2 and len(alive) == 60
+    assert all(bool((Weights.open(saved)[name] == float(name)).all()) for name in names)
+
+
+def test_what_is_written_is_told_by_the_byte(weights, folder):
+    told = []
+    weights.save(folder, shard_bytes=100, progress=told.append)
+    assert sum(told) == sum(weights[name].nbytes for name in weights.canonical())
+    assert len(told) == len(weights.canonical())
+    cast: list[int] = []
+    weights.save(folder, dtype=torch.float64, progress=cast.append)
+    assert sum(cast) > sum(told)
+
+
+def test_files_are_those_of_the_library_itself(tmp_path):
+    """Every type, names in an order of their own, an empty tensor, one without axes, and names beyond ASCII."""
+    state = {f"{'zyx'[i % 3]}.{i}": torch.arange(i % 4, 6).to(dtype) for i, dtype in enumerate(storage.DTYPES.values())}
+    state |= {'\u00e9 "quoted"': torch.ones(2, 3), "empty": torch.ones(0, 4), "a scalar": torch.tensor(3.0)}
+    specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    streamed.write_streamed(tmp_path / "ours", specs, state.__getitem__, {"format": 1})
+    ours = (tmp_path / "ours").read_bytes()
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        metadata = file.metadata()
+    theirs = save(state, metadata=metadata)
+    tables = [raw[8 : 8 + int.from_bytes(raw[:8], "little")] for raw in (ours, theirs)]
+    assert ours[8 + len(tables[0]) :] == theirs[8 + len(tables[1]) :] and len(tables[0]) % 8 == 0
+    first, second = (json.loads(table) for table in tables)
+    assert first == second and list(first) == list(second)
+    assert json.loads(metadata["byom"])["crc32"] == {name: storage.crc32(tensor) for name, tensor in state.items()}
+    streamed.write_streamed(tmp_path / "again", dict(reversed(specs.items())), state.__getitem__, {"format": 1})
+    assert (tmp_path / "again").read_bytes() == ours
+
+
+def test_a_tensor_that_is_not_what_was_announced_is_refused(folder):
+    odd = Weights({"a": Spec((2, 3), torch.float32)}, lambda _: torch.zeros(3, 2), origin="merged")
+    with pytest.raises(CheckpointError, match=r"'a' came out as \(3, 2\).*\(2, 3\).*announced"):
+        odd.save(folder)
+    assert not folder.exists()
 
 
 def test_no_tensor_at_all_survives(folder):
@@ -172,7 +219,7 @@ def test_a_full_disk_is_named_with_a_remedy(weights, folder, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr(streamed, "crc32", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*model.*No space left.*Free space"):
         weights.save(folder)
     assert list(folder.parent.iterdir()) == []

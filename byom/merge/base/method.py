@@ -127,6 +127,9 @@ class TensorwiseMethod(MergeMethod):
 class PlannedMethod(MergeMethod):
     """A method that streams over all parameters once or twice before it can merge any of them."""
 
+    passes: ClassVar[int] = 1
+    """How often `plan` reads all models; for showing how far it is."""
+
     @abstractmethod
     def plan(self, problem: Problem) -> Any:
         """Find what has to be known about the whole model, such as a global threshold."""

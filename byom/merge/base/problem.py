@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from byom.merge.base.probe import Probe
 from byom.merge.base.running import averaged
 from byom.weights import Weights
 from byom.weights.align import aligned
+from byom.weights.watched import watched
 
 BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
 
@@ -121,6 +123,19 @@ class Problem:
         finetuned = {task: agreed(expert) for task, expert in self.finetuned.items()}
         members = {t: [Member(agreed(m.weights), m.statistics) for m in each] for t, each in self.members.items()}
         return replace(self, pretrained=agreed(self.pretrained), finetuned=finetuned, members=members)
+
+    def watched(self, callback: Callable[[int], None]) -> Problem:
+        """Return the same problem, whose models call back with the bytes of each tensor that is read.
+
+        Planning reads all models `PlannedMethod.passes` times, and reading the merged model once more.
+
+        Args:
+            callback: See `byom.weights.watched.watched`.
+        """
+        seen = copy(self)  # not replace, which would compare the models again
+        object.__setattr__(seen, "pretrained", watched(self.pretrained, callback))
+        object.__setattr__(seen, "finetuned", {t: watched(each, callback) for t, each in self.finetuned.items()})
+        return seen
 
     def inputs(self) -> Probe:
         """Return the probe.
