@@ -151,6 +151,7 @@ def files_of(result: Result) -> Path | None:
 
 def _complete(folder: Path, place: Path | None, weights: Weights, models: Models) -> None:
     beside.copy(place, folder)
+    models.vocabulary.complete(folder, place)
     untied = set(models.base.ties) - set(weights.ties) if set(models.base) <= set(weights) else set()
     beside.configured(folder, weights, {"tie_word_embeddings": False} if untied else {})
 

@@ -67,9 +67,11 @@ def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, An
         if (folder / name).is_dir():
             weights = Weights.open(folder / name)
             beside.copy(files_of(result), folder / name)
+            models.vocabulary.complete(folder / name, files_of(result))
             beside.configured(folder / name, weights, _untied(models, weights))
     for name, expert in models.heads.items():
         beside.copy(_place(expert), folder / HEADS / name)
+        models.vocabulary.complete(folder / HEADS / name, _place(expert))
         beside.configured(folder / HEADS / name, expert.weights, {})
     recipe = yaml.safe_dump(dict(result.request.recipe), sort_keys=False, allow_unicode=True)
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
