@@ -34,6 +34,8 @@ Commands
                        byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1
   convert  a checkpoint of another format (pickles run nothing) as safetensors:
                        byom convert finetuned.pt FOLDER like=clip_vit_b32
+  convert-recipe  a recipe of mergekit as one of byom merge, which says where results differ:
+                       byom convert-recipe mergekit.yaml recipe.yaml
   list     methods, variants, suites, backbones, and the experts in the cache
 
 Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
@@ -133,6 +135,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
     **{name: _command(name, "folders") for name in ("merge", "unpack")},
+    "convert-recipe": _command("convert_recipe", "recipes"),
 }
 
 if __name__ == "__main__":
