@@ -131,7 +131,8 @@ def _scaled(made: Conversion, settings: Settings, prefix: str = "merge", *, mean
         total = sum(common)
         if len(factor) > 1 or abs(total) < 1e-8:
             raise OptionError(f"normalize divides by the sum of the weights, {total:g} here, which no option says")
-        factor, scale = [(None, 1.0)], [(pattern, value / total) for pattern, value in scale]
+        factor = [(None, 1.0)]
+        scale = [(pattern, value / total) for pattern, value in scale]
     made.options[f"{prefix}.weights"] = list(common)
     _factor(made, factor, scale, prefix)
 

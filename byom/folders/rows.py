@@ -84,19 +84,22 @@ class Owners:
     names: Mapping[str, Mapping[str, str]]
     rows: Mapping[int, Sequence[tuple[str, int]]]
 
-    def fill(self, name: str, table: Tensor, mean: Tensor) -> None:
-        """Write the rows into a table whose first axis is that of the tokens."""
-        held: dict[str, Tensor] = {}
-        for row, owners in self.rows.items():
-            values: list[Tensor] = []
-            for task, place in owners:
-                if name not in self.names[task]:
-                    continue
-                if task not in held:
-                    theirs = self.names[task][name]
-                    held[task] = self.models[task][theirs].movedim(axis(name), 0)
-                values.append(wide(held[task][place]))
-            table[row] = (torch.stack(values).mean(0) if values else mean).to(table.dtype)
+    def values(self, name: str, own: Tensor) -> Tensor:
+        """Return the rows, in the order in which they are named, reading one model's table at a time.
+
+        Args:
+            name: A table of the base's.
+            own: Its values, tokens along the first axis.
+        """
+        total = wide(own.new_zeros((len(self.rows), *own.shape[1:])))
+        count = torch.zeros(len(self.rows), *[1] * (own.dim() - 1))
+        for task, weights in self.models.items():
+            places = [(n, row) for n, owners in enumerate(self.rows.values()) for of, row in owners if of == task]
+            if places and name in self.names[task]:
+                here, there = (torch.tensor(each) for each in zip(*places, strict=True))
+                total[here] += wide(weights[self.names[task][name]].movedim(axis(name), 0)[there])
+                count[here] += 1
+        return torch.where(count > 0, total / count.clamp(min=1), wide(own).mean(0)).to(own.dtype)
 
 
 def grown(base: Weights, names: Sequence[str], rows: int, owners: Owners, ties: Mapping[str, str]) -> Weights:
@@ -109,14 +112,17 @@ def grown(base: Weights, names: Sequence[str], rows: int, owners: Owners, ties: 
         owners: Where rows come from that are not the base's own.
         ties: Alias to canonical name of what stays tied.
     """
+    held: dict[str, Tensor] = {}  # every expert's table is read with the base's, and with it these rows
 
     def read(name: str) -> Tensor:
         if name not in names:
             return base[name]
         own = base[name].movedim(axis(name), 0)
+        if name not in held:
+            held[name] = owners.values(name, own)
         table = own.new_zeros((rows, *own.shape[1:]))
         table[: len(own)] = own
-        owners.fill(name, table, wide(own).mean(0))
+        table[torch.tensor(list(owners.rows))] = held[name]
         return table.movedim(0, axis(name)).contiguous()
 
     return _resized(base, dict.fromkeys(names, rows), read, ties)
