@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from byom.errors import OptionError, listed, suggest
-from byom.folders.mergekit_settings import Model, Pairs, Settings, factors, models_of, reference
+from byom.folders.mergekit_settings import Model, Pairs, Settings, factors, models_of, reference, scalar
 
 KEYS = (
     "models", "slices", "modules", "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -158,10 +158,11 @@ def _ties(made: Conversion, settings: Settings) -> None:
     if settings.flag("rescale", default=False):
         raise OptionError("rescale with ties keeps the norm of what is trimmed, for which byom has no option")
     mean = settings.flag("normalize", default=True)
-    made.options |= {"merge": "ties", "merge.density": min(max(settings.one("density", 1.0), 0.0), 1.0)}
-    made.options |= {"merge.scope": "tensor", "merge.combine": "mean" if mean else "sum"}
+    each = [min(max(scalar("density", pairs), 0.0), 1.0) for pairs in settings.each("density", 1.0)]
+    densities = {"merge.density": each[0]} if len(set(each)) == 1 else {"merge.densities": each}
+    made.options |= {"merge": "ties", **densities, "merge.scope": "tensor", "merge.combine": "mean" if mean else "sum"}
     _scaled(made, settings, mean=mean)
-    made.notes += [COUNTS] * (made.options["merge.density"] < 1) + [SIGNS]
+    made.notes += [COUNTS] * (min(each) < 1) + [SIGNS]
 
 
 def _dare_linear(made: Conversion, settings: Settings) -> None:

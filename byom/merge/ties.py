@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from byom.errors import fraction, one_of
+from byom.errors import OptionError, fraction, one_of
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total, weighted
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
-from byom.merge.base.checks import signed_weights
+from byom.merge.base.checks import fractions, signed_weights
 from byom.weights.cuts import Cuts, Scope, cuts_of_each, require_scope
 
 
@@ -72,9 +72,12 @@ class Ties(PlannedMethod):
             along a tensor's last axis on its own.
         weights: Task weights (w) of either sign, in the order of the tasks; empty weighs them equally. For ``mean``
             only ratios matter.
+        densities: Fraction of entries kept of each task, in the order of the tasks, where they differ; empty keeps
+            `density` of all.
 
     Raises:
-        OptionError: If a hyperparameter is out of range, or the weights are not one finite number per task.
+        OptionError: If a hyperparameter is out of range, or the weights are not one finite number per task, or the
+            densities not one fraction per task.
 
     References:
         TIES-Merging: Resolving Interference When Merging Models, algorithm 1. https://arxiv.org/abs/2306.01708
@@ -93,6 +96,7 @@ class Ties(PlannedMethod):
     combine: Literal["mean", "sum"] = "mean"
     scope: Scope = "global"
     weights: tuple[float, ...] = ()
+    densities: tuple[float, ...] = ()
 
     title = "TIES"
     passes: ClassVar[int] = 2
@@ -103,13 +107,29 @@ class Ties(PlannedMethod):
         one_of("merge.combine", self.combine, ("mean", "sum"))
         require_scope("merge.scope", self.scope)
         object.__setattr__(self, "weights", signed_weights(self.weights))
+        object.__setattr__(self, "densities", fractions("merge.densities", self.densities))
+
+    def check(self, problem: Problem) -> None:
+        """Refuse densities of another number than the tasks, besides what every method refuses."""
+        super().check(problem)
+        if self.densities and len(self.densities) != len(problem.tasks):
+            raise OptionError(
+                f"merge.densities has {len(self.densities)} values for {len(problem.tasks)} tasks "
+                f"({', '.join(problem.tasks)}); give one per task, in this order"
+            )
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
-        by_task = cuts_of_each([*problem.finetuned.values()], problem.pretrained, self.density, self.scope)
-        undecided = Trimming(by_task, 0.0, self.weights)
+        undecided = Trimming(self._cuts(problem), 0.0, self.weights)
         votes = sum(undecided.votes(problem.group(name)) for name in problem.pretrained.mergeable())
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))
+
+    def _cuts(self, problem: Problem) -> list[Cuts]:
+        """Return each task's cut; those of several densities are found in one pass."""
+        each = self.densities or (self.density,) * len(problem.tasks)
+        experts, base = [*problem.finetuned.values()], problem.pretrained
+        found = {density: cuts_of_each(experts, base, density, self.scope, each) for density in each}
+        return [found[density][task] for task, density in enumerate(each)]
 
     def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""

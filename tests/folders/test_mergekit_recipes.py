@@ -70,7 +70,7 @@ RECIPES = {
     "linear adding to 1": recipe(
         "linear", [("a", {"weight": 0.7}), ("b", {"weight": 0.3})], None, parameters={"normalize": False}
     ),
-    "task_arithmetic": recipe("task_arithmetic", [("a", {"weight": 0.7}), ("b", {"weight": -0.4})], parameters=GLOBAL),
+    "task_arithmetic": recipe("task_arithmetic", [("b", {"weight": 0.7}), ("a", {"weight": -0.4})], parameters=GLOBAL),
     "task_arithmetic normalised": recipe("task_arithmetic", parameters={"normalize": True, "int8_mask": True}),
     "task_arithmetic by names": recipe(
         "task_arithmetic", parameters={
@@ -82,6 +82,7 @@ RECIPES = {
         parameters={"weight": [{"filter": "mlp", "value": 0.5}, {"value": 1}]},
     ),
     "ties": recipe("ties", DENSE, parameters=GLOBAL),
+    "ties of densities": recipe("ties", [("a", {"weight": 1, "density": 0.3}), ("b", {"weight": 0.5, "density": 1.0})]),
     "ties summed": recipe("ties", DENSE, parameters={"normalize": False}),
     "ties by names": recipe("ties", [(name, {"density": 0.5}) for name in "abc"],
                             parameters={"weight": [{"filter": "mlp", "value": 0.5}, {"value": 0}]}),

@@ -54,6 +54,25 @@ def test_golden_trimming_comes_before_weights():
     ]
 
 
+def test_golden_densities_of_each_task():
+    taus = [4.0, 3.0, -2.0], [-1.0, 2.0, -3.0]
+    assert merged(Ties(1 / 3, densities=(2 / 3, 1 / 3)), *taus).tolist() == [4.0, 3.0, -3.0]
+    assert merged(Ties(densities=(1.0, 0.0)), *taus).tolist() == taus[0]
+    for scope in ("global", "tensor", "row"):
+        assert torch.equal(
+            merged(Ties(0.9, scope=scope, densities=(0.4, 0.4)), *taus), merged(Ties(0.4, scope=scope), *taus)
+        )
+
+
+def test_densities_are_one_fraction_per_task():
+    with pytest.raises(OptionError, match=r"merge.densities has 3 values for 2 tasks \(t0, t1\)"):
+        merged(Ties(densities=(0.1, 0.2, 0.3)), [1.0], [2.0])
+    for odd in ((0.1, 1.5), "0.1", (0.1, "a"), 0.3):
+        with pytest.raises(OptionError, match=r"merge\.densities="):
+            Ties(densities=odd)  # pyright: ignore[reportArgumentType]
+    assert signature(Ties()) == signature(Ties(densities=[]))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_weights_of_1_are_no_weights(combine, dtype):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 
-from byom.errors import CheckpointError, OptionError
+from byom.errors import CheckpointError, OptionError, fraction
 from byom.merge.base.method import MergeMethod
 from byom.merge.base.problem import Group, Problem
 
@@ -35,6 +35,19 @@ def signed_weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 def _finite(weight: object) -> bool:
     return isinstance(weight, int | float) and not isinstance(weight, bool) and isfinite(weight)
+
+
+def fractions(option: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Return one fraction per task as floats.
+
+    Raises:
+        OptionError: If they are not a list of numbers in [0, 1].
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(_finite, values)):
+        raise OptionError(f"{option}={values} is not a list of fractions; write {option}=[0.2,0.5], one per task")
+    for value in values:
+        fraction(option, value)
+    return tuple(map(float, values))
 
 
 def task_weights(weights: Sequence[float], problem: Problem) -> list[float]:
