@@ -13,12 +13,16 @@ from byom.errors import CheckpointError
 from byom.functional.tensors import wide
 from byom.weights import Spec, Weights
 from byom.weights.match import LOGITS, is_resized
+from byom.weights.ties import OUTPUT
 
 INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|token_embedding|embed_in|shared|embeddings)\.weight$"
 )
-INNER = re.compile(r"\.\d+\.|dense|transform|norm|(^|[._])ln", re.IGNORECASE)
-"""Parts of the names of layers, of which a width may by chance be that of the vocabulary."""
+INNER = re.compile(
+    r"\.\d+\.|dense|(^|[._])transform([._]|$)|norm|(^|[._])ln|(^|[._])rel_|relative|position|(^|[._])wpe|_type|segment",
+    re.IGNORECASE,
+)
+"""Parts of the names of what is no table of tokens, though its width may by chance be that of the vocabulary."""
 ALIKE = 0.5
 """Cosine of two models' tables, about their mean rows, from which rows at one place are taken for one token's."""
 
@@ -56,10 +60,11 @@ def tables(weights: Weights, rows: int) -> list[str]:
     def is_table(name: str) -> bool:
         shape = weights.shape(name)
         matrix = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
-        named = is_resized(name, shape, shape) and not INNER.search(name)
-        return named and matrix and shape[axis(name)] == rows
+        named = (is_resized(name, shape, shape) or OUTPUT.search(name)) and not INNER.search(name)
+        return bool(named) and matrix and shape[axis(name)] == rows
 
-    return [name for name in weights if is_table(name)]
+    found = {weights.ties.get(name, name) for name in weights if is_table(name)}
+    return [name for name in weights if weights.ties.get(name, name) in found]
 
 
 def counterpart(name: str, weights: Weights) -> str | None:

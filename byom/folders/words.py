@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from byom.folders.source import Source
 from byom.storage.tokens import SETTINGS, Tokenizer, extended, replaced
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+IDS = re.compile(r"token_(ids?|index)$|suppress_tokens$|^bad_words_ids$")
+"""Settings that are tokens' ids."""
 LEAST = 0.5
 """Share of rows with one token in both, below which two vocabularies of one size are different ones."""
 
@@ -82,6 +85,8 @@ class Words:
         Raises:
             CheckpointError: If a configuration names a token that there is no more.
         """
+        if place not in self.models:  # a model without tokens
+            return
         for name in (CONFIG, GENERATION):
             if (folder / name).is_file():
                 self._configure(folder / name, place, is_model=name == CONFIG)
@@ -121,10 +126,8 @@ class Words:
             if key == "vocab_size" and entry == rows:
                 counted.append(key)
                 return self.rows
-            if key.endswith("token_id") or key.endswith("token_ids"):
-                many = isinstance(entry, list)
-                new = [self._renumbered(one, key, place, tokenizer) for one in (entry if many else [entry])]
-                return new if many else new[0]
+            if IDS.search(key):
+                return self._renumbered(entry, key, place, tokenizer)
             return entry
 
         config = changed(config)
@@ -140,7 +143,9 @@ class Words:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _renumbered(self, number: Any, key: str, place: Path, tokenizer: Tokenizer | None) -> Any:
-        """Return the id of the same token in the result."""
+        """Return the id of the same token in the result; of a list, those of its entries."""
+        if isinstance(number, list):
+            return [self._renumbered(each, key, place, tokenizer) for each in number]
         if place == self.home or type(number) is not int or number < 0:
             return number
         token = None if tokenizer is None else tokenizer.tokens.get(number)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from byom.__main__ import main
+from byom.folders.rows import rows_of, tables
 from byom.folders.source import Source
 from byom.folders.vocabulary import agreed
 from byom.weights import Weights
@@ -223,6 +224,41 @@ def test_the_files_of_an_expert_have_the_ids_of_the_result(tmp_path, capsys):
         assert config["eos_token_id"] == [6, 2] and config["bos_token_id"] == 2
     assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }}"
     assert tokens(tmp_path / "out")["</s>"] == 2
+
+
+def test_an_output_layer_of_any_name_follows_its_tokens(tmp_path):
+    """A head that no embedding's name tells, as of one size it would be merged by place unnoticed."""
+    order = [1, 0, 2, 3, 5, 4]
+    raws = {}
+    for name, words in (("base", WORDS), ("a", [WORDS[row] for row in order])):
+        written(tmp_path / name, words)
+        held = {
+            "tok_embeddings.weight": torch.randn(6, 4),
+            "output.weight": torch.randn(6, 4),
+            "norm.weight": torch.ones(6),
+        }
+        raws[name] = Weights.of(held | {"layers.0.output.weight": torch.randn(6, 4)})
+    sources = {name: Source(name, tmp_path / name) for name in raws}
+    _, experts, _ = agreed("base", sources["base"], raws["base"], {"a": sources["a"]}, {"a": raws["a"]})
+    for name in raws["a"]:
+        moved = name in ("tok_embeddings.weight", "output.weight")
+        assert torch.equal(experts["a"][name], raws["a"][name][order] if moved else raws["a"][name]), name
+
+
+def test_only_what_has_a_row_per_token_is_a_table():
+    """Widths are those of the vocabulary here, so that names alone tell."""
+    square = ["transformer.wte.weight", "lm_head.weight", "cls.predictions.decoder.weight", "pred_layer.proj.weight"]
+    biases = ["cls.predictions.bias", "lm_head.bias"]
+    others = [
+        "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight", "cls.predictions.transform.dense.weight",
+        "encoder.rel_embeddings.weight", "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight",
+        "lm_head.dense.weight",
+    ]  # fmt: skip
+    state = {name: torch.randn(4, 4) for name in square + others}
+    state |= {name: torch.randn(4) for name in [*biases, "embeddings.LayerNorm.bias", "transformer.ln_f.weight"]}
+    weights = Weights.of(state | {"final_logits_bias": torch.randn(1, 4)})
+    assert rows_of(weights, "w") == 4
+    assert set(tables(weights, 4)) == {*square, *biases, "final_logits_bias"}
 
 
 def test_a_bundle_has_the_vocabulary_of_the_result(tmp_path):
