@@ -86,18 +86,18 @@ def converted(content: Any) -> Conversion:
 
 
 def _require_whole_models(method: str, content: Mapping[str, Any]) -> None:
-    for key in ("slices", "modules"):
-        if content.get(key):
-            raise OptionError(
-                f"'{key}' puts layers of models together, and byom merges whole models. Write them under "
-                "'models'; there is no option for layer ranges"
-            )
     if method == "passthrough":
         raise OptionError("passthrough stacks layers of models; byom merges whole models and has no option for it")
     if method not in METHODS:
         near = NEAREST.get(method)
         known = f"the nearest is {near}, which gives another model" if near else suggest(method, METHODS)
         raise OptionError(f"byom has no method '{method}' of mergekit's; {known}")
+    for key in ("slices", "modules"):
+        if content.get(key):
+            raise OptionError(
+                f"'{key}' puts layers of models together, and byom merges whole models. Write them under "
+                "'models'; there is no option for layer ranges"
+            )
     if content.get("chat_template"):
         raise OptionError("chat_template has no option; take it out, and copy the template into the merged folder")
 

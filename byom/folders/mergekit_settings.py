@@ -147,7 +147,13 @@ class Settings:
         return [self._pairs(key, (model.parameters, self.parameters), default, model.name) for model in self.models]
 
     def pairs(self, key: str, default: float) -> Pairs:
-        """Return the values of a parameter of all."""
+        """Return the values of a parameter of all.
+
+        Raises:
+            OptionError: If a model has it, where mergekit does not look for it.
+        """
+        if own := [model.name for model in self.models if key in model.parameters]:
+            raise OptionError(f"{key} of {own[0]} has no effect in mergekit; write it under 'parameters' of the recipe")
         return self._pairs(key, (self.parameters,), default, "")
 
     def one(self, key: str, default: float) -> float:
@@ -199,9 +205,10 @@ def _number(key: str, value: Any) -> float:
     if many:
         values = {_number(key, entry) for entry in many}
         if len(values) > 1:
+            named = ", or name layers in filters: layers.0." if key == "lambda" else ""
             raise OptionError(
                 f"{key}: {value} is a value for each layer, between which mergekit interpolates; byom has one for all. "
-                "Give one, or name layers: scale={*.layers.0.*: FACTOR}"
+                f"Give one{named}"
             )
         return values.pop()
     try:

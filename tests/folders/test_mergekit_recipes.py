@@ -137,6 +137,11 @@ REFUSED = {
     "della": (recipe("della"), "the nearest is merge=dare merge@merge.then=ties"),
     "unknown": (recipe("tis"), "did you mean 'ties'"),
     "passthrough": (recipe("passthrough"), "passthrough stacks layers"),
+    "lambda of one": (
+        recipe("ties", [("a", {"weight": 1, "lambda": 0.5})]), "lambda of a has no effect in mergekit; write it under",
+    ),
+    "layers of lambda": (recipe("ties", WEIGHED, parameters={"lambda": [0, 1]}), "name layers in filters"),
+    "slerp of layers": ({"merge_method": "slerp", "slices": [{}]}, "byom has no method 'slerp'"),
     "slices": ({"merge_method": "linear", "slices": [{}]}, "no option for layer ranges"),
     "no base": (recipe("ties", base=None), "ties needs base_model"),
     "no weight": (recipe("ties", NONE), "weight of a is not given; mergekit demands it"),

@@ -251,8 +251,8 @@ def test_only_what_has_a_row_per_token_is_a_table():
     biases = ["cls.predictions.bias", "lm_head.bias"]
     others = [
         "transformer.wpe.weight", "transformer.h.0.mlp.c_fc.weight", "cls.predictions.transform.dense.weight",
-        "encoder.rel_embeddings.weight", "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight",
-        "lm_head.dense.weight",
+        "encoder.rel_embeddings.weight", "embeddings.token_type_embeddings.weight",
+        "embeddings.position_embeddings.weight", "lm_head.dense.weight",
     ]  # fmt: skip
     state = {name: torch.randn(4, 4) for name in square + others}
     state |= {name: torch.randn(4) for name in [*biases, "embeddings.LayerNorm.bias", "transformer.ln_f.weight"]}
