@@ -46,6 +46,7 @@ class FisherMerging(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Fisher merging"
+    previews = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -50,6 +50,7 @@ class HessianWeighted(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Hessian-weighted"
+    previews = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))
