@@ -27,6 +27,8 @@ class MergeMethod(ABC):
     """Name in tables."""
     merges: ClassVar[bool] = True
     """True where it makes a model of its own; otherwise the result is theta_0 itself."""
+    previews: ClassVar[bool] = False
+    """True where its `weights` stand for those of the tasks' losses in joint fine-tuning, which it previews."""
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:
