@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import yaml
@@ -27,6 +29,7 @@ from byom.weights import Weights
 
 RECIPE, CARD = "recipe.yaml", "README.md"
 HEADS = "heads"
+Settings = Mapping[str, Any]
 
 
 def require_apart(out: Path, sources: Iterable[Source]) -> None:
@@ -141,8 +144,8 @@ def whole(
     """
     weights = expert.whole(shared)
     weights.save(folder, dtype=dtype, progress=watch)
-    place = None if expert.source.is_adapter else expert.source.folder
-    _complete(folder, place, weights if dtype is None else weights.to(dtype), models)
+    place = models.source.folder if expert.source.is_adapter else expert.source.folder
+    _complete(folder, place, weights if dtype is None else weights.to(dtype), models, expert.settings)
 
 
 def files_of(result: Result) -> Path | None:
@@ -154,10 +157,12 @@ def files_of(result: Result) -> Path | None:
     return source.folder
 
 
-def _complete(folder: Path, place: Path | None, weights: Weights, models: Models) -> None:
+def _complete(
+    folder: Path, place: Path | None, weights: Weights, models: Models, settings: Settings = MappingProxyType({})
+) -> None:
     beside.copy(place, folder)
     untied = set(models.base.ties) - set(weights.ties) if set(models.base) <= set(weights) else set()
-    beside.configured(folder, weights, {"tie_word_embeddings": False} if untied else {})
+    beside.configured(folder, weights, {**settings, **({"tie_word_embeddings": False} if untied else {})})
 
 
 @contextmanager

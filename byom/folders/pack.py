@@ -16,7 +16,7 @@ from byom.checkpoint.convert import DTYPES
 from byom.checkpoint.patch import write_task_patch
 from byom.errors import OptionError, listed, one_of
 from byom.folders import beside, card
-from byom.folders.models import Expert, Models
+from byom.folders.models import Models
 from byom.folders.output import RECIPE, files_of, hashing, require_apart, require_space
 from byom.folders.result import Result, Watch, nbytes
 from byom.folders.skeleton import skeleton
@@ -83,8 +83,9 @@ def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, An
             beside.copy(files_of(result), folder / name)
             beside.configured(folder / name, weights, _untied(models, weights))
     for name, expert in models.heads.items():
-        beside.copy(_place(expert), folder / HEADS / name)
-        beside.configured(folder / HEADS / name, expert.weights, {})
+        place = models.source.folder if expert.source.is_adapter else expert.source.folder
+        beside.copy(place, folder / HEADS / name)
+        beside.configured(folder / HEADS / name, expert.weights, expert.settings)
     recipe = yaml.safe_dump(dict(result.request.recipe), sort_keys=False, allow_unicode=True)
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
     notes = {"kind": KIND, "byom": byom.__version__, "method": card.method(result)}
@@ -93,10 +94,6 @@ def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, An
 
 def _untied(models: Models, weights: Weights) -> dict[str, Any]:
     return {"tie_word_embeddings": False} if set(models.base.ties) - set(weights.ties) else {}
-
-
-def _place(expert: Expert) -> Path | None:
-    return None if expert.source.is_adapter else expert.source.folder
 
 
 def unpack(folder: Path, task: str, out: Path, dtype: str = "", to: str = "folder", server: str = "") -> Path:

@@ -23,10 +23,16 @@ def skeleton(folder: Path | None) -> nn.Module | None:
     config = configuration(folder / CONFIG)
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    return None if not isinstance(name, str) else _built(json.dumps(config), name)
+    return None if not isinstance(name, str) else built(json.dumps(config), name)
 
 
-def _built(config: str, name: str) -> nn.Module | None:
+def built(config: str, name: str) -> nn.Module | None:
+    """Return a module of one of transformers' classes on the meta device; None if it cannot be built.
+
+    Args:
+        config: The configuration as JSON.
+        name: The class.
+    """
     import transformers
 
     settings: dict[str, Any] = json.loads(config)
