@@ -24,7 +24,8 @@ from byom.errors import CheckpointError, OptionError, suggest, whole
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
-State = tuple[torch.dtype, torch.device, int, int]  # a tensor's kind and place, and how often it was written
+Kind = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and strides
+State = tuple[Kind, torch.device, int, int]  # its kind and place, and how often it was written
 
 
 class Attached:
@@ -82,6 +83,11 @@ class Attached:
     def cached_bytes(self) -> int:
         """Bytes of the positions that are kept decoded."""
         return sum(patch.nbytes for patch in self._patches.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the values that the task's entries have overwritten."""
+        return sum(values.nbytes for _, values in self._saved.values())
 
     def road(self, task: str) -> str:
         """Say in one line how a task is switched on: entries in place, or whole tensors; this decodes the task.
@@ -166,9 +172,10 @@ class Attached:
         if old and slot in old.whole:
             slot.fill(slot.value(self._served.reference))
         sparse = new and new.sparse.get(slot)
-        overwritten = write(slot, saved, sparse)
-        if sparse and overwritten is not None:
-            self._saved[slot] = sparse, overwritten
+        if sparse or saved:
+            overwritten = write(slot, saved, sparse)
+            if sparse and overwritten is not None:
+                self._saved[slot] = sparse, overwritten
 
     def _recover(self, touched: list[Slot]) -> None:
         with torch.no_grad():
@@ -191,8 +198,7 @@ class Attached:
                 del self._patches[task]
 
     def _look(self) -> list[State]:
-        tensors = [slot.tensor for slot in self._slots]
-        return [(tensor.dtype, tensor.device, tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return [((t.dtype, t.stride()), t.device, t.data_ptr(), t._version) for t in (s.tensor for s in self._slots)]
 
     def _require_usable(self) -> None:
         if self._ended:
@@ -206,7 +212,7 @@ class Attached:
             if before != state and (before[0] != state[0] or not slot.holds(self._expected(slot))):
                 raise CheckpointError(
                     f"the model's '{slot.name}' was changed since the last switch, as training, casting to another "
-                    f"dtype or another handle does; use bundle.{LOAD}"
+                    f"dtype or memory format, or another handle does; use bundle.{LOAD}"
                 )
         self._states = now
 
