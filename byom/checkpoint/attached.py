@@ -40,6 +40,17 @@ class Attached:
     A handle is not safe for threads: a model must not compute while it is switched, nor be switched twice at once.
     Copies of the weights (frozen graphs, exported models, replicas on other devices) do not follow; modules that
     `torch.compile` compiled do.
+
+    Args:
+        served: The shared models and packed differences.
+        model: The live model.
+        heads: Task name to the tensors of the task's own head.
+        load: Whether the reference is written into the model first.
+        cache_bytes: How many bytes of decoded positions are kept at most, beside those of the task that is on.
+
+    Raises:
+        CheckpointError: If the model cannot be switched; see `Bundle.attach`.
+        OptionError: If `cache_bytes` is no whole number from 0 on.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def prepare(served: Served, task: str, slots: Sequence[Slot]) -> Patch:
     weights = served.weights(task)
     delta, ties = served.deltas[task], weights.ties
     names = delta.parts.keys() - {READOUT, WHOLE}
-    if lost := sorted(names - {name for slot in slots for name in slot.names}):
+    if lost := sorted(names - {ties.get(name, name) for slot in slots for name in slot.names}):
         raise CheckpointError(
             f"the task '{task}' changes {listed(lost)}, which the model computes in its own way or does not have; "
             "attach a model of the reference's architecture"

@@ -262,6 +262,40 @@ def test_names_that_fit_twice_are_refused():
         packed(twins["left"]).attach(twins)
 
 
+def test_a_module_that_is_registered_twice_is_one():
+    outer = Outer(net())
+    outer.again = outer.net
+    bundle = packed(outer.net)
+    bundle.attach(outer).switch("a")
+    assert holds(outer, bundle.weights("a"), "again.")
+
+
+def test_a_tied_tensor_needs_one_of_its_names():
+    model = net(tie=True)
+    bundle, inner = packed(model, ByomFft(0.5)), copy.deepcopy(model)
+    del inner.head
+    handle = bundle.attach(inner)
+    handle.switch("a")
+    assert all(bits(t) == bits(bundle.weights("a")[n]) for n, t in inner.state_dict().items())
+    untied = ByomFft(0.5).delta(moved(model, apart=("head.weight",)), bundle.reference)
+    handle = Bundle(bundle.reference, {"c": untied}).attach(inner, load=True)
+    with pytest.raises(CheckpointError, match=r"task 'c' changes head\.weight, which the model .* does not have"):
+        handle.switch("c")
+
+
+def test_switching_works_in_inference_mode():
+    model = net()
+    bundle = packed(model, TwinMerging(0.3))
+    handle = bundle.attach(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        for task in TASKS:
+            with mode():
+                handle.switch(task)
+            assert holds(model, bundle.weights(task))
+    handle.switch(None)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+
+
 def test_a_model_that_lacks_a_tensor_is_refused():
     bundle, model = packed(net()), Outer(net())
     del model.net.layer
@@ -427,9 +461,10 @@ def test_a_sharded_model_is_refused():
 def test_a_quantised_model_is_refused():
     model = net()
     bundle = packed(model)
-    model.layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(CheckpointError, match=r"'layer\.weight' is torch\.int8 in the model.*quantis"):
-        bundle.attach(model)
+    for shape in ((6, 6), (18, 1)):
+        model.layer.weight = nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(CheckpointError, match=r"'layer\.weight' is torch\.int8 in the model.*quantis"):
+            bundle.attach(model)
 
 
 # a switch that fails
