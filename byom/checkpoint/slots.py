@@ -77,8 +77,8 @@ def places_of(model: nn.Module) -> dict[str, Place]:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise CheckpointError(
-                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach the model "
-                "before it is wrapped, in a process that holds all of it"
+                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach a model that "
+                "is not, or is wrapped by DistributedDataParallel"
             )
     found: dict[str, Place] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
