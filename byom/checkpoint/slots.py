@@ -77,8 +77,8 @@ def places_of(model: nn.Module) -> dict[str, Place]:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise CheckpointError(
-                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach a model that "
-                "is not, or is wrapped by DistributedDataParallel"
+                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach a model "
+                "that is not, or is wrapped by DistributedDataParallel"
             )
     found: dict[str, Place] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
