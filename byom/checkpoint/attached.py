@@ -9,8 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from byom.checkpoint.changes import Patch, Sparse, prepare, write
 from byom.checkpoint.heads import Heads
-from byom.checkpoint.patch import Patch, Sparse, prepare, write
 from byom.checkpoint.slots import (
     LOAD,
     Slot,

@@ -135,7 +135,7 @@ def test_tensors_stay_the_same_objects_and_gradients_stay_off_the_road():
 
 
 def test_large_tensors_are_changed_in_pieces(monkeypatch):
-    monkeypatch.setattr("byom.checkpoint.patch.PIECE", 7)
+    monkeypatch.setattr("byom.checkpoint.changes.PIECE", 7)
     model = net()
     bundle = packed(model, ByomFft(0.5))
     handle = bundle.attach(model)
