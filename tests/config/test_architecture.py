@@ -22,7 +22,7 @@ LIBRARIES = {
     "omegaconf": {"cli"},
     "wandb": {"pipeline"},
     "open_clip": {"backbone", "checkpoint"},
-    "transformers": {"storage", "backbone", "checkpoint", "experts"},
+    "transformers": {"storage", "backbone", "checkpoint", "folders", "experts"},
     "datasets": {"data"},
     "matplotlib": {"report"},
 }
