@@ -81,7 +81,8 @@ class Dare(MergeMethod):
         """Merge the thinned experts lazily; see `MergeMethod.__call__`."""
         self.check(problem)
         problem = problem.settled()
-        if isinstance(self.then, TensorwiseMethod) and self.then.elementwise and self.select == "random" and self.drop:
+        plain = isinstance(self.then, TensorwiseMethod) and type(self.then).__call__ is TensorwiseMethod.__call__
+        if plain and self.then.elementwise and self.select == "random" and self.drop:
             return self._by_blocks(problem, self.then)
         thinned = {task: self._thinned(task, expert, problem.pretrained) for task, expert in problem.finetuned.items()}
         return self.then(replace(problem, finetuned=thinned))
