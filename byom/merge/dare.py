@@ -81,11 +81,12 @@ class Dare(MergeMethod):
         """Merge the thinned experts lazily; see `MergeMethod.__call__`."""
         self.check(problem)
         problem = problem.settled()
-        plain = isinstance(self.then, TensorwiseMethod) and type(self.then).__call__ is TensorwiseMethod.__call__
-        if plain and self.then.elementwise and self.select == "random" and self.drop:
-            return self._by_blocks(problem, self.then)
+        then = self.then
+        plain = type(then).__call__ is TensorwiseMethod.__call__ and self.select == "random" and self.drop > 0
+        if plain and isinstance(then, TensorwiseMethod) and then.elementwise:
+            return self._by_blocks(problem, then)
         thinned = {task: self._thinned(task, expert, problem.pretrained) for task, expert in problem.finetuned.items()}
-        return self.then(replace(problem, finetuned=thinned))
+        return then(replace(problem, finetuned=thinned))
 
     def _by_blocks(self, problem: Problem, then: TensorwiseMethod) -> Weights:
         """Thin and merge piece by piece, with the flips that whole parameters get: no expert is there as a whole."""

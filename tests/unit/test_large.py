@@ -123,8 +123,8 @@ def test_watched_weights_are_the_same_weights():
     seen = watched(weights, told.append)
     assert same(seen, weights) and seen.ties == weights.ties and seen.fingerprint() == weights.fingerprint()
     told.clear()
-    seen["layer.weight"], seen["head"]
-    assert told == [state["layer.weight"].nbytes, state["head"].nbytes]
+    read = [seen["layer.weight"], seen["head"]]
+    assert len(read) == 2 and told == [state["layer.weight"].nbytes, state["head"].nbytes]
 
 
 def test_packing_a_watched_problem_tells_what_it_reads():
