@@ -32,6 +32,8 @@ Commands
                        byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
   pack     everything that serves the tasks, as one folder that byom.Bundle opens:
                        byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1
+  serve    a bundle over HTTP, with a page to try it:
+                       byom serve FOLDER port=8000
   convert  a checkpoint of another format (pickles run nothing) as safetensors:
                        byom convert finetuned.pt FOLDER like=clip_vit_b32
   list     methods, variants, suites, backbones, and the experts in the cache
@@ -122,6 +124,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{name: _command(name) for name in ("table", "preview", "statistics")},
     "report": _command("report", "table"),
     **{name: _command(name, "serve") for name in ("export", "pack")},
+    "serve": _command("serve", "server"),
     "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},

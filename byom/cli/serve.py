@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 from byom.cli import config
 from byom.errors import OptionError
 from byom.experts.finetune.processes import led
-from byom.storage.atomic import require_own
+from byom.storage.atomic import replacing, require_own
 from byom.storage.place import at_home
 
 if TYPE_CHECKING:
+    from byom.pipeline.cell import Cell
     from byom.pipeline.settings import Settings
+    from byom.serving.suite import Predictor
+    from byom.variants.base.delta import Served
 
 
 @led
@@ -47,20 +50,39 @@ def export(arguments: Sequence[str]) -> int:
 
 @led
 def pack(arguments: Sequence[str]) -> int:
-    """Save the shared models and packed differences as a bundle, then print a line for each task."""
+    """Save the shared models, packed differences and what predicts as a bundle, then print a line for each task."""
     from byom.checkpoint.bundle import Bundle
     from byom.pipeline.cell import Cell
+    from byom.pipeline.checks import require_routable
+    from byom.serving.suite import FILE, require_servable
     from byom.storage.tensor_files import written
     from byom.variants.base.delta import Delta
 
-    folder, settings = _folder("pack", arguments, written("bundle.json"))
-    served = Cell(settings).streamed
-    Bundle(served.reference, served.deltas, served.base).save(folder)
+    own = written("bundle.json", FILE)
+    folder, settings = _folder("pack", arguments, own)
+    require_routable(settings)
+    require_servable(settings)
+    cell = Cell(settings)
+    served = cell.streamed
+    with replacing(folder, own) as partial:
+        Bundle(served.reference, served.deltas, served.base).save(partial)
+        _predictor(cell, served).save(partial)
     for task in served.deltas:
         delta = Delta.open(folder / f"{task}.safetensors")
         size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
         sys.stdout.write(f"{task:<18} {size}  {folder / task}.safetensors\n")
     return 0
+
+
+def _predictor(cell: Cell, served: Served) -> Predictor:
+    """Return what answers besides weights: backbone, heads and, where tasks are not given, the fitted router."""
+    from byom.serving.suite import Predictor
+
+    settings, lab = cell.settings, cell.lab
+    routing = settings.router.fit(cell.problem, served) if settings.routed else None
+    return Predictor(
+        settings.backbone, settings.finetune, lab.tasks, {task: lab.head(task) for task in lab.tasks}, routing
+    )
 
 
 def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool]) -> tuple[Path, Settings]:
@@ -76,5 +98,5 @@ def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool])
     require_own(folder, own)
     require_folder(folder)
     settings = config.settings(list(arguments[1:]))
-    require_possible(settings, evaluates=command == "export")
+    require_possible(settings, evaluates=True)
     return folder, settings
