@@ -69,8 +69,9 @@ def of_model(model: Model, options: Options) -> FastAPI:
 class _Server:
     def __init__(self, model: Model, options: Options) -> None:
         self.model, self.options = model, options
-        self.metrics = Metrics(lambda: self.worker.waiting())
-        self.worker = Worker(model, options, self._switched, self.metrics.batches.observe)
+        self.worker = Worker(model, options)
+        self.metrics = Metrics(self.worker.waiting)
+        self.worker.switched, self.worker.batched = self._switched, self.metrics.batches.observe
 
     def _switched(self, seconds: float) -> None:
         self.metrics.switches.inc()

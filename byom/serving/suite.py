@@ -27,7 +27,6 @@ from byom.serving.model import Answer, Model, Served, classified
 from byom.serving.named import built, named
 from byom.serving.options import Options
 from byom.serving.queue import Key
-from byom.serving.switching import Filled
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import write_json
 
@@ -144,18 +143,18 @@ class SuiteModel(Model):
         self._shares: Callable[[Tensor], Tensor] | None = None
         if "router" in notes:
             self._route_by(built(notes["router"], LearnedRouter, file), load_file(folder / ROUTER))
-        self._weights = Filled(bundle, self.encoder)
+        self._handle = bundle.attach(self.encoder, load=True, heads=False)
         self.heads = {task: bundle.deltas[task].readout(head) for task, head in stored.items()}
         self.reader: Reader = self.backbone.reader()
 
     @property
     def held(self) -> Key:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The task whose weights the encoder holds."""
-        return self._weights.task
+        return self._handle.task
 
     def switch(self, task: Key) -> None:
         """Give the encoder a task's weights; see `Model.switch`."""
-        self._weights.switch(task)
+        self._handle.switch(task)
 
     def prepare(self, item: Any) -> Any:
         """Return an image as the encoder's input, a text as it is; see `Model.prepare`."""

@@ -26,20 +26,16 @@ class Worker:
     Args:
         model: The bundle's model.
         options: Batch, queue and patience.
-        switched: Told the seconds of every switch.
-        batched: Told the items of every forward pass.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        options: Options,
-        switched: Callable[[float], Any] = lambda _: None,
-        batched: Callable[[int], Any] = lambda _: None,
-    ) -> None:
+    switched: Callable[[float], Any] = staticmethod(lambda _: None)
+    """Told the seconds of every switch."""
+    batched: Callable[[int], Any] = staticmethod(lambda _: None)
+    """Told the items of every forward pass."""
+
+    def __init__(self, model: Model, options: Options) -> None:
         self.model, self.options = model, options
         self.failure: BaseException | None = None
-        self._switched, self._batched = switched, batched
         self._queue = Queue(options.batch, options.patience)
         self._changed = threading.Condition()
         self._closing = False
@@ -138,7 +134,7 @@ class Worker:
                 part.ticket.deliver(None)
 
     def _forward(self, task: Key, items: list[Any]) -> list[Any]:
-        self._batched(len(items))
+        self.batched(len(items))
         if task is None:
             return self.model.route(items)
         return [{"task": task} | answer for answer in self.model.predict(items)]
@@ -148,7 +144,7 @@ class Worker:
             return
         start = time.perf_counter()
         self.model.switch(task)
-        self._switched(time.perf_counter() - start)
+        self.switched(time.perf_counter() - start)
 
     def _sort(self, part: Part, tasks: list[str]) -> None:
         """Let routed items wait for the tasks that they were sent to."""
