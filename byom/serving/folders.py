@@ -17,6 +17,7 @@ from byom.serving.options import Options
 from byom.serving.queue import Key
 from byom.serving.shells import ENDS, GENERATES, REFERENCE, Shell, Shells, brief
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 LONGEST = 512
 """Tokens of a text where neither tokenizer nor configuration states a limit."""
 
@@ -88,9 +89,13 @@ class FolderModel(Model):
         place, config = str(self.folder / REFERENCE), next(iter(self._shells.values())).config
         try:
             if self._reads_images:
+                if not any((self.folder / REFERENCE / name).is_file() for name in PROCESSORS):
+                    raise FileNotFoundError(f"there is no {PROCESSORS[0]}")
                 self.processor: Any = AutoImageProcessor.from_pretrained(place)
                 return
             self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
+            if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):  # transformers makes an empty one of nothing
+                raise FileNotFoundError("its vocabulary is empty")
         except Exception as error:  # of many kinds, by what is missing or broken
             what = "image processor" if self._reads_images else "tokenizer"
             raise CheckpointError(
@@ -140,9 +145,7 @@ def _read(shell: Shell, inputs: Mapping[str, Tensor], task: Served) -> list[Answ
             weight = inputs["attention_mask"].unsqueeze(-1).float()
             rows = (states * weight).sum(1) / weight.sum(1)
         else:
-            pooled = getattr(output, "pooler_output", None)
             rows = states.flatten(2).mean(-1) if states.ndim == 4 else states.mean(1)
-            rows = rows if pooled is None else pooled.float().flatten(1)
         return [{"features": row} for row in rows.cpu().tolist()]
     logits = output.logits.float().cpu()
     if task.kind == "regression":

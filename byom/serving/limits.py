@@ -10,8 +10,6 @@ from typing import Any
 from byom.serving.options import MEGABYTE, Options
 
 Scope = Any
-LINGER = 2.0
-"""Seconds for which the rest of a refused body is read and thrown away."""
 
 
 class BodyLimit:
@@ -20,10 +18,11 @@ class BodyLimit:
     Args:
         app: What is called with the body in memory.
         options: The size and the time.
+        linger: Seconds for which the rest of a refused body is read and thrown away.
     """
 
-    def __init__(self, app: Any, options: Options) -> None:
-        self.app, self.options = app, options
+    def __init__(self, app: Any, options: Options, linger: float = 2.0) -> None:
+        self.app, self.options, self.linger = app, options, linger
         self.most = int(options.body * MEGABYTE)
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -37,7 +36,7 @@ class BodyLimit:
             return
         large = f"the body is larger than {self.options.body:g} MB; send fewer or smaller items, or serve with body=MB"
         if len(declared) > 18 or int(declared) > self.most:
-            await _refuse(send, 413, large, receive)
+            await _refuse(send, 413, large, receive, self.linger)
             return
         try:
             async with asyncio.timeout(self.options.timeout):
@@ -46,7 +45,7 @@ class BodyLimit:
             await _refuse(send, 408, f"the body did not arrive within {self.options.timeout:g} s; send it again")
             return
         except _TooLarge:
-            await _refuse(send, 413, large, receive)
+            await _refuse(send, 413, large, receive, self.linger)
             return
         if body is not None:
             await self.app(scope, _replayed(body, receive), send)
@@ -83,7 +82,7 @@ def _replayed(body: bytes, receive: Any) -> Any:
     return again
 
 
-async def _refuse(send: Any, status: int, sentence: str, receive: Any = None) -> None:
+async def _refuse(send: Any, status: int, sentence: str, receive: Any = None, linger: float = 0) -> None:
     """Answer with a sentence; a client that is still sending gets a moment to read it.
 
     Closing at once would reset the connection under what it sends, and the sentence would be lost with it.
@@ -97,8 +96,10 @@ async def _refuse(send: Any, status: int, sentence: str, receive: Any = None) ->
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     if receive is not None:
+        end = asyncio.get_running_loop().time() + linger
         with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER):
-                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                    pass
+            while (left := end - asyncio.get_running_loop().time()) > 0:
+                message = await asyncio.wait_for(receive(), left)
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
     await send({"type": "http.response.body", "body": b""})

@@ -167,7 +167,8 @@ def _filled(
         )
     own = {name: value for name, value in head.items() if not (prefix and name.startswith(prefix))}
     meta = {name for name, value in known.items() if value.is_meta}
-    if missing := sorted((meta | lost & known.keys()) - head.keys()):
+    unread = {name for name in lost if model is base and name.startswith("pooler.")}  # features are means of states
+    if missing := sorted((meta | lost & known.keys()) - head.keys() - unread):
         raise CheckpointError(
             f"{type(model).__name__} of task '{task}' has {listed(missing)}, which neither the reference nor "
             f"heads/{task}/head.safetensors holds; pack the bundle again with the task's own head"
