@@ -9,8 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from byom.checkpoint.changes import Patch, Sparse, prepare, write
 from byom.checkpoint.heads import Heads
-from byom.checkpoint.patch import Patch, Sparse, prepare, write
 from byom.checkpoint.slots import (
     LOAD,
     Slot,
@@ -24,7 +24,8 @@ from byom.errors import CheckpointError, OptionError, suggest, whole
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
-State = tuple[torch.dtype, torch.device, int, int]  # a tensor's kind and place, and how often it was written
+Kind = tuple[torch.dtype, tuple[int, ...]]  # a tensor's dtype and strides
+State = tuple[Kind, torch.device, int, int]  # its kind and place, and how often it was written
 
 
 class Attached:
@@ -39,6 +40,17 @@ class Attached:
     A handle is not safe for threads: a model must not compute while it is switched, nor be switched twice at once.
     Copies of the weights (frozen graphs, exported models, replicas on other devices) do not follow; modules that
     `torch.compile` compiled do.
+
+    Args:
+        served: The shared models and packed differences.
+        model: The live model.
+        heads: Task name to the tensors of the task's own head.
+        load: Whether the reference is written into the model first.
+        cache_bytes: How many bytes of decoded positions are kept at most, beside those of the task that is on.
+
+    Raises:
+        CheckpointError: If the model cannot be switched; see `Bundle.attach`.
+        OptionError: If `cache_bytes` is no whole number from 0 on.
     """
 
     def __init__(
@@ -82,6 +94,11 @@ class Attached:
     def cached_bytes(self) -> int:
         """Bytes of the positions that are kept decoded."""
         return sum(patch.nbytes for patch in self._patches.values())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the values that the task's entries have overwritten."""
+        return sum(values.nbytes for _, values in self._saved.values())
 
     def road(self, task: str) -> str:
         """Say in one line how a task is switched on: entries in place, or whole tensors; this decodes the task.
@@ -166,9 +183,10 @@ class Attached:
         if old and slot in old.whole:
             slot.fill(slot.value(self._served.reference))
         sparse = new and new.sparse.get(slot)
-        overwritten = write(slot, saved, sparse)
-        if sparse and overwritten is not None:
-            self._saved[slot] = sparse, overwritten
+        if sparse or saved:
+            overwritten = write(slot, saved, sparse)
+            if sparse and overwritten is not None:
+                self._saved[slot] = sparse, overwritten
 
     def _recover(self, touched: list[Slot]) -> None:
         with torch.no_grad():
@@ -191,8 +209,7 @@ class Attached:
                 del self._patches[task]
 
     def _look(self) -> list[State]:
-        tensors = [slot.tensor for slot in self._slots]
-        return [(tensor.dtype, tensor.device, tensor.data_ptr(), tensor._version) for tensor in tensors]
+        return [((t.dtype, t.stride()), t.device, t.data_ptr(), t._version) for t in (s.tensor for s in self._slots)]
 
     def _require_usable(self) -> None:
         if self._ended:
@@ -206,7 +223,7 @@ class Attached:
             if before != state and (before[0] != state[0] or not slot.holds(self._expected(slot))):
                 raise CheckpointError(
                     f"the model's '{slot.name}' was changed since the last switch, as training, casting to another "
-                    f"dtype or another handle does; use bundle.{LOAD}"
+                    f"dtype or memory format, or another handle does; use bundle.{LOAD}"
                 )
         self._states = now
 

@@ -66,7 +66,9 @@ class Bundle(Served):
     def attach(
         self, model: nn.Module, *, load: bool = False, heads: bool = True, cache_bytes: int | None = None
     ) -> Attached:
-        """Take hold of a live model, to switch it between the tasks in place::
+        """Take hold of a live model, to switch it between the tasks in place.
+
+        ::
 
             handle = bundle.attach(model)
             handle.switch("a")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from byom.checkpoint.slots import KEEP, Place, Slot
@@ -101,7 +100,7 @@ class Heads:
                 tensor = getattr(place.owner, place.attribute)
                 value = self._value(head, name, tensor)
                 self._kept.append(Kept(place, tensor.clone() if value.shape == tensor.shape else tensor.data))
-                _put(tensor, value)
+                _put(tensor, value.clone())
 
     def _place(self, name: str) -> Place | None:
         plain = unwrapped(name)
@@ -113,7 +112,8 @@ class Heads:
 
 
 def _put(tensor: Tensor, value: Tensor) -> None:
+    """Write a value, or let it take the place of one of another shape."""
     if tensor.shape == value.shape:
         tensor.copy_(value)
     else:
-        tensor.data = value.to(tensor.device).clone(memory_format=torch.preserve_format)
+        tensor.data = value.to(tensor.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from byom.errors import CheckpointError, WeightsMismatch, listed
 from byom.functional.tensors import narrowed, require_values
 from byom.weights import Weights
 from byom.weights.match import is_buffer, partitioned, unwrapped
+from byom.weights.ties import groups
 
 LOAD = "attach(model, load=True), which writes the reference into the model"
 KEEP = "keep the model in a dtype that holds them, such as torch.bfloat16 or torch.float32"
@@ -76,8 +77,8 @@ def places_of(model: nn.Module) -> dict[str, Place]:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
             raise CheckpointError(
-                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach the model "
-                "before it is wrapped, in a process that holds all of it"
+                "the model is wrapped by FSDP, so that a process holds only parts of its parameters; attach a model "
+                "that is not, or is wrapped by DistributedDataParallel"
             )
     found: dict[str, Place] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -107,8 +108,8 @@ def slots_of(places: Mapping[str, Place], reference: Weights) -> tuple[list[Slot
     """
     names, added = _named(places, reference)
     used = {name: places[theirs] for name, theirs in names.items()}
-    _require_shapes(used, reference, names)
     require_values({names[name]: place.tensor for name, place in used.items()}, "the model")
+    _require_shapes(used, reference, names)
     used = {name: place for name, place in used.items() if _alike(name, place.tensor, reference)}
     if frozen := [names[name] for name, place in used.items() if place.tensor.is_inference()]:
         raise CheckpointError(
@@ -179,17 +180,21 @@ def fill(slots: Iterable[Slot], reference: Weights) -> None:
 
 def _named(places: Mapping[str, Place], reference: Weights) -> tuple[dict[str, str], str]:
     """Return reference's names to the model's, and what the model's start with in addition."""
-    learned = [name for name in reference if not is_buffer(name, reference.shape(name))]
+    learned = [name for name in reference.canonical() if not is_buffer(name, reference.shape(name))]
+    tied = groups(reference.ties)
+    every = [tied.get(name, [name]) for name in learned]
     plain = {name: name for name in places}
-    if not all(name in plain for name in learned):
+    if not all(any(name in plain for name in one) for one in every):
         plain = _unwrapped(places, reference)
-    ways: dict[tuple[str, ...], tuple[str, str]] = {}
-    for dropped, added in _shifts(plain, learned):
-        if all(name.startswith(dropped) and added + name.removeprefix(dropped) in plain for name in learned):
-            ways.setdefault(tuple(added + name.removeprefix(dropped) for name in learned), (dropped, added))
+    ways: dict[tuple[int, ...], tuple[str, str]] = {}
+    for dropped, added in _shifts(plain, every):
+        moved = [[added + n.removeprefix(dropped) for n in one if n.startswith(dropped)] for one in every]
+        found = [next((id(places[plain[n]].tensor) for n in one if n in plain), None) for one in moved]
+        if None not in found:
+            ways.setdefault(tuple(each for each in found if each is not None), (dropped, added))
     if not ways:
-        raise _lacking(plain, learned, reference)
-    exact = ways.get(tuple(learned))
+        raise _lacking(plain, every, reference)
+    exact = next((way for way in ways.values() if way[0] == way[1]), None)
     if len(ways) > 1 and not exact:
         starts = listed(sorted(repr(added) for _, added in ways.values()))
         raise CheckpointError(
@@ -197,8 +202,8 @@ def _named(places: Mapping[str, Place], reference: Weights) -> tuple[dict[str, s
             "inner module that is meant"
         )
     dropped, added = exact or next(iter(ways.values()))
-    moved = {n: added + n.removeprefix(dropped) for n in reference if n.startswith(dropped)}
-    return {name: plain[theirs] for name, theirs in moved.items() if theirs in plain}, added
+    found = {n: added + n.removeprefix(dropped) for n in reference if n.startswith(dropped)}
+    return {name: plain[theirs] for name, theirs in found.items() if theirs in plain}, added
 
 
 def _unwrapped(places: Mapping[str, Place], reference: Weights) -> dict[str, str]:
@@ -212,25 +217,24 @@ def _unwrapped(places: Mapping[str, Place], reference: Weights) -> dict[str, str
     return plain
 
 
-def _shifts(plain: Mapping[str, str], learned: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the changes of start, what is dropped and what is added, under which the first name agrees."""
-    parts = learned[0].split(".") if learned else []
-    for cut in range(len(parts)):
-        tail = ".".join(parts[cut:])
-        dropped = learned[0].removesuffix(tail)
-        if not all(name.startswith(dropped) for name in learned):
-            return
-        yield from ((dropped, name.removesuffix(tail)) for name in plain if f".{name}".endswith(f".{tail}"))
+def _shifts(plain: Mapping[str, str], every: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """Yield the changes of start, what is dropped and what is added, under which the first tensor has a place."""
+    for name in every[0] if every else ():
+        parts = name.split(".")
+        for cut in range(len(parts)):
+            tail = ".".join(parts[cut:])
+            yield from (
+                (name.removesuffix(tail), other.removesuffix(tail))
+                for other in plain
+                if f".{other}".endswith(f".{tail}")
+            )
 
 
-def _lacking(plain: Mapping[str, str], learned: list[str], reference: Weights) -> WeightsMismatch:
-    missing = [name for name in learned if name not in plain]
-    best = max(
-        ({name for name in learned if added + name in plain} for dropped, added in _shifts(plain, learned)
-         if not dropped),
-        key=len, default=set(),
-    )  # fmt: skip
-    missing = [name for name in learned if name not in best] if best else missing
+def _lacking(plain: Mapping[str, str], every: Sequence[Sequence[str]], reference: Weights) -> WeightsMismatch:
+    starts = {added for dropped, added in _shifts(plain, every) if not dropped} | {""}
+    missing = min(
+        ([one[0] for one in every if not any(at + n in plain for n in one)] for at in sorted(starts)), key=len
+    )
     return WeightsMismatch(
         f"the model lacks {listed(missing)} of {reference.origin}, and has {listed(sorted(plain))}; attach a model of "
         "the reference's architecture as it is, before adapters or quantisation change its modules"
@@ -240,7 +244,8 @@ def _lacking(plain: Mapping[str, str], learned: list[str], reference: Weights) -
 def _require_shapes(used: Mapping[str, Place], reference: Weights, names: Mapping[str, str]) -> None:
     for name, place in used.items():
         theirs, ours = tuple(place.tensor.shape), reference.shape(name)
-        if theirs == ours or is_buffer(name, ours):
+        same_kind = place.tensor.dtype.is_floating_point == reference.dtype(name).is_floating_point
+        if theirs == ours or is_buffer(name, ours) or not same_kind:
             continue
         if theirs == (0,):
             raise WeightsMismatch(f"the model: {partitioned(names[name])}")

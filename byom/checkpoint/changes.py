@@ -15,7 +15,7 @@ from byom.functional.tensors import narrowed
 from byom.variants.base.delta import OWN, READOUT, WHOLE, Delta, Served
 from byom.weights import Weights
 
-PIECE = 1 << 19  # entries of a tensor visited at a time on a CPU: written, read and written again while in its cache
+PIECE = 1 << 18  # entries of a tensor visited at a time on a CPU: written, read and written again while in its cache
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def prepare(served: Served, task: str, slots: Sequence[Slot]) -> Patch:
     weights = served.weights(task)
     delta, ties = served.deltas[task], weights.ties
     names = delta.parts.keys() - {READOUT, WHOLE}
-    if lost := sorted(names - {name for slot in slots for name in slot.names}):
+    if lost := sorted(names - {ties.get(name, name) for slot in slots for name in slot.names}):
         raise CheckpointError(
             f"the task '{task}' changes {listed(lost)}, which the model computes in its own way or does not have; "
             "attach a model of the reference's architecture"
@@ -112,7 +112,7 @@ def prepare(served: Served, task: str, slots: Sequence[Slot]) -> Patch:
 
 def _sparse(delta: Delta, name: str, slot: Slot, weights: Weights) -> Sparse | None:
     parts, tensor = delta.parts[name], slot.tensor
-    if OWN in parts or not tensor.is_contiguous():
+    if OWN in parts or not tensor.is_contiguous() or tensor.itemsize == 1:  # torch scatters nothing of 8 bits
         return None
     entries = delta.variant.entries({**delta.parts.get(WHOLE, {}), **parts}, tensor.numel())
     if entries is None:
@@ -153,11 +153,11 @@ def write(slot: Slot, old: tuple[Sparse, Tensor] | None, new: Sparse | None) -> 
     saved = None if values is None else torch.empty_like(values)
     for one, other in zip(_cut(old and old[0], ends), _cut(new, ends), strict=True):
         if old is not None and before is not None:
-            flat.index_copy_(0, _places(old[0], one, flat), before[one])
+            flat.scatter_(0, _places(old[0], one, flat), before[one])
         if new is not None and values is not None and saved is not None:
             places = _places(new, other, flat)
-            saved[other] = flat.index_select(0, places)
-            flat.index_copy_(0, places, values[other])
+            torch.index_select(flat, 0, places, out=saved[other])
+            flat.scatter_(0, places, values[other])
     return saved
 
 
