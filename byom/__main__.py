@@ -48,8 +48,8 @@ Laboratory: experiments on suites of tasks
   list     methods, variants, suites, backbones, and the experts in the cache; list merge: methods for folders, too
 
 Options of the laboratory, merge.* and byom.* everywhere, are Hydra overrides. `byom run --cfg` prints the configuration
-that would run, and `byom list` the options of each group. Records go to results/runs (results=FOLDER; to results/scratch
-while a source tree has uncommitted changes), everything that can be made again to ~/.cache/byom
+that would run, and `byom list` the options of each group. Records go to results/runs (results=FOLDER; to
+results/scratch while a source tree has uncommitted changes), everything that can be made again to ~/.cache/byom
 (cache=FOLDER or BYOM_CACHE).
 """
 
@@ -143,6 +143,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _command("report", "table"),
     "export": _command("export", "serve"),
     "pack": _pack,
+    "serve": _command("serve", "server"),
     "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
