@@ -114,6 +114,7 @@ def language_models(folder):
             n_head=2,
             eos_token_id=None,
             bos_token_id=2,
+            tie_word_embeddings=False,  # `near` and the base's values would untie them, which the configuration denies
         )
         own[task] = GPT2LMHeadModel(config)
     made = tokenizer(special=False)

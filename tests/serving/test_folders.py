@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from byom import Bundle, Weights
+from byom.__main__ import main
 from byom.errors import CheckpointError
 from byom.serving.open import open_bundle
 from byom.serving.options import Options
@@ -119,3 +120,29 @@ def test_a_bundle_of_nothing_is_refused(tmp_path):
     Bundle(Weights.of({"x": torch.zeros(2)}), {}).save(tmp_path / "bundle")
     with pytest.raises(CheckpointError, match="holds no task"):
         open_bundle(tmp_path / "bundle", OPTIONS)
+
+
+def test_a_bundle_that_byom_pack_made_of_folders_answers_as_the_unpacked_folders_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": len(bundles.VOCABULARY), "max_position_embeddings": 16}
+    config = BertConfig(**SIZES | sizes)
+    torch.manual_seed(0)
+    base, tokenizer = BertModel(config), bundles.tokenizer()
+    base.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    for task, labels in LABELS.items():
+        model = BertForSequenceClassification.from_pretrained("base", id2label=dict(enumerate(labels)))
+        model.load_state_dict(bundles.near(model, len(task + labels[0])))
+        model.save_pretrained(task)
+    experts = ",".join(f"{task}={task}" for task in LABELS)
+    assert main(["pack", "bundle", "base=base", f"experts=[{experts}]", "byom=fft", "byom.density=0.2"]) == 0
+    served = open_bundle(tmp_path / "bundle", OPTIONS)
+    for task, labels in LABELS.items():
+        assert main(["unpack", "bundle", f"task={task}", f"{task}_again"]) == 0
+        own = BertForSequenceClassification.from_pretrained(f"{task}_again").eval()
+        with torch.no_grad():
+            logits = own(**tokenizer(["good"], return_tensors="pt")).logits[0]
+        served.switch(task)
+        answer = served.predict(["good"])[0]
+        assert served.tasks[task].labels == tuple(labels)
+        assert list(answer["probabilities"].values()) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
