@@ -315,6 +315,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write or check on request."""
     given = options()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as byom's commands do; the stages' processes inherit it
     facts = {key: getattr(given, key) for key in ("experts", "share", "cold", "repeats")}
     numbers = sum(torch.Size(shape).numel() for shape, _ in specs(given.billions).values())
     result = {"parameters": numbers, **facts, "provenance": provenance() | {"threads": given.threads}}
