@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.options import conclude, parser
@@ -42,7 +43,7 @@ from byom.merge.model_stock import ModelStock
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
 from byom.pipeline.provenance import provenance
-from byom.storage.streamed import Spec, write_streamed
+from byom.storage.streamed import Spec
 from byom.variants.fft import ByomFft
 from byom.weights import Weights
 
@@ -62,7 +63,7 @@ NORMALISED = {"average": True, "ties": True}
 LIMIT = 4e9  # bytes of anonymous memory
 SLOWER = {"average": 2.0, "task_arithmetic": 2.0, "ties": 4.0}  # times as long as the plain copy
 SHAPES = {1: (2048, 8192, 16, 128256), 3: (3072, 8192, 28, 128256), 8: (4096, 14336, 32, 128256)}
-SHARD = 2_000_000_000  # bytes, more than transformers' habit of 50 GB would need, so that there are several
+SHARD = 2_000_000_000  # bytes, so that there are several
 COPIED = 1 << 24  # bytes copied at once
 
 
@@ -129,7 +130,8 @@ def make(folder: Path, billions: float, experts: int, share: float) -> None:
                 file.unlink(missing_ok=True)
                 os.link(folder / "base" / file.name, file)
             else:
-                write_streamed(file, {name: given[name] for name in names}, drawn(given, model), {})
+                read = drawn(given, model)
+                save_file({name: read(name) for name in names}, file, metadata={"format": "pt"})
         index = {"metadata": {"total_size": sum(f.stat().st_size for f in place.iterdir())}, "weight_map": where}
         (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         (place / "config.json").write_text(json.dumps(config(billions)), encoding="utf-8")
@@ -313,6 +315,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write or check on request."""
     given = options()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as byom's commands do; the stages' processes inherit it
     facts = {key: getattr(given, key) for key in ("experts", "share", "cold", "repeats")}
     numbers = sum(torch.Size(shape).numel() for shape, _ in specs(given.billions).values())
     result = {"parameters": numbers, **facts, "provenance": provenance() | {"threads": given.threads}}
