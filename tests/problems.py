@@ -5,6 +5,7 @@ from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
 from byom.cli import config
 from byom.functional.seeding import keyed
@@ -135,6 +136,24 @@ def scaled(base, finetuned, factor):
 
 def tied(state):
     return state | {alias: state[name] for alias, name in TIED.items()}
+
+
+def module(state):
+    """Return a live module with the tensors of a state dict under their names; tied names are one parameter."""
+    outer, held = nn.Module(), {}
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        inner = outer
+        for part in path:
+            if part not in inner._modules:
+                inner.add_module(part, nn.Module())
+            inner = inner.get_submodule(part)
+        if tensor.is_floating_point():
+            own = held.setdefault(id(tensor), nn.Parameter(tensor.clone()))
+            inner.register_parameter(last, own)
+        else:
+            inner.register_buffer(last, tensor.clone())
+    return outer
 
 
 def counted(weights, checksums=False):

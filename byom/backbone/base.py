@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,21 @@ from byom.data.suite import Task
 from byom.errors import CheckpointError, DataError
 from byom.functional.heads import Head, Readout
 from byom.storage.repository import Download
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`Backbone.encode` with the files that it reads kept open, for many small batches.
+
+    Args:
+        encode: Does what `Backbone.encode` does.
+        tokens: Returns how many tokens an input has before it is cut; None where inputs are not cut.
+        limit: How many are left of it.
+    """
+
+    encode: Callable[[Sequence[Any], Task | None], dict[str, Tensor]]
+    tokens: Callable[[Any, Task | None], int] | None = None
+    limit: int = 0
 
 
 class Backbone(ABC):
@@ -50,6 +66,10 @@ class Backbone(ABC):
             inputs: PIL images, strings, or rows of strings (column to text).
             task: Whose inputs they are; needed only where inputs are put into prompts.
         """
+
+    def reader(self) -> Reader:
+        """Return `encode` with what it reads from files kept."""
+        return Reader(self.encode)
 
     @abstractmethod
     def load(self) -> nn.Module:

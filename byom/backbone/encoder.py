@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from byom.backbone.base import Reader
 from byom.backbone.transformer import Pretrained
 from byom.data.source.package import Package
 from byom.data.splits import Split
@@ -88,10 +89,23 @@ class Encoder(Pretrained):
         Raises:
             DataError: If a row has more columns.
         """
+        return self.reader().encode(inputs, task)
+
+    def reader(self) -> Reader:
+        """Return `encode` with one tokenizer for all calls."""
         from transformers import AutoTokenizer
 
+        tokenizer = self._from(AutoTokenizer)
+
+        def tokens(row: Row, task: Task | None = None) -> int:
+            texts, pairs = _columns([row])
+            return len(tokenizer(texts, pairs, verbose=False)["input_ids"][0])
+
+        return Reader(lambda inputs, task: self._tokenised(tokenizer, inputs), tokens, self.max_length)
+
+    def _tokenised(self, tokenizer: Any, inputs: Sequence[Row]) -> dict[str, Tensor]:
         texts, pairs = _columns(inputs)
-        rows = self._from(AutoTokenizer)(
+        rows = tokenizer(
             texts or [""],
             pairs,
             padding="max_length",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from byom.backbone.base import Reader
 from byom.backbone.transformer import Pretrained
 from byom.data.source.package import Package
 from byom.data.splits import Split
@@ -164,15 +165,32 @@ class Seq2Seq(Pretrained):
         Raises:
             DataError: If the task has no prompt, a row lacks a column of it, or two answers have the same tokens.
         """
+        return self.reader().encode(inputs, task)
+
+    def reader(self) -> Reader:
+        """Return `encode` with one tokenizer for all calls."""
         from transformers import AutoTokenizer
 
+        tokenizer = self._from(AutoTokenizer)
+
+        def tokens(row: str | Mapping[str, str], task: Task | None) -> int:
+            return len(tokenizer(_rendered(self._prompted(task), row), verbose=False)["input_ids"])
+
+        return Reader(lambda inputs, task: self._tokenised(tokenizer, inputs, task), tokens, self.max_length)
+
+    def _prompted(self, task: Task | None) -> Task:
         if task is None or not task.prompt:
             name = task.name if task else "given"
             raise DataError(
                 f'task {name} has no prompt, and {type(self).__name__} reads prompts; add e.g. prompt: "Is this '
                 'sentence positive or negative? {text}" to its yaml, with the columns of its source in braces'
             )
-        tokenizer = self._from(AutoTokenizer)
+        return task
+
+    def _tokenised(
+        self, tokenizer: Any, inputs: Sequence[str | Mapping[str, str]], given: Task | None
+    ) -> dict[str, Tensor]:
+        task = self._prompted(given)
         texts = [_rendered(task, row) for row in inputs]
         rows = tokenizer(
             texts or [""], padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from byom.checkpoint.attached import Attached
 from byom.errors import CheckpointError
 from byom.merge.base import Problem
 from byom.storage import manifest
@@ -72,6 +73,40 @@ class Bundle(Served):
     def models(self) -> dict[str, Weights]:
         """The folder's whole models by name."""
         return {"reference": self.reference} | ({} if self.base is None else {"base": self.base})
+
+    def attach(
+        self, model: nn.Module, *, load: bool = False, heads: bool = True, cache_bytes: int | None = None
+    ) -> Attached:
+        """Take hold of a live model, to switch it between the tasks in place.
+
+        ::
+
+            handle = bundle.attach(model)
+            handle.switch("a")
+            with handle.switch("b"):
+                ...
+            handle.detach()
+
+        Args:
+            model: A module with the reference's values, on any device. Its names may have the parts that
+                DataParallel, DistributedDataParallel and torch.compile put in, or start as those of an inner or outer
+                model do; parameters that the reference does not have are left alone. In another floating-point dtype
+                it gets the bits of ``bundle.weights(task).to(dtype)``.
+            load: Write the reference into the model first, instead of refusing one with other values.
+            heads: Give the model each task's own head where the bundle has one.
+            cache_bytes: How many bytes of decoded positions are kept, of the tasks used last; None keeps all that
+                were used. The task that is on keeps its own in any case.
+
+        Returns:
+            The handle; the model is the reference.
+
+        Raises:
+            CheckpointError: If names, shapes or kinds differ, the model does not have the reference's values, shares
+                memory with the bundle, or is one whose parameters cannot be written (FSDP, meta, quantised).
+            OptionError: If `cache_bytes` is no whole number from 0 on.
+        """
+        own = self.heads if heads else {}
+        return Attached(self, model, own, load=load, cache_bytes=cache_bytes)
 
     def whole(self, task: str) -> Weights:
         """Return one task's weights and its own head, lazily, under the names of the model that it was packed from.

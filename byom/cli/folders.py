@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from byom.cli import config, given
 from byom.errors import OptionError, listed, one_of
 from byom.folders.beside import MANIFEST
 from byom.folders.models import models
-from byom.folders.output import files_of, nbytes, require_apart, require_space, write, written_bytes
+from byom.folders.output import files_of, require_apart, require_space, write, written_bytes
 from byom.folders.request import Request
-from byom.folders.result import Result
+from byom.folders.result import Result, Watch, nbytes
 from byom.storage import manifest
 from byom.storage.atomic import require_own
 from byom.storage.place import at_home
 from byom.variants.base.delta import Delta
 
-NAMES = ("base", "experts", "keep", "only", "exclude", "scale", "heads", "dtype", "vocabulary", "files")
+NAMES = ("base", "experts", "keep", "only", "exclude", "scale", "heads", "dtype", "vocabulary", "files", "to")
 GROUPS = ("merge", "byom")
 DRY = "--dry-run"
 PACK = "BUNDLE base=PATH 'experts=[a=PATH,b=PATH]' merge=METHOD byom=VARIANT [--dry-run], or BUNDLE suite=SUITE ..."
@@ -46,7 +46,7 @@ def merge(arguments: Sequence[str]) -> int:
         require_space(out, sum(written_bytes(result).values()))
         sys.stdout.write("nothing was written (--dry-run)\n")
         return 0
-    with _shown("merge", sum(written_bytes(result).values()), result) as bar:
+    with _shown("merge", result.reads + sum(written_bytes(result).values()), result) as bar:
         write(result, out, bar)
     sys.stdout.write(f"{out}\n")
     return 0
@@ -55,6 +55,7 @@ def merge(arguments: Sequence[str]) -> int:
 def pack(arguments: Sequence[str]) -> int:
     """Pack folders into a bundle, then print what each task takes."""
     from byom.folders.pack import pack as packed
+    from byom.folders.pack import reads
 
     dry, arguments = DRY in arguments, [argument for argument in arguments if argument != DRY]
     out = place("pack", arguments, PACK)
@@ -66,7 +67,7 @@ def pack(arguments: Sequence[str]) -> int:
     if dry:
         sys.stdout.write("nothing was written (--dry-run)\n")
         return 0
-    with _shown("pack", nbytes(result.models.base), result) as bar:
+    with _shown("pack", reads(result), result) as bar:
         packed(result, out, bar)
     for task in result.models.experts:
         delta = Delta.open(out / f"{task}.safetensors")
@@ -82,19 +83,19 @@ def unpack(arguments: Sequence[str]) -> int:
 
     places = [argument for argument in arguments if "=" not in argument]
     options = given.options([argument for argument in arguments if "=" in argument])
-    given.require_known(options, ("task", "dtype"))
+    given.require_known(options, ("task", "dtype", "to", "server"))
     if len(places) != 2 or "task" not in options:
-        raise OptionError("byom unpack BUNDLE task=NAME OUT [dtype=...]")
-    dtype = given.text("dtype", options.get("dtype", ""))
-    if dtype:
+        raise OptionError("byom unpack BUNDLE task=NAME OUT [to=folder|peft|patch] [server=vllm] [dtype=...]")
+    values = {name: given.text(name, value) for name, value in options.items()}
+    if dtype := values.get("dtype", ""):
         one_of("dtype", dtype, DTYPES)
-    out = unpacked(at_home(places[0]), given.text("task", options["task"]), at_home(places[1]), dtype)
+    out = unpacked(at_home(places[0]), out=at_home(places[1]), **values)
     sys.stdout.write(f"{out}\n")
     return 0
 
 
 @contextmanager
-def _shown(what: str, total: int, result: Result) -> Iterator[Callable[[int], object]]:
+def _shown(what: str, total: int, result: Result) -> Iterator[Watch]:
     """Show a bar by bytes while a block runs, and say in the end what it took."""
     from byom.pipeline.provenance import Stages
 
@@ -103,12 +104,17 @@ def _shown(what: str, total: int, result: Result) -> Iterator[Callable[[int], ob
         stages.stage(what),
         tqdm(total=total, unit="B", unit_scale=True, desc=what, mininterval=0.5) as bar,
     ):
-        yield bar.update
+
+        def watch(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield watch
+        bar.total = bar.n
     taken = stages.taken[what]
     if simpler := result.fallbacks:
         sys.stdout.write(f"merged by a simpler rule than the method's: {listed(simpler)}\n")
     sys.stdout.write(
-        f"{len(result.models.base)} tensors, {total:,} bytes in {taken['seconds']:.1f} s, "
+        f"{len(result.models.base)} tensors, {bar.n:,} bytes read and written in {taken['seconds']:.1f} s, "
         f"peak {taken['peak_mib']:,.0f} MiB\n"
     )
 
@@ -167,6 +173,7 @@ def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
         dtype=given.text("dtype", options.get("dtype", "")),
         vocabulary=given.text("vocabulary", options.get("vocabulary", "strict")),  # pyright: ignore[reportArgumentType]
         files=given.text("files", options.get("files", "base")),
+        to=given.text("to", options.get("to", "folder")),  # pyright: ignore[reportArgumentType]
         recipe=written,
     )
 

@@ -16,7 +16,10 @@ from byom.storage.atomic import require_own
 from byom.storage.place import at_home
 
 if TYPE_CHECKING:
+    from byom.pipeline.cell import Cell
     from byom.pipeline.settings import Settings
+    from byom.serving.suite import Predictor
+    from byom.variants.base.delta import Served
 
 
 @led
@@ -27,7 +30,7 @@ def export(arguments: Sequence[str]) -> int:
     from byom.pipeline.checks import require_exportable
 
     arguments, server, embeddings = _server(arguments)
-    folder, settings = _folder("export", arguments, adapters._exported)
+    folder, settings = _folder("export", arguments, lambda _: adapters._exported)
     require_exportable(settings)
     cell = Cell(settings)
     adapters.adapters(
@@ -50,15 +53,25 @@ def export(arguments: Sequence[str]) -> int:
 
 @led
 def pack(arguments: Sequence[str]) -> int:
-    """Save the shared models and packed differences as a bundle, then print a line for each task."""
-    from byom.checkpoint.bundle import Bundle
+    """Save the shared models, packed differences and what predicts as a bundle, then print a line for each task."""
+    from byom.checkpoint.bundle import Bundle, own_files
     from byom.pipeline.cell import Cell
-    from byom.storage.tensor_files import written
+    from byom.pipeline.checks import require_routable
+    from byom.serving.suite import require_servable
     from byom.variants.base.delta import Delta
 
-    folder, settings = _folder("pack", arguments, written("bundle.json"))
-    served = Cell(settings).streamed
-    Bundle(served.reference, served.deltas, served.base).save(folder)
+    folder, settings = _folder("pack", arguments, own_files)
+    require_routable(settings)
+    require_servable(settings)
+    cell = Cell(settings)
+    served = cell.streamed
+    predictor = _predictor(cell, served)
+
+    def complete(partial: Path) -> dict[str, str]:
+        predictor.save(partial)
+        return {"kind": "suite"}
+
+    Bundle(served.reference, served.deltas, served.base).save(folder, complete)
     for task in served.deltas:
         delta = Delta.open(folder / f"{task}.safetensors")
         size = f"{delta.stored_parameters:>11,} parameters {delta.nbytes:>12,} bytes"
@@ -79,18 +92,36 @@ def _server(arguments: Sequence[str]) -> tuple[list[str], str | None, bool]:
     return rest, given.get("server"), embeddings
 
 
-def _folder(command: str, arguments: Sequence[str], own: Callable[[Path], bool]) -> tuple[Path, Settings]:
+def _predictor(cell: Cell, served: Served) -> Predictor:
+    """Return what answers besides weights: backbone, heads and, where tasks are not given, the fitted router."""
+    from byom.serving.suite import Predictor
+
+    settings, lab = cell.settings, cell.lab
+    routing = settings.router.fit(cell.problem, served) if settings.routed else None
+    return Predictor(
+        settings.backbone, settings.finetune, lab.tasks, {task: lab.head(task) for task in lab.tasks}, routing
+    )
+
+
+def _folder(
+    command: str, arguments: Sequence[str], own: Callable[[Path], Callable[[Path], bool]]
+) -> tuple[Path, Settings]:
     """Return where a command writes, its first argument, and the settings that the others make.
 
     Whatever these alone forbid is refused here, before any expert is trained.
+
+    Args:
+        command: The command, for messages.
+        arguments: What was typed after it.
+        own: Given the folder, says which files in it the command wrote.
     """
     from byom.pipeline.checks import require_folder, require_possible
 
     if not arguments or "=" in arguments[0] or re.match(r"~\w+\.", arguments[0]):
         raise OptionError(f"where to? byom {command} FOLDER [option=value ...]")
     folder = at_home(arguments[0])
-    require_own(folder, own)
+    require_own(folder, own(folder))
     require_folder(folder)
     settings = config.settings(list(arguments[1:]))
-    require_possible(settings, evaluates=command == "export")
+    require_possible(settings, evaluates=True)
     return folder, settings

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from byom.checkpoint.adapters.adapter import Adapter
-from byom.checkpoint.bundle import joined
 from byom.checkpoint.files import open_raw
 from byom.checkpoint.recognise import fitted, is_head
 from byom.errors import CheckpointError, listed
+from byom.folders.adapted import whole
 from byom.folders.patterns import chosen, matches
 from byom.folders.request import Request
 from byom.folders.source import Source
@@ -32,10 +34,11 @@ class Expert:
         source: Where it lies.
         weights: What it shares with the others, in the base's names.
         container: What it was read from.
-        raw: All of it, under its own names; None for an adapter.
+        raw: All of it, under its own names; None for an adapter without a head.
         names: Its own names to the base's, of what it shares.
         head: What is its own, under its own names.
         start: How its names start where the base's do otherwise: what is dropped of the base's, and what comes instead.
+        settings: What its configuration says otherwise than the base's, where it has none of its own.
     """
 
     source: Source
@@ -45,6 +48,7 @@ class Expert:
     names: Mapping[str, str] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     start: tuple[str, str] = ("", "")
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def whole(self, shared: Weights) -> Weights:
         """Return the model with other values of what is shared, under its own names.
@@ -54,8 +58,7 @@ class Expert:
         """
         raw = self.raw
         if raw is None:
-            head = Weights.of(self.head, shared.origin)
-            return joined(shared, {name: name for name in shared}, head)
+            return shared
         specs = {name: Spec(raw.shape(name), shared.dtype(self.names[name])) for name in raw if name in self.names}
         specs |= {name: Spec(raw.shape(name), raw.dtype(name)) for name in raw if name not in self.names}
         ties = {alias: name for alias, name in raw.ties.items() if (alias in self.names) == (name in self.names)}
@@ -125,7 +128,7 @@ def models(request: Request) -> Models:
     lacking = _lacking(base, raws.values(), own)
     shared = base.select(lambda name: name not in own and name not in lacking)
     experts = {
-        name: _adapted(each, shared)
+        name: _adapted(each, shared, source.folder)
         if each.is_adapter
         else _expert(each, raws[name], opened[name][1], shared, request.heads)
         for name, each in sources.items()
@@ -153,9 +156,20 @@ def _expert(source: Source, raw: Weights, container: str, shared: Weights, heads
     return Expert(source, found.weights, found.format, raw, found.names, kept, found.start)
 
 
-def _adapted(source: Source, shared: Weights) -> Expert:
+def _adapted(source: Source, shared: Weights, base: Path | None) -> Expert:
     adapter = Adapter.open(source.path)
-    return Expert(source, adapter.on(shared), "PEFT adapter", head=adapter.heads(shared))
+    weights, head = adapter.on(shared), adapter.heads(shared)
+    if not head:
+        return Expert(source, weights, "PEFT adapter")
+    found = whole(source.path, base, weights, head)
+    if found is None:
+        raise CheckpointError(
+            f"{source.given} has a head of its own ({listed(head)}), and transformers names no model of its task_type "
+            "that has it and this base. Load it with PEFT, call merge_and_unload, save it, and give that folder"
+        )
+    first = next((pair for pair in found.names.items() if pair[0] != pair[1]), ("", ""))
+    start = ("", first[0].removesuffix(first[1]))
+    return Expert(source, weights, "PEFT adapter", found.weights, found.names, head, start, found.settings)
 
 
 def _own_head(base: Weights, raws: Collection[Weights], patterns: Sequence[str]) -> set[str]:

@@ -7,26 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 
 import byom
+from byom.checkpoint.adapters.merged import write_adapter
 from byom.checkpoint.convert import DTYPES
 from byom.errors import CheckpointError, OptionError
 from byom.folders import beside, card
 from byom.folders.beside import MANIFEST
 from byom.folders.models import Expert, Models
-from byom.folders.result import Result
-from byom.folders.source import Source
+from byom.folders.result import Result, Watch, nbytes
+from byom.folders.skeleton import skeleton
+from byom.folders.source import HUB, Source
 from byom.storage import manifest
 from byom.storage.atomic import replacing, require_own
-from byom.storage.tensor_files import size
 from byom.weights import Weights
 
 RECIPE, CARD = "recipe.yaml", "README.md"
 HEADS = "heads"
+Settings = Mapping[str, Any]
 
 
 def require_apart(out: Path, sources: Iterable[Source]) -> None:
@@ -64,7 +67,7 @@ def require_space(out: Path, nbytes: int) -> None:
 
 
 def written_bytes(result: Result) -> dict[str, int]:
-    """Return the folders that a merge writes, relative to the output, to the bytes of their weights."""
+    """Return the folders that a merge writes, relative to the output, to the most bytes of their weights."""
     dtype = _dtype(result)
     base = result.models.base
     sizes = {".": nbytes(base, dtype)}
@@ -73,26 +76,13 @@ def written_bytes(result: Result) -> dict[str, int]:
     return sizes
 
 
-def nbytes(weights: Weights, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes of distinct tensors.
-
-    Args:
-        weights: The weights.
-        dtype: What floating-point tensors are written in; None keeps theirs.
-    """
-    types = {name: weights.dtype(name) for name in weights.canonical()}
-    if dtype is not None:
-        types = {name: dtype if own.is_floating_point else own for name, own in types.items()}
-    return sum(size(weights.shape(name), own) for name, own in types.items())
-
-
-def write(result: Result, out: Path, watch: Any = None) -> Path:
+def write(result: Result, out: Path, watch: Watch | None = None) -> Path:
     """Merge, and write the folder that other tools open.
 
     Args:
         result: What is merged.
         out: The folder; created, or replaced as a whole if it holds an earlier result that nobody changed.
-        watch: Called with the bytes of every tensor that is written.
+        watch: Called with the bytes of every tensor that is read or written.
 
     Returns:
         The folder.
@@ -101,17 +91,15 @@ def write(result: Result, out: Path, watch: Any = None) -> Path:
         CheckpointError: If a model cannot be read or the folder not be written; then nothing changes.
         OptionError: If the folder and an input lie in one another.
     """
-    models, dtype = result.models, _dtype(result)
+    models = result.models
     every = {"base": models.source} | {name: expert.source for name, expert in models.experts.items()}
+    own = manifest.own(out, MANIFEST)
     require_apart(out, every.values())
-    require_own(out, manifest.own(out, MANIFEST))
+    require_own(out, own)
     require_space(out, sum(written_bytes(result).values()))
-    with hashing(every) as digests, replacing(out, manifest.own(out, MANIFEST)) as partial:
-        merged = result.merged()
-        watched(merged, watch).save(partial, dtype=dtype)
-        _complete(partial, files_of(result), merged if dtype is None else merged.to(dtype), models)
-        for name, expert in models.heads.items():
-            whole(expert, merged, partial / HEADS / name, models, dtype, watch)
+    make = _adapter if result.request.to == "peft" else _folder
+    with hashing(every) as digests, replacing(out, own) as partial:
+        make(result, partial, watch)
         recipe = yaml.safe_dump(dict(result.request.recipe), sort_keys=False, allow_unicode=True)
         done = digests()
         (partial / RECIPE).write_text(recipe, encoding="utf-8")
@@ -121,8 +109,28 @@ def write(result: Result, out: Path, watch: Any = None) -> Path:
     return out
 
 
+def _folder(result: Result, folder: Path, watch: Watch | None) -> None:
+    models, dtype, merged = result.models, _dtype(result), result.merged(watch)
+    merged.save(folder, dtype=dtype, progress=watch)
+    _complete(folder, files_of(result), merged if dtype is None else merged.to(dtype), models)
+    merged = Weights.open(folder)  # what lies there is not merged again for every head
+    for name, expert in models.heads.items():
+        whole(expert, merged, folder / HEADS / name, models, dtype, watch)
+
+
+def _adapter(result: Result, folder: Path, watch: Watch | None) -> None:
+    source = result.models.source
+    name = source.given.removeprefix(HUB).partition("@")[0] if source.given.startswith(HUB) else source.given
+    write_adapter(result.low_rank(), folder, base_model=name, module=skeleton(source.folder))
+
+
 def whole(
-    expert: Expert, shared: Weights, folder: Path, models: Models, dtype: torch.dtype | None = None, watch: Any = None
+    expert: Expert,
+    shared: Weights,
+    folder: Path,
+    models: Models,
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Write one expert's model with other values of what it shares, as a folder that transformers opens.
 
@@ -132,12 +140,12 @@ def whole(
         folder: The folder to write.
         models: The models of the request.
         dtype: What floating-point tensors are written in; None keeps theirs.
-        watch: Called with the bytes of every tensor that is written.
+        watch: Called with the bytes of every tensor that is read or written.
     """
     weights = expert.whole(shared)
-    watched(weights, watch).save(folder, dtype=dtype)
-    place = None if expert.source.is_adapter else expert.source.folder
-    _complete(folder, place, weights if dtype is None else weights.to(dtype), models)
+    weights.save(folder, dtype=dtype, progress=watch)
+    place = models.source.folder if expert.source.is_adapter else expert.source.folder
+    _complete(folder, place, weights if dtype is None else weights.to(dtype), models, expert.settings)
 
 
 def files_of(result: Result) -> Path | None:
@@ -149,11 +157,13 @@ def files_of(result: Result) -> Path | None:
     return source.folder
 
 
-def _complete(folder: Path, place: Path | None, weights: Weights, models: Models) -> None:
+def _complete(
+    folder: Path, place: Path | None, weights: Weights, models: Models, settings: Settings = MappingProxyType({})
+) -> None:
     beside.copy(place, folder)
     models.vocabulary.complete(folder, place)
     untied = set(models.base.ties) - set(weights.ties) if set(models.base) <= set(weights) else set()
-    beside.configured(folder, weights, {"tie_word_embeddings": False} if untied else {})
+    beside.configured(folder, weights, {**settings, **({"tie_word_embeddings": False} if untied else {})})
 
 
 @contextmanager
@@ -166,19 +176,6 @@ def hashing(sources: Mapping[str, Source]) -> Iterator[Callable[[], dict[str, st
         finally:
             for future in futures.values():
                 future.cancel()
-
-
-def watched(weights: Weights, watch: Any) -> Weights:
-    """Return weights that call back with the bytes of every tensor that is read."""
-    if watch is None:
-        return weights
-
-    def read(name: str) -> Any:
-        tensor = weights.raw(name)
-        watch(size(weights.shape(name), weights.dtype(name)))
-        return tensor
-
-    return weights.derived(read, weights.origin)
 
 
 def _dtype(result: Result) -> torch.dtype | None:

@@ -33,6 +33,7 @@ class Request:
         dtype: What floating-point tensors are written in, one of `DTYPES`; empty keeps the base's.
         vocabulary: ``strict`` refuses vocabularies that differ, ``base`` keeps the base's, ``union`` has every token.
         files: Whose tokenizer and other files are copied: ``base``, or an expert's name.
+        to: ``folder`` writes the merged model, ``peft`` its difference to the base as one adapter.
         recipe: The request as it was written, for the model card.
 
     Raises:
@@ -51,6 +52,7 @@ class Request:
     dtype: str = ""
     vocabulary: Literal["strict", "base", "union"] = "strict"
     files: str = "base"
+    to: Literal["folder", "peft"] = "folder"
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Request:
             raise OptionError(f"files={self.files} is no expert; {suggest(self.files, ['base', *self.experts])}")
         if self.dtype:
             one_of("dtype", self.dtype, DTYPES)
+        one_of("to", self.to, ("folder", "peft"))
         one_of("vocabulary", self.vocabulary, VOCABULARIES)
         require_weights_alone(self.merge.needs, f"merge={type(self.merge).__name__}")
         if self.variant is not None:

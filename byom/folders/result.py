@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,11 @@ from byom.folders.patterns import chosen, require_whole, valued
 from byom.folders.request import Request
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
+from byom.storage.tensor_files import size
 from byom.weights import Weights
+from byom.weights.lowrank import Adapted
+
+Watch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,35 @@ class Result:
         experts = {task: expert.select(stays) for task, expert in self.models.finetuned.items()}
         return Problem(shared.select(stays), experts)
 
-    def merged(self) -> Weights:
-        """Merge lazily: all tensors of the base, those merged that are to be."""
+    @property
+    def reads(self) -> int:
+        """Bytes that merging reads: all models once, and as often again as the method plans."""
+        models = (self.problem.pretrained, *self.problem.finetuned.values())
+        return (1 + getattr(self.request.merge, "passes", 0)) * sum(nbytes(each) for each in models)
+
+    def merged(self, watch: Watch | None = None) -> Weights:
+        """Merge lazily: all tensors of the base, those merged that are to be.
+
+        Args:
+            watch: Called with the bytes of every tensor that is read.
+        """
         before = None if self.request.variant is None else self.request.variant.before
         problem = self.problem if before is None else before(self.problem)
-        merged = self.request.merge(problem)
+        merged = self.request.merge(problem if watch is None else problem.watched(watch))
         return assembled(self.models, self.scaled(merged), self.kept)
+
+    def low_rank(self) -> Adapted:
+        """Merge into low-rank differences to the base.
+
+        Raises:
+            OptionError: If the method's result, or what else was asked for, has none.
+        """
+        if self.kept or self.request.scale or self.request.dtype or self.models.heads:
+            raise OptionError(
+                "to=peft writes what adapters hold, the merged difference in fp32; keep, only, exclude, scale, dtype "
+                "and heads of experts' own need to=folder"
+            )
+        return self.request.merge.low_rank(self.problem)
 
     def scaled(self, merged: Weights) -> Weights:
         """Return the merged part with its difference to the base scaled as ``scale`` says."""
@@ -92,6 +119,19 @@ class Result:
     def fallbacks(self) -> list[str]:
         """What gets a simpler rule than the method's own."""
         return self.request.merge.fallbacks(self.problem)
+
+
+def nbytes(weights: Weights, dtype: torch.dtype | None = None) -> int:
+    """Return the bytes of distinct tensors.
+
+    Args:
+        weights: The weights.
+        dtype: What floating-point tensors are written in; None keeps theirs.
+    """
+    types = {name: weights.dtype(name) for name in weights.canonical()}
+    if dtype is not None:
+        types = {name: dtype if own.is_floating_point else own for name, own in types.items()}
+    return sum(size(weights.shape(name), own) for name, own in types.items())
 
 
 def require_one_factor(factors: Mapping[str, float], ties: Mapping[str, str]) -> None:

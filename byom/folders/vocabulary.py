@@ -241,6 +241,12 @@ def _require_unadapted(mode: str, sources: Mapping[str, Source], base: Member) -
         if not source.is_adapter:
             continue
         adapter = Adapter.open(source.path)
+        if head := sorted(adapter.heads(base.weights)):
+            raise CheckpointError(
+                f"vocabulary={mode}: the adapter {task}={source.given} has a head of its own ({head[0]}), and its "
+                "model would need the larger vocabulary. Merge it into its own base first (peft: merge_and_unload, then "
+                "save_pretrained)"
+            )
         paths = [*adapter.layers, *(name.rpartition(".")[0] for name in adapter.saved)]
         if adapted := [path for path in paths if any(path.endswith(m) or m.endswith(path) for m in modules)]:
             raise CheckpointError(

@@ -28,7 +28,7 @@ def leading(values: Tensor, count: int, dim: int = -1) -> Tensor:
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     sizes = values.abs()
-    threshold = sizes.topk(count, dim).values.narrow(dim, count - 1, 1)
+    threshold = sizes.topk(count, dim, sorted=False).values.amin(dim, keepdim=True)
     above, ties = sizes > threshold, sizes == threshold
     return above | ties & (ties.cumsum(dim) <= count - above.sum(dim, keepdim=True))
 

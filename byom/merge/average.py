@@ -46,6 +46,7 @@ class Average(TensorwiseMethod):
     weights: tuple[float, ...] = ()
 
     title = "Averaging"
+    previews = True
 
     def __post_init__(self) -> None:
         weights = signed_weights(self.weights)

@@ -12,7 +12,7 @@ from byom.errors import OptionError, fraction, one_of
 from byom.functional.deltas import total, weighted
 from byom.functional.rows import leading
 from byom.functional.selection import Part, kept, locate
-from byom.merge.base import Group, TensorwiseMethod
+from byom.merge.base import Group, TensorwiseMethod, rowwise
 from byom.merge.base.checks import signed_weights
 
 Granularity = Literal["per_row", "per_tensor"]
@@ -75,6 +75,11 @@ class ModelBreadcrumbs(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled sum of what is neither large nor small."""
+        if self.granularity == "per_row" and group.pretrained.dim():
+            return rowwise(group, self._whole_rows)
+        return self._whole_rows(group)
+
+    def _whole_rows(self, group: Group) -> Tensor:
         deltas = group.deltas
         for delta in deltas:
             delta.mul_(middle(delta, self.keep, self.remove_top, self.granularity))

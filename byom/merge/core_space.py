@@ -57,9 +57,8 @@ class CoreSpace(PlannedMethod):
     nothing is lost: ``U M_t Vᵀ = tau_t``. `then` merges the cores of all matrices together, from an origin of zeros,
     into M, and ``theta = theta_0 + scale * U M Vᵀ``, of rank ``T r`` or less whatever `then` does.
 
-    Linear methods are not changed by that, and neither are those that commute with rotations (TSV-M, Iso-C), which are
-    only faster; methods that look at single entries (TIES, DARE) see a few that matter, where the matrices have
-    many that do not.
+    Linear methods are not changed by that, and neither are those that commute with rotations, which are only faster:
+    Iso-C, and TSV-M on adapters of one rank. Methods that look at single entries (TIES, DARE) see the few of the cores.
 
     Changes are never formed where all experts are low-rank differences to this pre-trained model
     (`byom.weights.lowrank.Adapted`). What is not known as factors counts as it is, ``B_t = A_t = tau_t``: the bases of
@@ -68,7 +67,7 @@ class CoreSpace(PlannedMethod):
     Args:
         then: The method that merges the cores. It needs weights alone; for it, the number of entries is that of the
             cores.
-        scale: Scaling coefficient of what `then` makes of the cores, any real number.
+        scale: Scaling coefficient (lambda) of what `then` makes of the cores, any real number.
         rest: What tensors get that are not matrices: ``pretrained``, or ``merged`` by `then` among themselves.
         exclude: Shell-style patterns of parameter names that are not matrices here.
 
@@ -82,9 +81,9 @@ class CoreSpace(PlannedMethod):
         The authors keep ``T r`` directions even where the factors span fewer; the others have no coordinates, and here
         they are left out. They merge matrix by matrix; whether `then` ranks each core or all of them together is its
         own option here (`scope`), and so is the scale, which they search on validation data (`grid` is chosen here).
-        Adapters' scales ``alpha / r`` belong to B. A common factor moved from B to A, or any turn of a task's factors,
-        changes nothing; other ways of writing the same product change the bases, and with them what `then` does to each
-        entry. Equal singular values leave them open.
+        Adapters' own scales belong to B. A number that all tasks' B are multiplied with and their A divided by, or a
+        rotation of one task's factors, changes nothing; other ways of writing the same product change the bases, and
+        with them what `then` does to each entry. Equal singular values leave them open.
     """
 
     then: MergeMethod = field(default_factory=lambda: Ties(density=0.2))
@@ -141,6 +140,8 @@ class CoreSpace(PlannedMethod):
         """Return ``theta_0 + scale * U M Vᵀ`` for a matrix, and what `rest` says for other tensors."""
         keys = matrices(group.name, group.pretrained.shape)
         if keys[0] in plan.frames:
+            if not any(plan.merged[key].numel() for key in keys):  # a zero as large as an embedding, of no task
+                return wide(group.pretrained)
             change = torch.stack([reduce(torch.matmul, self._factors(key, plan)) for key in keys])
             return group.pretrained + change.reshape(group.pretrained.shape)
         return group.pretrained + plan.rest[group.name] * self.scale if plan.rest else wide(group.pretrained)
@@ -212,7 +213,6 @@ def _frame(problem: Problem, of: Changes, name: str, key: str) -> Frame:
         if not all(finite(factor) for factor in chain if factor.numel()):
             expert.read_finite(name)  # whose message counts the values, where the product is not finite either
             raise CheckpointError(f"{expert.origin}: the factors of '{name}' hold NaN or infinity; fetch it again")
-    problem.pretrained.read_finite(name)
     models = (problem.pretrained, *problem.finetuned.values())
     dtype = widened(reduce(torch.promote_types, [model.dtype(name) for model in models]))
     return Frame(*(each.to(dtype) for each in frame(chains)))

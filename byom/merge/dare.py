@@ -12,8 +12,9 @@ from byom.errors import fraction, one_of
 from byom.functional.seeding import keyed
 from byom.functional.selection import top_mask
 from byom.functional.tensors import wide
-from byom.merge.base import MergeMethod, Problem
+from byom.merge.base import Group, MergeMethod, Problem, TensorwiseMethod, blockwise
 from byom.merge.base.checks import require_experts
+from byom.merge.base.method import lazily
 from byom.merge.base.needs import Needs
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
@@ -80,8 +81,28 @@ class Dare(MergeMethod):
         """Merge the thinned experts lazily; see `MergeMethod.__call__`."""
         self.check(problem)
         problem = problem.settled()
+        then = self.then
+        plain = type(then).__call__ is TensorwiseMethod.__call__ and self.select == "random" and self.drop > 0
+        if plain and isinstance(then, TensorwiseMethod) and then.elementwise:
+            return self._by_blocks(problem, then)
         thinned = {task: self._thinned(task, expert, problem.pretrained) for task, expert in problem.finetuned.items()}
-        return self.then(replace(problem, finetuned=thinned))
+        return then(replace(problem, finetuned=thinned))
+
+    def _by_blocks(self, problem: Problem, then: TensorwiseMethod) -> Weights:
+        """Thin and merge piece by piece, with the flips that whole parameters get: no expert is there as a whole."""
+
+        def merged(group: Group) -> Tensor:
+            draws = [torch.Generator().manual_seed(keyed(self.seed, task, group.name)) for task in problem.tasks]
+
+            def piecewise(_: int, piece: Group) -> Tensor:
+                ours = wide(piece.pretrained)
+                changes = [wide(expert) - ours for expert in piece.experts]
+                experts = [ours + self._thin(delta, draw) for delta, draw in zip(changes, draws, strict=True)]
+                return then.merge(replace(piece, experts=tuple(experts)))
+
+            return blockwise(group, piecewise)
+
+        return lazily(problem, merged)
 
     def _thinned(self, task: str, expert: Weights, base: Weights) -> Weights:
         def read(name: str) -> Tensor:
@@ -92,23 +113,23 @@ class Dare(MergeMethod):
 
         return (expert - base).derived(read, expert.origin)
 
-    def _thin(self, delta: Tensor, seed: int) -> Tensor:
+    def _thin(self, delta: Tensor, seed: int | torch.Generator) -> Tensor:
         mask = flips(delta, self.drop, seed) if self.select == "random" else heaviest(delta, self.drop)
         return delta * mask / (1 - self.drop if self.rescale else 1)
 
 
-def flips(delta: Tensor, drop: float, seed: int) -> Tensor:
+def flips(delta: Tensor, drop: float, seed: int | torch.Generator) -> Tensor:
     """Draw which entries survive.
 
     Args:
         delta: ``[*shape]``, for its shape and device.
         drop: Chance that an entry is dropped.
-        seed: Seed of the generator.
+        seed: Seed of a generator, or one that goes on where it is: pieces of a tensor get what the whole one gets.
 
     Returns:
         Bool ``[*shape]``, the same on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     return (torch.rand(delta.shape, generator=generator) >= drop).to(delta.device)
 
 

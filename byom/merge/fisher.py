@@ -47,6 +47,7 @@ class FisherMerging(PlannedMethod):
 
     title = "Fisher merging"
     passes: ClassVar[int] = 0
+    previews = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

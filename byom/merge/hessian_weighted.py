@@ -51,6 +51,7 @@ class HessianWeighted(PlannedMethod):
 
     title = "Hessian-weighted"
     passes: ClassVar[int] = 0
+    previews = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -67,6 +67,7 @@ class MixtureOfGaussians(PlannedMethod):
     temperature: float = 1.0
 
     title = "Mixture of Gaussians"
+    previews = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(self.weights))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.functional.deltas import inner_products, total
+from byom.functional.deltas import PIECE, inner_products, total
 from byom.merge.base import Group, TensorwiseMethod, blockwise
 
 
@@ -37,7 +37,8 @@ class ModelStock(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus r times the mean change."""
-        ratio = interpolation(inner_products(group.deltas))
+        start = torch.zeros(len(group.experts), len(group.experts), dtype=torch.float64)
+        ratio = interpolation(sum((inner_products(piece.deltas) for _, piece in group.blocks(PIECE)), start))
         return blockwise(group, lambda _, piece: piece.pretrained + ratio / len(piece.experts) * total(piece.deltas))
 
 

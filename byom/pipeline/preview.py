@@ -119,14 +119,14 @@ def require_known(arguments: Sequence[str]) -> None:
 
 
 def require_weighable(name: str, method: MergeMethod) -> None:
-    """Refuse a method that takes no task weights, or that is joint fine-tuning itself.
+    """Refuse a method whose task weights are not those of joint fine-tuning, or that has none.
 
     Raises:
         OptionError: Naming the option.
     """
-    if "weights" not in {f.name for f in fields(method)} or method.needs.joint:
+    if not method.previews:
         raise OptionError(
-            f"methods: {name} cannot be previewed, it merges without task weights; use some of average, "
+            f"methods: {name} cannot be previewed, it has no weights of the tasks' losses; use some of average, "
             "hessian_weighted, mixture, fisher"
         )
 

@@ -15,6 +15,7 @@ from byom.functional.tensors import wide
 from byom.merge.base.matrices import is_matrix, is_stack
 from byom.variants.base import PackingVariant, Parts, Shared, sparse
 from byom.variants.base import factors as truncated
+from byom.variants.base.delta import Entries
 from byom.weights import Weights
 
 
@@ -83,6 +84,10 @@ class TwinMerging(PackingVariant):
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Put values back at their positions, or add the product of the factors."""
         return (sparse.assign if "values" in parts else truncated.add)(parts, shared.reference)
+
+    def entries(self, parts: Parts, numel: int) -> Entries | None:
+        """Return stored values and their positions, nothing for factors."""
+        return sparse.entries(parts, numel)
 
 
 def chosen(shape: tuple[int, ...], density: float, seed: int) -> Tensor:

@@ -171,6 +171,7 @@ class _Latest:
     def __init__(self, *, checked: bool) -> None:
         self._checked, self._lock = checked, Lock()
         self._held: WeakKeyDictionary[Weights, tuple[str, Tensor]] = WeakKeyDictionary()
+        self._told: set[tuple[Weights, str]] = set()  # what watchers have been told of, who count each tensor once
 
     def read(self, weights: Weights, name: str) -> Tensor:
         """Return a tensor, flat."""
@@ -178,7 +179,9 @@ class _Latest:
             held = self._held.pop(weights, None)
             if held is None or held[0] != name:
                 held = None  # freed before the next is computed
-                held = name, (weights.read_finite(name) if self._checked else weights[name]).reshape(-1)
+                source = unwatched(weights) if (weights, name) in self._told else weights
+                self._told.add((weights, name))
+                held = name, (source.read_finite(name) if self._checked else source[name]).reshape(-1)
             self._held[weights] = held
             return held[1]
 

@@ -12,8 +12,8 @@ import byom
 
 ROOT = Path(byom.__file__).parent
 ORDER = (
-    "errors", "functional", "storage", "weights", "merge", "variants", "checkpoint", "folders", "data", "backbone", "statistics",
-    "experts", "pipeline", "report", "cli",
+    "errors", "functional", "storage", "weights", "merge", "variants", "checkpoint", "folders", "data", "backbone",
+    "statistics", "experts", "pipeline", "serving", "report", "cli",
 )  # fmt: skip
 APART = {("report", "pipeline"), ("report", "merge"), ("report", "variants"), ("report", "backbone")}
 """Packages that could see one another by the order, and must not."""
@@ -22,7 +22,10 @@ LIBRARIES = {
     "omegaconf": {"cli"},
     "wandb": {"pipeline"},
     "open_clip": {"backbone", "checkpoint"},
-    "transformers": {"storage", "backbone", "checkpoint", "experts"},
+    "transformers": {"storage", "backbone", "checkpoint", "folders", "experts", "serving"},
+    "fastapi": {"serving"},
+    "uvicorn": {"serving"},
+    "prometheus_client": {"serving"},
     "datasets": {"data"},
     "matplotlib": {"report"},
 }

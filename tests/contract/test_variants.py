@@ -24,7 +24,21 @@ from byom.variants.fft import ByomFft
 from byom.variants.post_pruning import PostPruning
 from byom.weights import Weights
 from byom.weights import cuts as trim
-from tests.problems import BUFFERS, FLOATS, TIED, bits, counted, grid, model, models, options, posed, problem, same
+from tests.problems import (
+    BUFFERS,
+    FLOATS,
+    TIED,
+    bits,
+    counted,
+    grid,
+    model,
+    models,
+    module,
+    options,
+    posed,
+    problem,
+    same,
+)
 
 VARIANTS = options("byom")
 SPARSE = {name: variant for name, variant in VARIANTS.items() if isinstance(variant, SparseVariant)}
@@ -548,6 +562,28 @@ def test_a_bundle_comes_back_from_disk(bundle, tmp_path):
     assert all(same(opened.weights(task), bundle.weights(task)) for task in bundle.deltas)
     assert same(opened.reference, bundle.reference) and (opened.base is None) == (bundle.base is None)
     assert same(Bundle.open(opened.save(tmp_path / "bundle")).reference, bundle.reference)
+
+
+def test_a_live_model_that_is_switched_has_the_bits_of_what_is_unpacked(variant, dtype):
+    served = usual(variant, dtype)[2]
+    live = module(served.reference.state())
+    handle = Bundle(served.reference, served.deltas, served.base).attach(live)
+    for task in ("task1", "task2", None, "task3", "task1"):
+        handle.switch(task)
+        weights = served.weights(task) if task else served.reference
+        assert all(bits(tensor) == bits(weights[name]) for name, tensor in live.state_dict().items())
+
+
+def test_entries_that_are_assigned_in_place_give_what_is_unpacked(variant, dtype):
+    served = usual(variant, dtype)[2]
+    for task, delta in served.deltas.items():
+        for name in delta.shapes:
+            found = delta.variant.entries(delta.parts[name], served.reference[name].numel())
+            assert found is not None or not isinstance(variant, SparseVariant)
+            if found is not None:
+                flat = served.reference[name].clone().reshape(-1)
+                flat[found.positions] = found.values.to(dtype)
+                assert bits(flat) == bits(served.weights(task)[name].reshape(-1))
 
 
 def test_the_size_of_a_bundle_is_that_of_its_tensors(bundle, tmp_path):

@@ -18,6 +18,7 @@ from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.bundle import Bundle
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
+from tests.folders.architectures import opened, saved
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,7 @@ def commands():
 
 
 BYOM = [line for line in commands() if line.startswith("byom ")]
+FOLDERS = [line for line in BYOM if line.split()[1] in ("merge", "pack", "unpack", "serve")]
 MAKE = [line for line in commands() if line.startswith("make ")]
 
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.data
 @pytest.mark.slow
-@pytest.mark.parametrize("line", BYOM)
+@pytest.mark.parametrize("line", [line for line in BYOM if line not in FOLDERS])
 def test_a_byom_command_runs(line, folder, capsys):
     arguments = shlex.split(line)[1:]
     if arguments[0] in ("run", "-m"):
@@ -62,6 +64,20 @@ def test_a_byom_command_runs(line, folder, capsys):
         )
         arguments += [f"results={scratch}"]
     assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_commands_on_folders_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved("roberta", tmp_path, "ab")
+    for expert, name in (("a", "cars"), ("b", "svhn")):
+        (tmp_path / expert).rename(tmp_path / name)
+    served = []
+    monkeypatch.setattr("byom.cli.server.serve", lambda arguments: served.append(arguments) or 0)
+    for line in FOLDERS:
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert opened("roberta", tmp_path / "merged")[1]["missing_keys"] == set()
+    assert opened("roberta", tmp_path / "cars_again")[1]["missing_keys"] == set()
+    assert served == [["bundle"]]
 
 
 @pytest.mark.parametrize("line", MAKE)

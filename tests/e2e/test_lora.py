@@ -122,6 +122,24 @@ def test_pack_writes_a_bundle(folder, settings):
     served = Cell(settings(*LORA, "byom=lora", "byom.rank=2")).served
     packed = Bundle.open(folder / "bundle")
     assert all(torch.equal(packed.weights("mnist")[n], served.weights("mnist")[n]) for n in packed.reference)
+    _require_servable(folder / "bundle", settings)
+
+
+def _require_servable(bundle, settings):
+    """Hold that what is served predicts as the lab does."""
+    from byom.serving.open import open_bundle
+    from byom.serving.options import Options
+
+    cell, model = Cell(settings(*LORA, "byom=lora", "byom.rank=2")), open_bundle(bundle, Options(device="cpu"))
+    for task in KEPT:
+        split = cell.lab.splits(task)["test"]
+        model.switch(task)
+        found = model.predict([{"pixels": split.inputs["pixels"][place : place + 1]} for place in range(len(split))])
+        hits = [
+            cell.lab.tasks[task].classes.index(one["label"]) == int(n)
+            for one, n in zip(found, split.labels, strict=True)
+        ]
+        assert sum(hits) / len(hits) == cell.lab.score(task, cell.served.weights(task), "test").value
 
 
 @pytest.mark.parametrize("option", ["fft", "tall_mask", "emr"])

@@ -345,6 +345,13 @@ def test_adapters_of_a_table_that_grows_are_refused(tmp_path, capsys):
     torch.testing.assert_close(state(tmp_path / "out")[EMBED][6], own)
     assert main(["merge", "out", *options, "experts=[a=a,b=lm_head]"]) == 1
     assert "the adapter b=lm_head adapts" in capsys.readouterr().err
+    file = tmp_path / "q_proj" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.score.weight": torch.randn(2, WIDTH)}, file)
+    settings = json.loads((tmp_path / "q_proj" / "adapter_config.json").read_text(encoding="utf-8"))
+    text = json.dumps(settings | {"modules_to_save": ["score"], "task_type": "SEQ_CLS"})
+    (tmp_path / "q_proj" / "adapter_config.json").write_text(text, encoding="utf-8")
+    assert main(["merge", "out", *options, "experts=[a=a,b=q_proj]"]) == 1
+    assert "the adapter b=q_proj has a head of its own (score.weight)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, capsys):

@@ -101,6 +101,43 @@ def adapters(
     return [folder / task for task in served.deltas]
 
 
+def write_one(
+    served: Served,
+    task: str,
+    folder: str | Path,
+    *,
+    base_model: str,
+    module: nn.Module | None = None,
+    server: str | None = None,
+) -> Path:
+    """Write one task of a bundle as a PEFT folder on the bundle's reference, all or nothing.
+
+    Args:
+        served: The bundle, of low-rank differences.
+        task: One of its tasks.
+        folder: Created, or replaced as a whole if it holds an earlier adapter of byom.
+        base_model: Id or folder of the reference, which the configuration names.
+        module: As in `adapters`.
+        server: As in `adapters`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: If the bundle does not have the task, or an adapter or the server cannot hold its difference.
+        CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
+    """
+    require_server(server)
+    folder, weights = Path(folder), served.weights(task)
+    alone = Served(served.reference, {task: served.deltas[task]}, served.base)
+    modules, delta = Modules.of(alone, "", module, base_model), alone.deltas[task]
+    adapter = modules.adapter(modules.factors(delta) or modules.spare(alone), delta, weights)
+    adapter = fitted(modules, adapter, server)
+    with replacing(folder, storage.written("adapter_config.json")) as partial:
+        write_task(modules, adapter, weights, partial, base_model, task_type(base_model, server))
+    return folder
+
+
 def _exported(file: Path) -> bool:
     """Say whether a file is one of an earlier export; a merged model has its configuration two folders below it."""
     configuration = file.name == "config.json" and (file.parent.parent / "export.json").is_file()

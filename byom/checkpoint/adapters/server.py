@@ -59,7 +59,8 @@ def fitted(modules: Modules, adapter: TaskAdapter, server: str | None, embedding
     if whole:
         raise OptionError(
             f"server={server} takes low-rank factors alone, and {listed(sorted(whole))} moved as a whole: pack with "
-            "byom=lora byom.rest=drop, which leaves such at the reference, or serve the task's whole model"
+            "byom=lora byom.rest=drop, or merge with merge.rest=pretrained, which leave such alone, or serve the "
+            "whole model"
         )
     if modules.apart:
         raise OptionError(

@@ -27,6 +27,8 @@ class MergeMethod(ABC):
     """Name in tables."""
     merges: ClassVar[bool] = True
     """True where it makes a model of its own; otherwise the result is theta_0 itself."""
+    previews: ClassVar[bool] = False
+    """True where its `weights` stand for those of the tasks' losses in joint fine-tuning, which it previews."""
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:
@@ -115,7 +117,7 @@ class TensorwiseMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
-        return _lazily(problem.settled() if self.merges else problem, self._whole)
+        return lazily(problem.settled() if self.merges else problem, self._whole)
 
     def _whole(self, group: Group) -> Tensor:
         if not self.elementwise:
@@ -151,10 +153,10 @@ class PlannedMethod(MergeMethod):
         self.check(problem)
         problem = problem.settled()
         plan = self.plan(problem)
-        return _lazily(problem, lambda group: self.merge(group, plan))
+        return lazily(problem, lambda group: self.merge(group, plan))
 
 
-def _lazily(problem: Problem, merge: Any) -> Weights:
+def lazily(problem: Problem, merge: Any) -> Weights:
     """Lift the merging of one group to weights; what is not floating point is the pre-trained model's."""
     base = problem.pretrained
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -40,7 +41,11 @@ class Group:
     @property
     def finetuned(self) -> Tensor:
         """The fine-tuned values ``[T, *shape]`` in fp32 (fp64 for fp64 models)."""
-        return torch.stack([wide(expert) for expert in self.experts])
+        dtype = reduce(torch.promote_types, [widened(expert.dtype) for expert in self.experts])
+        stacked = torch.empty(len(self.experts), *self.pretrained.shape, dtype=dtype, device=self.pretrained.device)
+        for row, expert in zip(stacked.unbind(0), self.experts, strict=True):
+            row.copy_(expert)  # widened on the way, with no copy in between
+        return stacked
 
     @property
     def deltas(self) -> Tensor:
@@ -184,3 +189,25 @@ def blockwise(group: Group, merge: Any) -> Tensor:
     for start, piece in group.blocks():
         merged[start : start + piece.pretrained.numel()] = merge(start, piece)
     return merged.reshape(group.pretrained.shape)
+
+
+def rowwise(group: Group, merge: Callable[[Group], Tensor]) -> Tensor:
+    """Merge a parameter by pieces of whole rows along its last axis, about `BLOCK` elements each.
+
+    Args:
+        group: The parameter in every model, not 0-dim.
+        merge: Function of a piece ``[rows, width]``, without statistics.
+
+    Returns:
+        ``[*shape]`` merged values.
+    """
+    shape = group.pretrained.shape
+    merged = torch.empty(shape, dtype=widened(group.pretrained.dtype))
+    if not merged.numel():
+        return merged
+    models = [tensor.reshape(-1, shape[-1]) for tensor in (group.pretrained, *group.experts)]
+    rows, step = merged.reshape(-1, shape[-1]), max(1, BLOCK // shape[-1])
+    for start in range(0, len(rows), step):
+        pretrained, *experts = (model[start : start + step] for model in models)
+        rows[start : start + step] = merge(Group(group.name, pretrained, tuple(experts)))
+    return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,6 +35,15 @@ class Routing(ABC):
     @abstractmethod
     def stored(self) -> tuple[Tensor, ...]:
         """Tensors that have to be stored to route."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name of which `LearnedRouter.restored` makes what routes, without data or models.
+
+        Raises:
+            OptionError: If this kind cannot be stored.
+        """
+        raise OptionError(f"{type(self.router).__name__} cannot be stored; use router=knn, router=mlp or router=oracle")
 
 
 class Router(ABC):
@@ -76,6 +86,16 @@ class LearnedRouter(Router):
     heads: Literal["routed", "given"] = "routed"
 
     needs = Needs(inputs=frozenset({"train"}))
+    features: ClassVar[Literal["pretrained", "reference"]] = "reference"
+    """The model whose features it reads: theta_0, or the one that differences are taken to."""
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """Make what maps features ``[N, D]`` to shares ``[N, T]`` of what `Routing.tensors` returned.
+
+        Raises:
+            OptionError: If this kind cannot be stored.
+        """
+        raise OptionError(f"{type(self).__name__} cannot be stored; use router=knn, router=mlp or router=oracle")
 
     def __post_init__(self) -> None:
         if self.mix not in ("sample", "batch"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class NearestNeighbours(LearnedRouter):
     metric: Literal["euclidean", "cosine"] = "euclidean"
 
     title = "kNN-routed"
+    features = "pretrained"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,12 +58,17 @@ class NearestNeighbours(LearnedRouter):
 
     def fit(self, problem: Problem, served: Served) -> Routing:
         """Keep a few training examples of each task; see `Router.fit`."""
+        values, tasks = labelled_by_task([self._drawn(problem, task) for task in problem.tasks])
+        return _Neighbours(self, problem, values, tasks)
+
+    def restored(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """Let the kept examples vote; see `LearnedRouter.restored`."""
         from sklearn.neighbors import KNeighborsClassifier
 
-        values, tasks = labelled_by_task([self._drawn(problem, task) for task in problem.tasks])
+        values, tasks = tensors["values"], tensors["tasks"]
         voters = min(self.neighbours, len(values))
         model = KNeighborsClassifier(voters, metric=self.metric).fit(values.numpy(), tasks.numpy())
-        return _Neighbours(self, problem, model, values)
+        return lambda features: torch.from_numpy(model.predict_proba(features.numpy())).float()
 
     def _drawn(self, problem: Problem, task: str) -> Tensor:
         values = problem.inputs().features(problem.pretrained, task, "train").values
@@ -70,13 +77,18 @@ class NearestNeighbours(LearnedRouter):
 
 
 class _Neighbours(Routing):
-    def __init__(self, router: NearestNeighbours, problem: Problem, model: Any, values: Tensor) -> None:
-        self.router, self.problem, self.model, self.values = router, problem, model, values
+    def __init__(self, router: NearestNeighbours, problem: Problem, values: Tensor, tasks: Tensor) -> None:
+        self.router, self.problem, self.values, self.tasks = router, problem, values, tasks
+        self.vote = router.restored(self.tensors)
 
     def shares(self, task: str, split: str) -> Tensor:
         features = self.problem.inputs().features(self.problem.pretrained, task, split).values
-        return torch.from_numpy(self.model.predict_proba(features.numpy())).float()
+        return self.vote(features)
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return (self.values,)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values, "tasks": self.tasks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,12 @@ class Perceptron(LearnedRouter):
             self._train(network, values, tasks)
         return _Network(self, problem, served, network.eval())
 
+    def restored(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """Build the trained network; see `LearnedRouter.restored`."""
+        network = self._network(tensors["0.weight"].shape[1], len(tensors["4.weight"])).eval()
+        network.load_state_dict(dict(tensors))
+        return lambda features: network(features).softmax(-1)
+
     def _network(self, width: int, tasks: int) -> nn.Module:
         return nn.Sequential(
             nn.Linear(width, self.hidden),
@@ -100,3 +107,7 @@ class _Network(Routing):
     @property
     def stored(self) -> tuple[Tensor, ...]:
         return tuple(self.network.state_dict().values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.network.state_dict())

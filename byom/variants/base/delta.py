@@ -25,6 +25,13 @@ OWN = "own"  # the part that is a task's own value whatever the variant, of runn
 WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts next to each parameter's own
 
 
+class Entries(NamedTuple):
+    """The entries of one parameter that a task assigns; all others are the reference's."""
+
+    positions: Tensor  # int64 [k], flat, strictly ascending
+    values: Tensor  # [k], in the dtype in which they are stored
+
+
 class Shared(NamedTuple):
     """One parameter of the models that all tasks share."""
 
@@ -56,6 +63,18 @@ class Unpacker(ABC):
         Returns:
             ``[*shape]`` values for the task, in the reference's dtype.
         """
+
+    def entries(self, parts: Parts, numel: int) -> Entries | None:
+        """Return which entries `unpack` assigns, so that a live model can be changed at these alone.
+
+        Args:
+            parts: What `unpack` is given.
+            numel: Number of entries of the parameter.
+
+        Returns:
+            Positions and values; None where any entry may change, which is also what variants have that say nothing.
+        """
+        return None
 
     def readout(self, parts: Parts, head: Readout) -> Readout:
         """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""

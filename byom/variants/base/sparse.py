@@ -14,7 +14,7 @@ from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
 from byom.variants.base import positions as encoding
-from byom.variants.base.delta import Parts, Shared
+from byom.variants.base.delta import Entries, Parts, Shared
 from byom.variants.base.variant import PackingVariant
 from byom.weights import Weights
 from byom.weights.cuts import Cuts, Scope, cuts, require_scope
@@ -71,6 +71,10 @@ class SparseVariant(PackingVariant):
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Assign the stored values at their positions in a copy of the reference."""
         return assign(parts, shared.reference)
+
+    def entries(self, parts: Parts, numel: int) -> Entries | None:
+        """Return the stored values and their positions."""
+        return entries(parts, numel)
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,28 @@ def assign(parts: Parts, reference: Tensor) -> Tensor:
     Raises:
         CheckpointError: If values and positions do not fit the reference.
     """
-    values = parts["values"]
-    if len(values) > reference.numel():
-        raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {reference.numel()}")
-    kind = next(part for part in parts if part != "values")
-    positions = encoding.decode(kind, parts[kind], reference.numel(), len(values))
+    positions, values = _decoded(parts, reference.numel())
     patched = reference.clone().reshape(-1)
     patched[positions] = values.to(patched.dtype)
     return patched.reshape(reference.shape)
+
+
+def entries(parts: Parts, numel: int) -> Entries | None:
+    """Return what `assign` assigns; None if it has no values, or those of all entries, which need no positions.
+
+    Args:
+        parts: What a variant stored for one parameter.
+        numel: Number of entries of the parameter.
+
+    Raises:
+        CheckpointError: If values and positions do not fit the parameter.
+    """
+    return None if "values" not in parts or "all" in parts else _decoded(parts, numel)
+
+
+def _decoded(parts: Parts, numel: int) -> Entries:
+    values = parts["values"]
+    if len(values) > numel:
+        raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {numel}")
+    kind = next(part for part in parts if part != "values")
+    return Entries(encoding.decode(kind, parts[kind], numel, len(values)), values)

@@ -1,0 +1,47 @@
+"""The module of a folder as transformers builds it, without memory for values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from byom.folders.beside import CONFIG, configuration
+
+
+def skeleton(folder: Path | None) -> nn.Module | None:
+    """Return the module that a configuration describes, on the meta device; None where transformers knows none.
+
+    Args:
+        folder: A folder with a ``config.json``; custom code in it is not run.
+    """
+    if folder is None or not (folder / CONFIG).is_file():
+        return None
+    config = configuration(folder / CONFIG)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return None if not isinstance(name, str) else built(json.dumps(config), name)
+
+
+def built(config: str, name: str) -> nn.Module | None:
+    """Return a module of one of transformers' classes on the meta device; None if it cannot be built.
+
+    Args:
+        config: The configuration as JSON.
+        name: The class.
+    """
+    import transformers
+
+    settings: dict[str, Any] = json.loads(config)
+    model = getattr(transformers, name, None)
+    if model is None or "model_type" not in settings:
+        return None
+    try:
+        configuration = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device("meta"):
+            return model(configuration)
+    except Exception:  # whatever a foreign configuration makes it raise: it cannot be built
+        return None
