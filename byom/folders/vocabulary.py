@@ -244,7 +244,7 @@ def _require_unadapted(mode: str, sources: Mapping[str, Source], base: Member) -
         if head := sorted(adapter.heads(base.weights)):
             raise CheckpointError(
                 f"vocabulary={mode}: the adapter {task}={source.given} has a head of its own ({head[0]}), and its "
-                "model would need the larger vocabulary. Merge it into its own base first (peft: merge_and_unload, then "
+                "model would need the larger one. Merge it into its own base first (peft: merge_and_unload, then "
                 "save_pretrained)"
             )
         paths = [*adapter.layers, *(name.rpartition(".")[0] for name in adapter.saved)]
