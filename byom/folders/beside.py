@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byom.errors import CheckpointError
+from byom.storage.declared import declared
 from byom.storage.folder import parsed
 from byom.weights import Weights
 
@@ -56,6 +57,26 @@ def copy(folder: Path | None, target: Path) -> list[Path]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)
     return files
+
+
+def agreed(weights: Weights, folder: Path | None) -> tuple[Weights, dict[str, Any]]:
+    """Return weights, and what a configuration must say otherwise, so that both agree on which names are one tensor.
+
+    Where a configuration ties names that have values of their own, or has none tied, it is made to tie none, and files
+    hold every name: transformers fills a missing one with random values.
+
+    Args:
+        weights: What is going to be written.
+        folder: The folder whose configuration is copied; None has none.
+    """
+    if folder is None or not (folder / CONFIG).is_file():
+        return weights, {}
+    tied = [{weights.ties.get(name, name) for name in group if name in weights} for group in declared(folder, weights)]
+    is_apart = any(len(names) > 1 for names in tied)
+    if not is_apart and configuration(folder / CONFIG).get("tie_word_embeddings") is not False:
+        return weights, {}
+    every = {*weights.ties, *weights.ties.values()}
+    return weights.tied(weights.ties, doubled=every), {"tie_word_embeddings": False}
 
 
 def configured(target: Path, weights: Weights, changes: Mapping[str, Any]) -> None:

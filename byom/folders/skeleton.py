@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,29 @@ def skeleton(folder: Path | None) -> nn.Module | None:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     return None if not isinstance(name, str) else built(json.dumps(config), name)
+
+
+def is_outside(name: str, names: Collection[str], folder: Path | None) -> bool:
+    """Say whether a tensor is outside of the model's body as transformers names it, and so is a head's.
+
+    Args:
+        name: The tensor's name.
+        names: All names of the model.
+        folder: Its folder; where transformers does not know its class, nothing is outside.
+    """
+    body = "" if folder is None else _body(folder)
+    return bool(body) and not name.startswith(body) and any(other.startswith(body) for other in names)
+
+
+@lru_cache(maxsize=64)
+def _body(folder: Path) -> str:
+    """Return what names of the body start with in a folder's class of transformers; empty if it is unknown."""
+    import transformers
+
+    names = configuration(folder / CONFIG).get("architectures") if (folder / CONFIG).is_file() else None
+    name = names[0] if isinstance(names, list) and names else ""
+    body = getattr(getattr(transformers, str(name), None), "base_model_prefix", "")
+    return f"{body}." if body else ""
 
 
 def built(config: str, name: str) -> nn.Module | None:
