@@ -64,6 +64,7 @@ def pack(arguments: Sequence[str]) -> int:
     require_own(out, own_files(out))
     _describe(result, {out / "reference": nbytes(result.models.base)})
     if dry:
+        require_space(out, nbytes(result.models.base))
         sys.stdout.write("nothing was written (--dry-run)\n")
         return 0
     with _shown("pack", reads(result), result) as bar:
@@ -105,6 +106,8 @@ def _shown(what: str, total: int, result: Result) -> Iterator[Watch]:
     ):
 
         def watch(nbytes: int) -> None:
+            if bar.total and bar.n + nbytes > bar.total:  # a method that reads again what does not fit into memory
+                bar.total = None
             bar.update(nbytes)
 
         yield watch
