@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from byom.errors import CheckpointError, listed
 from byom.folders.adapted import whole
 from byom.folders.patterns import chosen, matches
 from byom.folders.request import Request
-from byom.folders.skeleton import is_outside
+from byom.folders.skeleton import body
 from byom.folders.source import Source
 from byom.folders.vocabulary import Vocabulary, agreed
 from byom.weights import Spec, Weights
@@ -155,8 +156,10 @@ def _completed(base: Weights, weights: Weights) -> Weights:
 
 
 def _expert(source: Source, raw: Weights, container: str, shared: Weights, heads: Sequence[str]) -> Expert:
+    inner = cache(lambda: body(source.folder, raw))
+
     def is_own(name: str) -> bool:
-        return any(matches(pattern, name) for pattern in heads) or is_outside(name, raw, source.folder)
+        return any(matches(pattern, name) for pattern in heads) or not name.startswith(inner())
 
     found = fitted(raw, container, shared, heads=is_own, own=True)
     kept = {n: raw[n] for n in raw if found.names and n not in found.names and not is_buffer(n, raw.shape(n))}

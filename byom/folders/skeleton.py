@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +27,24 @@ def skeleton(folder: Path | None) -> nn.Module | None:
     return None if not isinstance(name, str) else built(json.dumps(config), name)
 
 
-def is_outside(name: str, names: Collection[str], folder: Path | None) -> bool:
-    """Say whether a tensor is outside of the model's body as transformers names it, and so is a head's.
+def body(folder: Path | None, names: Collection[str]) -> str:
+    """Return what the names of a model's body start with, as its class in transformers has it; others are a head's.
 
     Args:
-        name: The tensor's name.
-        names: All names of the model.
-        folder: Its folder; where transformers does not know its class, nothing is outside.
+        folder: The model's folder.
+        names: The names of its tensors.
+
+    Returns:
+        The start with its dot; empty where transformers does not know the class, or no name starts so.
     """
-    body = "" if folder is None else _body(folder)
-    return bool(body) and not name.startswith(body) and any(other.startswith(body) for other in names)
-
-
-@lru_cache(maxsize=64)
-def _body(folder: Path) -> str:
-    """Return what names of the body start with in a folder's class of transformers; empty if it is unknown."""
+    if folder is None or not (folder / CONFIG).is_file():
+        return ""
     import transformers
 
-    names = configuration(folder / CONFIG).get("architectures") if (folder / CONFIG).is_file() else None
-    name = names[0] if isinstance(names, list) and names else ""
-    body = getattr(getattr(transformers, str(name), None), "base_model_prefix", "")
-    return f"{body}." if body else ""
+    named = configuration(folder / CONFIG).get("architectures")
+    model = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    start = f"{getattr(model, 'base_model_prefix', '')}."
+    return start if any(name.startswith(start) for name in names) else ""
 
 
 def built(config: str, name: str) -> nn.Module | None:
