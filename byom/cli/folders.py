@@ -164,7 +164,7 @@ def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
     groups = groups if "merge" in groups else {"merge": "average"} | groups
     built = config.resolve([f"{name}={given.override(value)}" for name, value in groups.items()]).values
     own = {name: _read(name, options[name]) for name in NAMES if name in options}
-    made = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
     recipe = own | {name: given.plain(value) for name, value in groups.items()}
     variant = config.made(built["byom"]) if packs else None
     return Request(**made, merge=config.made(built["merge"]), variant=variant, recipe=recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.folders.architectures import LLAMA, TEXT, moved
 DISTIL = {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 16}
 BERT = TEXT | {"num_hidden_layers": 1}
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-TIED = LLAMA | {"num_hidden_layers": 1, "tie_word_embeddings": True}
+TIED: dict[str, Any] = LLAMA | {"num_hidden_layers": 1, "tie_word_embeddings": True}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -52,9 +53,9 @@ def test_classifiers_of_a_pre_trained_model_open_with_their_own_heads(name, tmp_
     config, options, of_base, of_task = CASES[name]
     torch.manual_seed(0)
     base_class, base = saved(of_base, getattr(transformers, config)(**options), tmp_path / "base", 0)
-    states = {}
+    module, states = getattr(transformers, of_task), {}
     for seed, (task, labels) in enumerate({"a": 2, "b": 3}.items()):
-        module, states[task] = saved(of_task, None, tmp_path / task, seed + 1, num_labels=labels)
+        _, states[task] = saved(of_task, None, tmp_path / task, seed + 1, num_labels=labels)
     assert main(["merge", "out", "base=base", "experts=[a=a,b=b]"]) == 0
     out = opened(base_class, "out").state_dict()
     prefix = f"{module.base_model_prefix}."
