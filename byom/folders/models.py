@@ -203,12 +203,26 @@ def _holds(raw: Weights, name: str, shape: tuple[int, ...]) -> bool:
 
 def _lacking(base: Weights, raws: Collection[Weights], own: set[str]) -> set[str]:
     """Return the base's parts that no expert has, as where experts are one tower of a model with two."""
-    held = {name for raw in raws for name in raw if name in base}
+    held = {f"{start}{name}" for raw in raws for start in _starts(base, raw) for name in raw}.intersection(base)
     tied = {name for every in groups(base.ties).values() if held.intersection(every) for name in every}
     known = held | tied | own
     lost = {name for name in base if name not in known and not is_buffer(name, base.shape(name))}
     apart = {name.partition(".")[0] for name in lost} & {name.partition(".")[0] for name in held}
     return set() if not held or apart else lost
+
+
+def _starts(base: Weights, raw: Weights) -> list[str]:
+    """Return what comes before an expert's names in the base: nothing, or the one part that the expert is."""
+    if any(name in base for name in raw):
+        return [""]
+    names = [name for name in raw if not is_head(name) and not is_buffer(name, raw.shape(name))]
+    parts = dict.fromkeys(f"{name.partition('.')[0]}." for name in base)
+    fit = [part for part in parts if all(_has(base, f"{part}{name}", raw.shape(name)) for name in names)]
+    return fit if len(fit) == 1 else []
+
+
+def _has(base: Weights, name: str, shape: tuple[int, ...]) -> bool:
+    return name in base and base.shape(name) == shape
 
 
 def _noted(base: Weights, own: set[str], lacking: set[str], experts: Mapping[str, Expert]) -> list[str]:

@@ -131,3 +131,25 @@ def test_a_bundle_of_tied_and_untied_experts_gives_both_back(tied):
         assert main(["unpack", "bundle", f"task={task}", f"out_{task}"]) == 0
         state = opened(transformers.LlamaForCausalLM, f"out_{task}").state_dict()
         assert all(torch.equal(value, state[name]) for name, value in tied[task].items())
+
+
+def test_one_tower_is_merged_and_the_other_stays_the_bases(tmp_path, monkeypatch):
+    """Experts of one tower are found by their shapes where their names lack the tower's; two alike are refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def state(value, **towers):
+        return {f"{tower}.layer.weight": torch.full((2, width), value) for tower, width in towers.items()}
+
+    for name, tensors in {
+        "base": state(0.0, text=3, image=4) | {"scale": torch.zeros(())},
+        "twins": state(0.0, text=4, image=4) | {"scale": torch.zeros(())},
+        "a": {"layer.weight": torch.full((2, 4), 1.0)},
+        "b": state(3.0, image=4),
+    }.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    assert main(["merge", "out", "base=base", "experts=[a=a,b=b]"]) == 0
+    out = {name: float(value.flatten()[0]) for name, value in load_file("out/model.safetensors").items()}
+    assert out == {"text.layer.weight": 0.0, "image.layer.weight": 2.0, "scale": 0.0}
+    assert main(["merge", "other", "base=twins", "experts=[a=a]"]) == 1
+    assert not (tmp_path / "other").exists()
