@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("byom: interrupted; finished cells are kept, run the same command to go on\n")
+        left = "nothing was written" if arguments[0] in FOLDERS else "finished cells are kept"
+        sys.stderr.write(f"byom: interrupted; {left}, run the same command to go on\n")
         return 130
 
 
@@ -137,6 +138,8 @@ def _rest() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+FOLDERS = ("merge", "pack", "unpack", "convert")
+"""Commands that write one folder, all or nothing."""
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     **{name: _command(name) for name in ("table", "preview", "statistics")},

@@ -176,10 +176,13 @@ class Bundle(Served):
             notes = json.loads(file.read_text(encoding="utf-8"))
             tasks, prints = list(notes["tasks"]), {n: notes[n] for n in ("reference", "base") if n in notes}
             prints["reference"]
+            require_file_names(tasks, "task")
             heads = {task: Weights.open(Path(folder) / HEADS / task / HEAD) for task in notes.get("heads", [])}
             starts = {task: (str(pair[0]), str(pair[1])) for task, pair in notes.get("starts", {}).items()}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged ({error!r}); make or fetch the bundle again") from error
+        if missing := [task for task in tasks if not (Path(folder) / f"{task}.safetensors").is_file()]:
+            raise CheckpointError(f"{folder} lacks {missing[0]}.safetensors; make or fetch the bundle again")
         models = {name: _opened(Path(folder) / name, expected) for name, expected in prints.items()}
         deltas = {task: Delta.open(Path(folder) / f"{task}.safetensors") for task in tasks}
         return cls(models["reference"], deltas, models.get("base"), heads, starts)

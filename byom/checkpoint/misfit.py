@@ -10,6 +10,8 @@ from byom.storage import foreign
 from byom.weights import Weights
 from byom.weights.match import RESIZED, is_resized, partitioned, unwrapped, wrapped_names
 
+OLDER = (".gamma", ".beta", ".weight_g", ".weight_v")
+
 
 def lacking(raw: Weights, base: Weights, lost: Sequence[str], names: Sequence[str], *, found: bool) -> CheckpointError:
     """Say why a checkpoint lacks tensors of the backbone.
@@ -26,6 +28,11 @@ def lacking(raw: Weights, base: Weights, lost: Sequence[str], names: Sequence[st
     """
     if any(unwrapped(name) != name for name in base) and all(unwrapped(name) in raw for name in lost):
         return CheckpointError(f"{raw.origin} has the tensors of {base.origin}, but {wrapped_names(base)}")
+    if any(name.endswith(OLDER) for name in raw) and not any(name.endswith(OLDER) for name in base):
+        return CheckpointError(
+            f"{raw.origin} has names of an older version of transformers or torch and lacks {listed(lost)}: open it "
+            "with transformers (from_pretrained) and save it again (save_pretrained)"
+        )
     known = "" if found else f"; it has, for example, {listed(raw.keys(), 3)}"
     return CheckpointError(
         f"{raw.origin} lacks {len(lost)} of {len(names)} tensors of {base.origin}: {listed(lost)}{known}. "

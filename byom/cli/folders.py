@@ -65,6 +65,7 @@ def pack(arguments: Sequence[str]) -> int:
     require_own(out, own_files(out))
     _describe(result, {out / "reference": nbytes(result.models.base)})
     if dry:
+        require_space(out, nbytes(result.models.base))
         sys.stdout.write("nothing was written (--dry-run)\n")
         return 0
     with _shown("pack", reads(result), result) as bar:
@@ -106,6 +107,8 @@ def _shown(what: str, total: int, result: Result) -> Iterator[Watch]:
     ):
 
         def watch(nbytes: int) -> None:
+            if bar.total and bar.n + nbytes > bar.total:  # a method that reads again what does not fit into memory
+                bar.total = None
             bar.update(nbytes)
 
         yield watch
@@ -151,31 +154,36 @@ def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
     """
     groups = {name: value for name, value in options.items() if re.split(r"[.@]", name)[0] in GROUPS}
     given.require_known({name: value for name, value in options.items() if name not in groups}, [*NAMES, *GROUPS])
+    groups |= {name: given.name(name, groups[name]) for name in GROUPS if name in groups}
     if not packs and (odd := [name for name in groups if name.startswith("byom")]):
         raise OptionError(f"{odd[0]} says what is packed for each task: byom pack BUNDLE ...; byom merge merges alone")
     for name in ("base", "experts"):
         if name not in options:
             raise OptionError(f"{name}= is not given: base=PATH 'experts=[a=PATH,b=PATH]', or recipe=FILE")
-    experts = given.experts(options["experts"])
-    chosen = groups if "merge" in groups else {"merge": "average"} | groups
-    built = config.resolve([f"{name}={given.override(value)}" for name, value in chosen.items()]).values
-    written = {name: given.plain(value) for name, value in options.items()} | {"experts": experts}
-    return Request(
-        base=given.text("base", options["base"]),
-        experts=experts,
-        merge=config.made(built["merge"]),
-        variant=config.made(built["byom"]) if packs else None,
-        keep={name: str(task) for name, task in given.pairs("keep", options.get("keep", []), bare=True).items()},
-        only=tuple(given.items("only", options.get("only", []))),
-        exclude=tuple(given.items("exclude", options.get("exclude", []))),
-        scale={name: given.number("scale", v) for name, v in given.pairs("scale", options.get("scale", [])).items()},
-        heads=tuple(given.items("heads", options.get("heads", []))),
-        dtype=given.text("dtype", options.get("dtype", "")),
-        vocabulary=given.text("vocabulary", options.get("vocabulary", "strict")),  # pyright: ignore[reportArgumentType]
-        files=given.text("files", options.get("files", "base")),
-        to=given.text("to", options.get("to", "folder")),  # pyright: ignore[reportArgumentType]
-        recipe=written,
-    )
+    if "merge" not in groups and (odd := [name for name in groups if name.startswith(("merge.", "merge@"))]):
+        raise OptionError(f"{odd[0]} is given and merge= is not; name the method that it is an option of")
+    groups = groups if "merge" in groups else {"merge": "average"} | groups
+    built = config.resolve([f"{name}={given.override(value)}" for name, value in groups.items()]).values
+    own = {name: _read(name, options[name]) for name in NAMES if name in options}
+    made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    recipe = own | {name: given.plain(value) for name, value in groups.items()}
+    variant = config.made(built["byom"]) if packs else None
+    return Request(**made, merge=config.made(built["merge"]), variant=variant, recipe=recipe)
+
+
+def _read(name: str, value: Any) -> Any:
+    """Return an option that is no method's, in the form that a recipe has it in."""
+    match name:
+        case "experts":
+            return given.experts(value)
+        case "keep":
+            return {pattern: str(task) for pattern, task in given.pairs(name, value, bare=True).items()}
+        case "scale":
+            return {pattern: given.number(name, factor) for pattern, factor in given.pairs(name, value).items()}
+        case "only" | "exclude" | "heads":
+            return given.items(name, value)
+        case _:
+            return given.text(name, value)
 
 
 def place(command: str, arguments: Sequence[str], usage: str) -> Path:

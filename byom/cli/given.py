@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,20 @@ from byom.storage.place import at_home
 RECIPE = "recipe"
 NAME = re.compile(r"\s*([\w.+-]+)\s*=\s*(.*)", re.DOTALL)
 OPEN, CLOSE = "[{(", "]})"
+
+
+class _Once(yaml.SafeLoader):
+    """A reader of yaml that refuses a mapping with two entries of one name, of which the first would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _loaded(text: str) -> Any:
+    return yaml.load(text, _Once)  # a SafeLoader
 
 
 def options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -33,7 +48,19 @@ def options(arguments: Sequence[str]) -> dict[str, Any]:
             raise OptionError(f"{name} is given twice; give it once")
         typed[name] = value
     file = typed.pop(RECIPE, None)
-    return typed if file is None else recipe(at_home(file)) | typed
+    if file is None:
+        return typed
+    if not file.strip():
+        raise OptionError(f"{RECIPE}= is empty; give a yaml file of options")
+    read = recipe(at_home(file))
+    for group in ("merge", "byom"):
+        its = [name for name in read if name.startswith(f"{group}.") and name not in typed]
+        if its and typed.get(group, read.get(group)) != read.get(group):
+            raise OptionError(
+                f"{file} gives {its[0]} for its own {group}={read.get(group)}; take it out there, or give no {group}= "
+                "beside the recipe"
+            )
+    return read | typed
 
 
 def recipe(file: Path) -> dict[str, Any]:
@@ -43,7 +70,7 @@ def recipe(file: Path) -> dict[str, Any]:
         CheckpointError: If there is no such file, or it is no yaml of options.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _loaded(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         why = str(error).partition("\n")[0]
         raise CheckpointError(f"recipe={file} cannot be read ({why}); give a yaml file of options") from error
@@ -67,12 +94,33 @@ def text(option: str, value: Any) -> str:
     return str(value)
 
 
+def name(option: str, value: Any) -> str:
+    """Return the one name that an option takes, such as a method's.
+
+    Raises:
+        OptionError: If it is none, several, or a mapping with more in it.
+    """
+    if isinstance(value, Mapping):
+        raise OptionError(
+            f"{option} takes a name, and {dict(value)} is given; a recipe has {option}: NAME on one line, and "
+            f"{option}.OPTION: VALUE on another"
+        )
+    if not isinstance(value, str) or not re.fullmatch(r"\w[\w-]*", value.strip()) or value.strip() == "null":
+        raise OptionError(f"{option} takes one name, and {value!r} is given; byom list {option} lists them")
+    return value.strip()
+
+
 def items(option: str, value: Any) -> list[str]:
     """Return the entries of a list, typed as ``[a,b]`` or ``a``.
 
     Raises:
         OptionError: If brackets do not match, or an entry is no text.
     """
+    return [_unquoted(part) for part in _parts(option, value)]
+
+
+def _parts(option: str, value: Any) -> list[str]:
+    """Return the entries of a list as they are typed, in quotes where they were."""
     if isinstance(value, Mapping):
         raise OptionError(f"{option} takes a list, and {value} is a mapping")
     if isinstance(value, list):
@@ -81,10 +129,10 @@ def items(option: str, value: Any) -> list[str]:
         return value
     stripped = text(option, value).strip()
     if stripped[:1] != "[":
-        return [_unquoted(stripped)] if stripped else []
+        return [stripped] if stripped else []
     if stripped[-1:] != "]":
         raise OptionError(f"{option}={value} has a bracket that is not closed; write {option}=[a,b]")
-    return [_unquoted(part) for part in _split(stripped[1:-1]) if part.strip()]
+    return [part.strip() for part in _split(stripped[1:-1]) if part.strip()]
 
 
 def pairs(option: str, value: Any, *, bare: bool = False) -> dict[str, Any]:
@@ -103,13 +151,12 @@ def pairs(option: str, value: Any, *, bare: bool = False) -> dict[str, Any]:
     if isinstance(value, str) and value.strip()[:1] == "{":
         return pairs(option, _flow(option, value))
     found: dict[str, Any] = {}
-    for entry in _entries(option, value):
-        name, equals, rest = entry.partition("=")
-        if not equals and not bare:
-            raise OptionError(f"{option}: {entry!r} has no value; write {option}=[NAME=VALUE]")
-        if name.strip() in found:
-            raise OptionError(f"{option} gives {name.strip()} twice; give it once")
-        found[name.strip()] = _unquoted(rest)
+    for name, entry in _entries(option, value):
+        if entry is None and not bare:
+            raise OptionError(f"{option}: {name!r} has no value; write {option}=[NAME=VALUE]")
+        if name in found:
+            raise OptionError(f"{option} gives {name} twice; give it once")
+        found[name] = "" if entry is None else entry
     return found
 
 
@@ -119,12 +166,16 @@ def experts(value: Any) -> dict[str, str]:
     Raises:
         OptionError: If two have one name.
     """
-    if isinstance(value, Mapping) or (isinstance(value, str) and value.strip()[:1] == "{"):
-        return {name: text(f"experts.{name}", path) for name, path in pairs("experts", value).items()}
+    listed = isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value)
+    if listed or isinstance(value, Mapping) or (isinstance(value, str) and value.strip()[:1] == "{"):
+        named = pairs("experts", value)
+        if odd := [name for name, path in named.items() if path == "" and ":" in name]:
+            raise OptionError(f"experts: {odd[0]} has no path; write a blank after the colon, experts={{a: PATH}}")
+        return {name: text(f"experts.{name}", path) for name, path in named.items()}
     found: dict[str, str] = {}
-    for entry in items("experts", value):
+    for entry in _parts("experts", value):
         match = NAME.fullmatch(entry)
-        name, path = (match[1], _unquoted(match[2])) if match else (_called(entry), entry)
+        name, path = (match[1], _unquoted(match[2])) if match else (_called(_unquoted(entry)), _unquoted(entry))
         if name in found:
             raise OptionError(f"experts: two are called '{name}'; name them, experts=[a={found[name]},b={path}]")
         found[name] = path
@@ -138,9 +189,12 @@ def number(option: str, value: Any) -> float:
         OptionError: If it is none.
     """
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{option}: {value!r} is no number") from error
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise OptionError(f"{option}: {value!r} is no finite number; write one such as 0.5")
+    return found
 
 
 def override(value: Any) -> str:
@@ -173,17 +227,22 @@ def require_known(given: Mapping[str, Any], known: Sequence[str]) -> None:
             raise OptionError(f"there is no option '{name}' here; {suggest(name, known)}")
 
 
-def _entries(option: str, value: Any) -> list[str]:
-    if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
-        return [f"{name}={entry}" for one in value for name, entry in one.items()]
-    return items(option, value)
+def _entries(option: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a list of texts and mappings; one without a value has None."""
+    mappings = [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+    for mapping in mappings:
+        yield from ((str(name), entry) for name, entry in mapping.items())
+    for entry in items(option, [each for each in value if each not in mappings] if mappings else value):
+        name, equals, rest = entry.partition("=")
+        yield name.strip(), _unquoted(rest) if equals else None
 
 
 def _flow(option: str, value: str) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(value)
+        found = _loaded(value)
     except yaml.YAMLError as error:
-        raise OptionError(f"{option}={value} is no mapping; write {option}={{a: VALUE, b: VALUE}}") from error
+        why = str(error).partition("\n")[0]
+        raise OptionError(f"{option}={value} is no mapping ({why}); write {option}={{a: VALUE, b: VALUE}}") from error
     if not isinstance(found, dict):
         raise OptionError(f"{option}={value} is no mapping; write {option}={{a: VALUE, b: VALUE}}")
     return found
@@ -195,7 +254,7 @@ def _split(inner: str) -> Iterator[str]:
     for place, letter in enumerate(inner):
         if quote:
             quote = "" if letter == quote else quote
-        elif letter in "'\"":
+        elif letter in "'\"" and inner[start:place].rstrip()[-1:] in ("", "="):  # others are part of a path
             quote = letter
         elif letter in OPEN:
             depth += 1
@@ -213,4 +272,5 @@ def _unquoted(entry: str) -> str:
 
 
 def _called(path: str) -> str:
-    return Path(path.removeprefix("hf://").partition("@")[0].rstrip("/")).name
+    called = Path(path.removeprefix("hf://").partition("@")[0].rstrip("/")).name
+    return called if called not in ("", "..") else at_home(path).resolve().name

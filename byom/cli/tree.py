@@ -79,11 +79,13 @@ def _sentence(error: Exception, overrides: Sequence[str], primary: str) -> str:
 
 
 def _unset(text: str) -> str:
-    """Return a sentence on a value that is not there yet: one that must be given, or an entry of a mapping."""
+    """Return a sentence on a value that is not there yet or of another kind; empty if neither is the cause."""
     if match := re.search(r"Missing mandatory value: \w+\s+full_key: (\S+)", text):
         return f"{match[1]} is not given, and has no default; add {match[1]}=VALUE"
     if match := re.search(r"Could not override '([^']+)'.*full_key: \1\.(\S+)", text, re.S):
         return f"{match[1]} has no {match[2]} yet; what is new in a mapping is added by a plus, +{match[1]}=..."
+    if match := re.search(r"Error merging override ([^=]+)=(.*)", text):
+        return f"{match[1]} does not take {match[2]}; byom run --cfg prints what it is by default"
     return ""
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import byom
 from byom.errors import listed
 from byom.folders.result import Result
 from byom.folders.source import HUB, Source
 
-LICENCE = re.compile(r"^(license|license_name|license_link):.*$", re.MULTILINE)
+LICENCE = ("license", "license_name", "license_link")
 
 
 def sources(result: Result, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -49,10 +50,10 @@ def card(result: Result, recipe: str, digests: Mapping[str, str]) -> str:
     title = type(request.merge).title
     every = sources(result, digests)
     rows = [
-        f"| {name} | `{row['path']}`{_at(row)} | {row['bytes']:,} | `{row.get('sha256', '')}` |"
+        f"| {name} | {_code(row['path'])}{_at(row)} | {row['bytes']:,} | `{row.get('sha256', '')}` |"
         for name, row in every.items()
     ]
-    options = [f"| `{name}` | `{value}` |" for name, value in asdict(request.merge).items()]
+    options = [f"| `{name}` | {_code(value)} |" for name, value in asdict(request.merge).items()]
     notes = [f"- {note}" for note in result.models.notes]
     if simpler := result.fallbacks:
         notes.append(f"- merged by a simpler rule than the method's: {listed(simpler)}")
@@ -60,7 +61,7 @@ def card(result: Result, recipe: str, digests: Mapping[str, str]) -> str:
         *_header(result),
         f"# Merged by {title}",
         "",
-        f"{len(request.experts)} fine-tuned models of one architecture, merged with byom {byom.__version__}.",
+        f"Fine-tuned models of one architecture ({len(request.experts)}), merged with byom {byom.__version__}.",
         "",
         "| model | path | bytes of weights | SHA-256 |",
         "|---|---|--:|---|",
@@ -81,6 +82,12 @@ def card(result: Result, recipe: str, digests: Mapping[str, str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _code(value: Any) -> str:
+    """Return a value as code in a cell of a table, whatever marks are in it."""
+    text = str(value).replace("|", r"\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _at(row: Mapping[str, Any]) -> str:
@@ -112,5 +119,10 @@ def _licence(folder: Path | None) -> list[str]:
     if file is None or not file.is_file():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
-    header = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
-    return [match[0] for match in LICENCE.finditer(header)]
+    header = text.removeprefix("---\n").split("\n---", 1)[0] if text.startswith("---\n") else ""
+    try:
+        known = yaml.safe_load(header)
+    except yaml.YAMLError:  # the base's card is nobody's concern here but for what can be read of it
+        return []
+    found = {name: known[name] for name in LICENCE if name in known} if isinstance(known, dict) else {}
+    return yaml.safe_dump(found, sort_keys=False, allow_unicode=True).splitlines() if found else []

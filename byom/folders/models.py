@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from byom.errors import CheckpointError, listed
 from byom.folders.adapted import whole
 from byom.folders.patterns import chosen, matches
 from byom.folders.request import Request
+from byom.folders.skeleton import body
 from byom.folders.source import Source
 from byom.folders.vocabulary import Vocabulary, agreed
 from byom.weights import Spec, Weights
 from byom.weights.match import is_buffer
+from byom.weights.ties import groups
 
 CLASSIFIER = re.compile(r"(^|\.)(classifier|score|qa_outputs)\.")
 """Names of heads that each task has anew, unlike those of language models."""
@@ -61,12 +64,17 @@ class Expert:
             return shared
         specs = {name: Spec(raw.shape(name), shared.dtype(self.names[name])) for name in raw if name in self.names}
         specs |= {name: Spec(raw.shape(name), raw.dtype(name)) for name in raw if name not in self.names}
-        ties = {alias: name for alias, name in raw.ties.items() if (alias in self.names) == (name in self.names)}
+        ties = {alias: name for alias, name in raw.ties.items() if self._is_one(alias, name, shared)}
 
         def read(name: str) -> Tensor:
             return shared[self.names[name]] if name in self.names else raw[name]
 
         return Weights(specs, read, ties=ties, origin=shared.origin)
+
+    def _is_one(self, alias: str, name: str, shared: Weights) -> bool:
+        """Say whether two names that this model ties still have one value."""
+        places = [self.names[each] for each in (alias, name) if each in self.names]
+        return not places or (len(places) == 2 and len({shared.ties.get(place, place) for place in places}) == 1)
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,10 @@ def _completed(base: Weights, weights: Weights) -> Weights:
 
 
 def _expert(source: Source, raw: Weights, container: str, shared: Weights, heads: Sequence[str]) -> Expert:
+    inner = cache(lambda: body(source.folder, raw))
+
     def is_own(name: str) -> bool:
-        return any(matches(pattern, name) for pattern in heads)
+        return any(matches(pattern, name) for pattern in heads) or not name.startswith(inner())
 
     found = fitted(raw, container, shared, heads=is_own, own=True)
     kept = {n: raw[n] for n in raw if found.names and n not in found.names and not is_buffer(n, raw.shape(n))}
@@ -173,9 +183,13 @@ def _adapted(source: Source, shared: Weights, base: Path | None) -> Expert:
 
 
 def _own_head(base: Weights, raws: Collection[Weights], patterns: Sequence[str]) -> set[str]:
-    """Return the base's tensors that are a head which not every expert has in the same shape."""
+    """Return the base's tensors that are a head which not every expert has in the same shape.
+
+    A head that is tied to the input embedding goes with it.
+    """
     named = {name for name in base if any(matches(pattern, name) for pattern in patterns)}
-    heads = [name for name in base if is_head(name) and name not in named]
+    follows = {name for every in groups(base.ties).values() for name in every if not all(map(is_head, every))}
+    heads = [name for name in base if is_head(name) and name not in named | follows]
     return named | {name for name in heads if not all(_holds(raw, name, base.shape(name)) for raw in raws)}
 
 
@@ -189,10 +203,26 @@ def _holds(raw: Weights, name: str, shape: tuple[int, ...]) -> bool:
 
 def _lacking(base: Weights, raws: Collection[Weights], own: set[str]) -> set[str]:
     """Return the base's parts that no expert has, as where experts are one tower of a model with two."""
-    held = {name for raw in raws for name in raw if name in base}
-    lost = {name for name in base if name not in held and name not in own and not is_buffer(name, base.shape(name))}
+    held = {f"{start}{name}" for raw in raws for start in _starts(base, raw) for name in raw}.intersection(base)
+    tied = {name for every in groups(base.ties).values() if held.intersection(every) for name in every}
+    known = held | tied | own
+    lost = {name for name in base if name not in known and not is_buffer(name, base.shape(name))}
     apart = {name.partition(".")[0] for name in lost} & {name.partition(".")[0] for name in held}
     return set() if not held or apart else lost
+
+
+def _starts(base: Weights, raw: Weights) -> list[str]:
+    """Return what comes before an expert's names in the base: nothing, or the one part that the expert is."""
+    if any(name in base for name in raw):
+        return [""]
+    names = [name for name in raw if not is_head(name) and not is_buffer(name, raw.shape(name))]
+    parts = dict.fromkeys(f"{name.partition('.')[0]}." for name in base)
+    fit = [part for part in parts if all(_has(base, f"{part}{name}", raw.shape(name)) for name in names)]
+    return fit if len(fit) == 1 else []
+
+
+def _has(base: Weights, name: str, shape: tuple[int, ...]) -> bool:
+    return name in base and base.shape(name) == shape
 
 
 def _noted(base: Weights, own: set[str], lacking: set[str], experts: Mapping[str, Expert]) -> list[str]:

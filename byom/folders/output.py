@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from byom.weights import Weights
 
 RECIPE, CARD = "recipe.yaml", "README.md"
 HEADS = "heads"
-Settings = Mapping[str, Any]
 
 
 def require_apart(out: Path, sources: Iterable[Source]) -> None:
@@ -61,8 +59,7 @@ def require_space(out: Path, nbytes: int) -> None:
     free = shutil.disk_usage(here).free
     if free < nbytes:
         raise CheckpointError(
-            f"{out} needs {nbytes / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB left. Free space or choose "
-            "another folder"
+            f"{out} needs {nbytes:,} bytes, and the disk has {free:,} left. Free space or choose another folder"
         )
 
 
@@ -110,9 +107,10 @@ def write(result: Result, out: Path, watch: Watch | None = None) -> Path:
 
 
 def _folder(result: Result, folder: Path, watch: Watch | None) -> None:
-    models, dtype, merged = result.models, _dtype(result), result.merged(watch)
+    models, dtype, place = result.models, _dtype(result), files_of(result)
+    merged, settings = beside.agreed(result.merged(watch), place)
     merged.save(folder, dtype=dtype, progress=watch)
-    _complete(folder, files_of(result), merged if dtype is None else merged.to(dtype), models)
+    _complete(folder, place, merged if dtype is None else merged.to(dtype), models, settings)
     merged = Weights.open(folder)  # what lies there is not merged again for every head
     for name, expert in models.heads.items():
         whole(expert, merged, folder / HEADS / name, models, dtype, watch)
@@ -142,10 +140,11 @@ def whole(
         dtype: What floating-point tensors are written in; None keeps theirs.
         watch: Called with the bytes of every tensor that is read or written.
     """
-    weights = expert.whole(shared)
-    weights.save(folder, dtype=dtype, progress=watch)
     place = models.source.folder if expert.source.is_adapter else expert.source.folder
-    _complete(folder, place, weights if dtype is None else weights.to(dtype), models, expert.settings)
+    weights, settings = beside.agreed(expert.whole(shared), place)
+    weights.save(folder, dtype=dtype, progress=watch)
+    typed = weights if dtype is None else weights.to(dtype)
+    _complete(folder, place, typed, models, {**settings, **expert.settings})
 
 
 def files_of(result: Result) -> Path | None:
@@ -157,13 +156,10 @@ def files_of(result: Result) -> Path | None:
     return source.folder
 
 
-def _complete(
-    folder: Path, place: Path | None, weights: Weights, models: Models, settings: Settings = MappingProxyType({})
-) -> None:
+def _complete(folder: Path, place: Path | None, weights: Weights, models: Models, settings: Mapping[str, Any]) -> None:
     beside.copy(place, folder)
     models.vocabulary.complete(folder, place)
-    untied = set(models.base.ties) - set(weights.ties) if set(models.base) <= set(weights) else set()
-    beside.configured(folder, weights, {**settings, **({"tie_word_embeddings": False} if untied else {})})
+    beside.configured(folder, weights, settings)
 
 
 @contextmanager

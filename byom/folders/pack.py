@@ -16,7 +16,6 @@ from byom.checkpoint.convert import DTYPES
 from byom.checkpoint.patch import write_task_patch
 from byom.errors import OptionError, listed, one_of
 from byom.folders import beside, card
-from byom.folders.models import Models
 from byom.folders.output import RECIPE, files_of, hashing, require_apart, require_space
 from byom.folders.result import Result, Watch, nbytes
 from byom.folders.skeleton import skeleton
@@ -57,8 +56,11 @@ def pack(result: Result, out: Path, watch: Watch | None = None) -> Path:
     served = variant.streamed(problem, _typed(reference, result.request.dtype))
     heads = {name: Weights.of(expert.head, expert.source.given) for name, expert in models.heads.items()}
     starts = {name: pair for name, expert in models.experts.items() if (pair := expert.start) != ("", "")}
+    place = files_of(result)
+    shared = beside.agreed(served.reference, place)[0]
+    base = None if served.base is None else beside.agreed(served.base, place)[0]
     with hashing(every) as digests:
-        bundle = Bundle(served.reference, served.deltas, served.base, heads, starts)
+        bundle = Bundle(shared, served.deltas, base, heads, starts)
         return bundle.save(out, bound(_completed, result=result, digests=digests))
 
 
@@ -77,12 +79,13 @@ def _typed(reference: Weights, dtype: str) -> Weights:
 def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, Any]:
     """Write what lies beside the weights, and return the bundle's notes."""
     models = result.models
+    place = files_of(result)
     for name in ("reference", "base"):
         if (folder / name).is_dir():
             weights = Weights.open(folder / name)
-            beside.copy(files_of(result), folder / name)
-            models.vocabulary.complete(folder / name, files_of(result))
-            beside.configured(folder / name, weights, _untied(models, weights))
+            beside.copy(place, folder / name)
+            models.vocabulary.complete(folder / name, place)
+            beside.configured(folder / name, weights, beside.agreed(weights, place)[1])
     for name, expert in models.heads.items():
         place = models.source.folder if expert.source.is_adapter else expert.source.folder
         beside.copy(place, folder / HEADS / name)
@@ -92,10 +95,6 @@ def _completed(folder: Path, *, result: Result, digests: Any) -> Mapping[str, An
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
     notes = {"kind": KIND, "byom": byom.__version__, "method": card.method(result)}
     return {**notes, "models": card.sources(result, digests()), "notes": list(models.notes)}
-
-
-def _untied(models: Models, weights: Weights) -> dict[str, Any]:
-    return {"tie_word_embeddings": False} if set(models.base.ties) - set(weights.ties) else {}
 
 
 def unpack(folder: Path, task: str, out: Path, dtype: str = "", to: str = "folder", server: str = "") -> Path:
@@ -133,13 +132,13 @@ def unpack(folder: Path, task: str, out: Path, dtype: str = "", to: str = "folde
     require_own(out, own)
     written = DTYPES[dtype] if dtype else None
     require_space(out, nbytes(weights, written))
+    place = folder / HEADS / task
+    place = place if (place / beside.CONFIG).is_file() else folder / "reference"
+    weights, settings = beside.agreed(weights, place)
     with replacing(out, own) as partial:
         weights.save(partial, dtype=written)
-        place = folder / HEADS / task
-        beside.copy(place if (place / beside.CONFIG).is_file() else folder / "reference", partial)
-        typed = weights if written is None else weights.to(written)
-        untied = set(bundle.reference.ties) - set(weights.ties) if task not in bundle.heads else set()
-        beside.configured(partial, typed, {"tie_word_embeddings": False} if untied else {})
+        beside.copy(place, partial)
+        beside.configured(partial, weights if written is None else weights.to(written), settings)
         manifest.noted(partial, beside.MANIFEST, {"byom": byom.__version__, "bundle": str(folder), "task": task})
     return out
 

@@ -70,9 +70,14 @@ class Request:
             one_of("dtype", self.dtype, DTYPES)
         one_of("to", self.to, ("folder", "peft"))
         one_of("vocabulary", self.vocabulary, VOCABULARIES)
-        require_weights_alone(self.merge.needs, f"merge={type(self.merge).__name__}")
+        require_weights_alone(self.merge.needs, f"merge={_option(self.merge)}")
         if self.variant is not None:
-            require_weights_alone(self.variant.needs, f"byom={type(self.variant).__name__}")
+            require_weights_alone(self.variant.needs, f"byom={_option(self.variant)}")
+
+
+def _option(chosen: object) -> str:
+    """Return the name under which a method or variant is chosen, which is that of its module."""
+    return type(chosen).__module__.rpartition(".")[2]
 
 
 def require_weights_alone(needs: Needs, what: str) -> None:
@@ -88,7 +93,7 @@ def require_weights_alone(needs: Needs, what: str) -> None:
         wanted += ["a jointly fine-tuned model"] if needs.joint else []
         raise OptionError(
             f"{what} needs {' and '.join(wanted)}, and folders of weights have none. Choose a method that needs "
-            "weights alone (byom list merge says which), or give a suite: byom run"
+            "weights alone, such as merge=ties or byom=fft, or give a suite: byom run"
         )
 
 

@@ -144,7 +144,7 @@ def require_one_factor(factors: Mapping[str, float], ties: Mapping[str, str]) ->
 def assembled(models: Models, merged: Weights, kept: Mapping[str, str]) -> Weights:
     """Return all tensors of the base: the merged ones, those of an expert that are kept, and the base's others."""
     base = models.base
-    ties = {a: n for a, n in base.ties.items() if (a in merged) == (n in merged) and _one(merged, a, n)}
+    ties = {a: n for a, n in base.ties.items() if _is_one(a, n, models, merged, kept)}
 
     def read(name: str) -> Tensor:
         if name in merged:
@@ -154,5 +154,9 @@ def assembled(models: Models, merged: Weights, kept: Mapping[str, str]) -> Weigh
     return base.tied(ties).derived(read, "merged")
 
 
-def _one(merged: Weights, alias: str, name: str) -> bool:
-    return alias not in merged or merged.ties.get(alias, alias) == merged.ties.get(name, name)
+def _is_one(alias: str, name: str, models: Models, merged: Weights, kept: Mapping[str, str]) -> bool:
+    """Say whether two names that the base ties have one value: where both are merged, or kept of one model."""
+    if (alias in merged) != (name in merged) or kept.get(alias, "") != kept.get(name, ""):
+        return False
+    owner = merged if alias in merged else models.experts[kept[alias]].weights if kept.get(alias) else models.base
+    return owner.ties.get(alias, alias) == owner.ties.get(name, name)

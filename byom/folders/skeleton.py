@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ def skeleton(folder: Path | None) -> nn.Module | None:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     return None if not isinstance(name, str) else built(json.dumps(config), name)
+
+
+def body(folder: Path | None, names: Collection[str]) -> str:
+    """Return what the names of a model's body start with, as its class in transformers has it; others are a head's.
+
+    Args:
+        folder: The model's folder.
+        names: The names of its tensors.
+
+    Returns:
+        The start with its dot; empty where transformers does not know the class, or no name starts so.
+    """
+    if folder is None or not (folder / CONFIG).is_file():
+        return ""
+    import transformers
+
+    named = configuration(folder / CONFIG).get("architectures")
+    model = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
+    start = f"{getattr(model, 'base_model_prefix', '')}."
+    return start if any(name.startswith(start) for name in names) else ""
 
 
 def built(config: str, name: str) -> nn.Module | None:

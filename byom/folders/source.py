@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,7 +53,9 @@ class Source:
             return cls(given, _fetched(given, option))
         path = folder_of(at_home(given))
         if not path.exists():
-            raise CheckpointError(f"{option}: {foreign.missing(path)}")
+            of_hub = re.fullmatch(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", given)
+            hint = f", or {HUB}{of_hub[1]} for a repository of the hub" if of_hub else ""
+            raise CheckpointError(f"{option}: {foreign.missing(path)}{hint}")
         return cls(given, path)
 
     @property

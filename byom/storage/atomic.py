@@ -85,10 +85,10 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def require_own(folder: Path, own: Callable[[Path], bool]) -> None:
-    """Refuse to replace a folder with files of other people's; see `replacing`.
+    """Refuse to replace a folder with files of other people's, or the one that is worked in; see `replacing`.
 
     Raises:
-        CheckpointError: Naming some of the files.
+        CheckpointError: Naming some of the files, or the folder.
     """
     folder = folder.resolve()
     foreign = [f.name for f in folder.rglob("*") if f.is_file() and not own(f)] if folder.is_dir() else []
@@ -96,6 +96,10 @@ def require_own(folder: Path, own: Callable[[Path], bool]) -> None:
         raise CheckpointError(
             f"{folder} holds files that byom did not write ({', '.join(foreign[:3]) or 'it is a file'}) "
             "and would lose them; choose a new folder"
+        )
+    if Path.cwd().is_relative_to(folder):
+        raise CheckpointError(
+            f"{folder} is the folder that you work in, or one above it, and is replaced as a whole; name a new one"
         )
 
 
@@ -115,10 +119,6 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     """
     require_own(folder, own)
     folder = folder.resolve()  # what a link points at is replaced, and the link stays
-    if Path.cwd().is_relative_to(folder):
-        raise CheckpointError(
-            f"{folder} is the folder that you work in, or one above it, and is replaced as a whole; name a new one"
-        )
     partial = folder.with_name(f".{folder.name}.partial-{owner()}")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had this number
@@ -141,6 +141,7 @@ def clear(path: Path, kind: str) -> None:
         kind: What stands between its name and the process's.
     """
     for left in without_owner(path.parent, f".{path.name}.{kind}"):
+        clear(left, kind)  # a draft of a draft lies next to it
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -118,7 +118,7 @@ def at_home(text: str) -> Path:
         OptionError: If this machine knows no such user.
     """
     try:
-        return Path(text).expanduser()
+        return Path(text).expanduser() if text.startswith("~") else Path(text)  # it would take ./~ for ~ as well
     except RuntimeError as error:
         raise OptionError(
             f"{text!r} begins with the home folder of a user that this machine does not know; give the whole path, or "

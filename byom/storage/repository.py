@@ -108,9 +108,11 @@ def _fetched(repository: Repository, patterns: tuple[str, ...], cache: str) -> P
         folder = folder or _snapshot(repository, patterns, offline=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        kind = " --repo-type dataset" if repository.kind == "dataset" else ""
         raise error_type(
             f"{repository} cannot be had ({reason}). Check the name and the network; on a machine without one, run "
-            "`byom fetch` where there is one and copy the hub's cache (HF_HOME)"
+            f"`hf download {repository.name}{kind}`, or `byom fetch` for an experiment, where there is one and copy "
+            "the hub's cache (HF_HOME)"
         ) from error
     if not _held(folder, patterns):
         raise error_type(f"{repository} holds no file that matches {', '.join(patterns)}")

@@ -222,7 +222,7 @@ class Placed:
                 other = next(n for n in values if n != name and base.ties.get(n, n) == first)
                 raise CheckpointError(
                     f"{self.adapter.origin} trained '{other}' and not '{name}' alike, and they are one tensor in "
-                    f"{base.origin}. Untie them in the base: give base.untied()"
+                    f"{base.origin}. Untie them in the base (base.untied()), or save it with tie_word_embeddings=False"
                 )
         return united
 
