@@ -32,7 +32,7 @@ LONGEST = tuple(
         "unit/test_statistics",
     )
 )  # fmt: skip
-APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
+APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size"))
 
 
 @pytest.fixture(autouse=True, scope="session")
