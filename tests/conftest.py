@@ -25,14 +25,16 @@ ROOT = Path(__file__).parents[1]
 LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
-        "e2e/test_published_images", "e2e/test_published_text", "contract/test_merge", "e2e/test_methods",
-        "docs/test_readme", "config/test_yaml", "e2e/test_resume", "e2e/test_command", "e2e/test_launchers",
-        "e2e/test_accelerate", "contract/test_variants", "docs/test_notebooks", "e2e/test_true_size",
-        "golden/test_signatures", "e2e/test_lora", "reliability/test_writers", "e2e/test_preview", "e2e/test_pipeline",
-        "unit/test_statistics",
+        "e2e/test_published_images", "contract/test_merge", "docs/test_notebooks", "config/test_yaml",
+        "contract/test_variants", "e2e/test_published_text", "e2e/test_launchers", "e2e/test_resume",
+        "e2e/test_true_size", "e2e/test_accelerate", "e2e/test_methods", "e2e/test_preview", "docs/test_readme",
+        "e2e/test_command", "e2e/test_new_options", "e2e/test_seq2seq", "serving/test_process",
+        "unit/test_preview_figures", "unit/test_statistics", "e2e/test_lora", "unit/test_lora_page",
+        "golden/test_signatures", "reliability/test_writers", "unit/test_record", "unit/test_backbone",
+        "unit/test_report", "unit/test_selection",
     )
 )  # fmt: skip
-APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size", "resume"))
+APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size"))
 
 
 @pytest.fixture(autouse=True, scope="session")

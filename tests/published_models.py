@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from tests.hub import WORDS, add_model, tasks
 from tests.tiny_clip import SIZES, tiny_clip
 
 NOISE = 0.02
+LAYERS = 1
+"""Layers of each model: one has every kind of tensor."""
+IMAGES = SIZES | {"num_hidden_layers": LAYERS}
 LEFT_OVERS = {"positional_embedding": (77, 32), "token_embedding.weight": (60, 32), "logit_scale": ()}
 ANSWERS = ["yes", "no", "entailment", "neutral", "contradiction", "acceptable", "unacceptable", "positive", "negative",
            *(f"{i / 5:.1f}" for i in range(26))]  # fmt: skip
@@ -77,8 +81,13 @@ def _moved(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]
     return {n: t + NOISE * t.std() * noise[n] if n in noise and t.numel() > 1 else t for n, t in state.items()}
 
 
+@cache
+def _pretrained() -> dict[str, torch.Tensor]:
+    return Clip(model=tiny_clip(LAYERS), pretrained="random").load().state_dict()
+
+
 def _tower(seed: int) -> dict[str, torch.Tensor]:
-    return _moved(Clip(model=tiny_clip(), pretrained="random").load().state_dict(), seed)
+    return _moved(_pretrained(), seed)
 
 
 def _encoder(seed: int) -> dict[str, torch.Tensor]:
@@ -99,7 +108,7 @@ def _plant(module: nn.Module, name: str, value: torch.Tensor) -> None:
 def _vision(place: Path, seed: int, _: int) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    model = CLIPVisionModel(CLIPVisionConfig(**SIZES))
+    model = CLIPVisionModel(CLIPVisionConfig(**IMAGES))
     theirs = to_hugging_face(Weights.of(_tower(seed))).state()
     model.load_state_dict({name: theirs[f"vision_model.{name}"] for name in model.state_dict()})
     model.save_pretrained(place)
@@ -113,7 +122,7 @@ def _image_encoder(place: Path, seed: int, _: int) -> None:
 def _clip_adapter(place: Path, seed: int, _: int) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    _adapter(CLIPVisionModel(CLIPVisionConfig(**SIZES)), ["q_proj", "k_proj", "v_proj", "out_proj"], seed, place)
+    _adapter(CLIPVisionModel(CLIPVisionConfig(**IMAGES)), ["q_proj", "k_proj", "v_proj", "out_proj"], seed, place)
 
 
 def _t5_adapter(place: Path, seed: int, _: int) -> None:

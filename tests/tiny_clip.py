@@ -1,4 +1,4 @@
-"""A CLIP of two layers, in open_clip's and in transformers' terms."""
+"""A CLIP of two layers, or as many as asked for, in open_clip's and in transformers' terms."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ CONFIG = {
 
 
 @cache
-def tiny_clip() -> str:
-    """Make open_clip know the architecture, and return its name."""
+def tiny_clip(layers: int = LAYERS) -> str:
+    """Make open_clip know the architecture with some layers in its image tower, and return its name."""
     import open_clip
 
-    file = Path(tempfile.mkdtemp()) / f"{NAME}.json"
-    file.write_text(json.dumps(CONFIG))
+    name = NAME if layers == LAYERS else f"{NAME}-{layers}"
+    file = Path(tempfile.mkdtemp()) / f"{name}.json"
+    file.write_text(json.dumps(CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"layers": layers}}), encoding="utf-8")
     open_clip.add_model_config(file)
-    return NAME
+    return name

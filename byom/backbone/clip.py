@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,8 @@ class Clip(Backbone):
         Raises:
             DataError: If the task has no templates.
         """
-        import open_clip
-
         self.require_head(task)
-        model, tokenizer = self._full(), open_clip.get_tokenizer(self.model)
+        model, tokenizer = self._full(), _tokenizer(self.model)
         rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
         return Head(torch.stack(rows), float(model.logit_scale.exp()))
 
@@ -171,6 +170,14 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
+
+
+@cache
+def _tokenizer(model: str) -> Any:
+    """Return an architecture's tokenizer, whose table of merges is read once and not for every task."""
+    import open_clip
+
+    return open_clip.get_tokenizer(model)
 
 
 def _class_feature(model: Any, tokenizer: Any, name: str, templates: Sequence[str]) -> Tensor:

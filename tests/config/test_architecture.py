@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,13 @@ LIBRARIES = {
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Yield the modules that a file imports anywhere, ``byom.x.y`` or ``library``."""
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """Return the modules that a file imports anywhere, ``byom.x.y`` or ``library``."""
+    return frozenset(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)

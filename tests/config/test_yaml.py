@@ -125,7 +125,7 @@ def test_an_experiment_expands_to_cells_that_compose_and_build(name, monkeypatch
     if name in OF_A_KIND:
         composed = config.compose(longest)
         assert config.resolve(longest) == (config.plain(composed), dict(composed.hydra.runtime.choices)), longest
-    for cell in cells:
+    for cell in (c for c in cells if "seed=0" in c or c == longest):
         assert config.settings(cell).overrides == tuple(cell)
 
 

@@ -30,7 +30,11 @@ from tests.problems import (
 
 METHODS = options("merge")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-SIZES = [(torch.float32, 1), (torch.float32, 7), (torch.float64, 1), (torch.float64, 7), (torch.bfloat16, 3)]
+SIZES = [(torch.float32, 1), (torch.float32, 7), (torch.float64, 7), (torch.bfloat16, 3)]
+IN_AND_OUT_OF_PLACE = [torch.bfloat16, torch.float32, torch.float64]
+"""What is cast to fp32 or fp64 is a copy or the tensor itself; float16 is cast as bfloat16 is."""
+NARROW_AND_WIDE = [torch.bfloat16, torch.float32]
+"""Storage and order of reading know bytes alone."""
 EXEMPT = {
     "test_what_has_no_parameter_merges_to_the_pretrained": {
         "awd": "one task has nothing in common with another; more tasks are in identities",
@@ -117,6 +121,7 @@ def test_merging_is_lazy(method):
     assert {name for read in reads for name in read} <= {"layer.weight"}
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
 def test_reading_is_pure(method, dtype):
     merged = method(problem(*models(dtype=dtype)))
     forth = {name: bits(merged[name]) for name in merged}
@@ -124,6 +129,7 @@ def test_reading_is_pure(method, dtype):
     assert forth == back == {name: bits(tensor) for name, tensor in usual(method, dtype)[1].items()}
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
 def test_disk_and_memory_give_the_same_bits(method, dtype, tmp_path):
     base, finetuned = models(dtype=dtype)
     held = problem(base, finetuned)
@@ -137,6 +143,7 @@ def test_disk_and_memory_give_the_same_bits(method, dtype, tmp_path):
     assert same(Weights.open(merged.save(tmp_path / "merged", shard_bytes=60)), expected)
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_inputs_are_not_modified(method, dtype):
     base, finetuned = models(dtype=dtype)
     before = snapshot(base, *finetuned.values())
@@ -213,7 +220,7 @@ def test_the_experts_matter(method):
 
 def test_experts_equal_to_the_pretrained_change_nothing(method, dtype):
     base = model(0, dtype, values=grid)
-    for tasks in (1, 2, 3, 8):
+    for tasks in (1, 2, 3):
         merged = method(problem(base, dict.fromkeys(map(str, range(tasks)), base)))
         for name in FLOATS:
             assert_close(merged[name], base[name], msg=lambda text, at=(tasks, name): f"{at}: {text}")

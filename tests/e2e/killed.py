@@ -1,4 +1,7 @@
-"""A command, killed at its n-th change of a folder for each n: ``python -m tests.e2e.killed FOLDER N,N,0 COMMAND``."""
+"""Commands in forks of one process that has everything imported, killed at the n-th change of a folder, or two at once.
+
+``python -m tests.e2e.killed`` reads orders from its input, a line of JSON each, and answers each with lines of JSON.
+"""
 
 from __future__ import annotations
 
@@ -69,20 +72,41 @@ def finished(folder):
     return {p.name: p.stat().st_mtime_ns for p in sorted(records)}
 
 
-def main(folder, numbers, *command):
-    """Run five cells of a table once for each number, killed at that change, and print what is finished after each."""
+def killed(folder, numbers, command):
+    """Run a command once for each number, killed at that change, and yield what is finished after each."""
+    for number in numbers:
+        status, seen = attempt(folder, number, command)
+        yield {"status": status, "seen": seen, "finished": finished(folder)}
+
+
+def together(folder, count, command):
+    """Run a command several times at once; yield the statuses and what each wrote to its standard error."""
+    from byom.__main__ import main
+
+    files, children = [Path(folder) / f"stderr{number}" for number in range(count)], []
+    for file in files:
+        if not (child := os.fork()):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+            os._exit(main(command))
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    yield {"statuses": statuses, "said": [file.read_text(encoding="utf-8") for file in files]}
+
+
+def main():
+    """Carry out orders until there are no more; tables have five cells."""
     for module in LOADED:  # once, and not in every fork
         import_module(module)
     from byom.report.figures.style import STYLE
 
     fewer(MonkeyPatch())
     STYLE |= COARSE
-    for number in map(int, numbers.split(",")):
-        status, seen = attempt(folder, number, list(command))
-        line = {"status": status, "seen": seen, "finished": finished(folder)}
-        sys.stdout.write(f"\n{json.dumps(line)}\n")  # what was killed may have left an unfinished line
-        sys.stdout.flush()
+    for line in sys.stdin:
+        work, *given = json.loads(line)
+        for answer in {"killed": killed, "together": together}[work](*given):
+            sys.stdout.write(f"\n{json.dumps(answer)}\n")  # what was killed may have left an unfinished line
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

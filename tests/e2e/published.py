@@ -12,11 +12,13 @@ from byom.__main__ import main
 from byom.cli import config, sweeps
 from byom.report.figures import style
 from tests.hub import visit
+from tests.published_models import LAYERS
 from tests.tiny_clip import tiny_clip
 
 NOTE = "NOT A RESULT: tiny data in the hubs' own schema"
 SHORTER = {"merge=adamerging": "merge.steps=2", "merge=wudi": "merge.steps=3", "byom=surgery": "byom.steps=2"}
 PLACES = ("backbone", "experts", "results")
+SWEEPS = ("density_sweep", "rank_sweep")
 Cells = list[list[str]]
 
 
@@ -35,19 +37,25 @@ def cells(name: str) -> Cells:
     return sweeps.cells(plan(name)["rows"], plan(name)["common"])
 
 
-BETWEEN = {"suite.size=4", "suite.size=8", "suite.size=12", "suite.size=16", "byom.density=0.06457"}
-"""Values between the first and the last of a sweep."""
-
-
 def kind(cell: list[str]) -> tuple[str, ...]:
     """Return a cell without its numbers and without the names of its backbone, experts and results."""
     return tuple(sorted(re.sub(r"=[\d.]+$", "=#", o) for o in cell if o.partition("=")[0] not in PLACES))
 
 
+def thinned(name: str, every: Cells) -> Cells:
+    """Return the first cell of each kind, and the last as well where an experiment is about its numbers.
+
+    Cells of one kind run the same code with other numbers.
+    """
+    first = {kind(cell): cell for cell in reversed(every)}
+    last = {kind(cell): cell for cell in every} if name in SWEEPS else {}
+    return [cell for cell in every if cell in (first[kind(cell)], last.get(kind(cell)))]
+
+
 def run(
     name: str, home: Path, patch, *extra: str, select: Callable[[Cells], Cells] = lambda every: every
 ) -> tuple[int, Path]:
-    """Run an experiment on tiny data: training methods cut to a few steps, numbers of tasks and densities to the ends.
+    """Run an experiment on tiny data: training methods cut to a few steps, sweeps of numbers `thinned`.
 
     Returns:
         The exit status, and the results folder.
@@ -55,17 +63,17 @@ def run(
     expand = sweeps.cells
 
     def shorter(rows, common):
-        every = [c for c in expand(rows, common) if not BETWEEN & set(c)]
-        return [[*c, *(v for k, v in SHORTER.items() if k in c)] for c in select(every)]
+        return [[*c, *(v for k, v in SHORTER.items() if k in c)] for c in thinned(name, select(expand(rows, common)))]
 
     folder = home / "made" / chosen(name, "results")
     results = folder / "results" / "scratch"
     overrides = [f"results={results}", f"cache={home}/cache", f'note="{NOTE}"', "device=cpu", *extra]
     if (chosen(name, "backbone") or "clip").startswith("clip") and chosen(name, "suite").startswith("vision"):
-        overrides += [f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
+        overrides += [f"backbone.model={tiny_clip(LAYERS)}", "backbone.pretrained=random"]
     with visit(home, patch), patch.context() as undo:
         undo.setattr("byom.cli.sweeps.cells", shorter)
         undo.setattr(style, "_save", png_alone(style._save))
+        undo.setenv("BYOM_SWEEP", "tiny")  # one name for all experiments, or each composes its configurations anew
         return main(["table", name, *overrides]), results
 
 

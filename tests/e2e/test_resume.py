@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -26,28 +26,44 @@ HEADLINE = "vision8_offline_headline"
 def start(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+        [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, **options
+    )
 
 
-def killed_at(numbers, folder):
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Return what gives an order to a process that runs commands in forks, and returns its answers."""
+    log = tmp_path_factory.mktemp("forks") / "stderr"
+    with log.open("w") as said:
+        process = start("-m", "tests.e2e.killed", stdin=subprocess.PIPE, stderr=said)
+
+        def order(work, folder, given, *command, answers):
+            process.stdin.write(json.dumps([work, str(folder), given, command]) + "\n")
+            process.stdin.flush()
+            lines = (line for line in process.stdout if line.startswith(('{"status"', '{"statuses"')))
+            found = [json.loads(line) for line in islice(lines, answers)]
+            assert len(found) == answers and "failed" not in log.read_text(), log.read_text()[-3000:]
+            return found
+
+        yield order
+        process.communicate()
+    assert process.returncode == 0
+
+
+def killed_at(forks, numbers, folder):
     """Run a tiny table once for each number, killed at that change of the folder; return what each run left."""
     options = [*overrides(folder, own=True), "tune=none"]
-    done = start("-m", "tests.e2e.killed", str(folder), ",".join(map(str, numbers)), "table", HEADLINE, *options)
-    out, err = done.communicate()
-    assert done.returncode == 0 and "failed" not in err, err[-3000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith('{"status"')]
+    return forks("killed", folder, numbers, "table", HEADLINE, *options, answers=len(numbers))
 
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_a_table_killed_at_any_change_of_its_files_ends_the_same(tmp_path):
-    [whole] = killed_at([0], tmp_path / "whole")
+def test_a_table_killed_at_any_change_of_its_files_ends_the_same(tmp_path, forks):
+    [whole] = killed_at(forks, [0], tmp_path / "whole")
     draw = random.Random(5)
     first, fourth, third = (whole["seen"] // part for part in (8, 4, 3))
     numbers = [draw.randrange(1, first), draw.randrange(fourth, third), draw.randrange(fourth, third)]
-    runs = killed_at([*numbers, 0], tmp_path / "cut")
+    runs = killed_at(forks, [*numbers, 0], tmp_path / "cut")
     assert [run["status"] for run in runs[:3]] == [-signal.SIGKILL] * 3
     assert runs[-1]["status"] == 0
     for before, after in pairwise(runs):
@@ -70,13 +86,12 @@ def scores(folder):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_two_processes_that_want_one_cell_train_each_expert_once(tmp_path):
-    options = [*overrides(tmp_path, own=True), "finetune.epochs=20", "merge=average", "byom=none", "evaluate=test"]
-    both = [start("-m", "byom", "run", *options) for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+def test_two_processes_that_want_one_cell_train_each_expert_once(tmp_path, forks):
+    options = [*overrides(tmp_path, own=True), "merge=average", "byom=none", "evaluate=test"]
+    [both] = forks("together", tmp_path, 2, "run", *options, answers=1)
+    assert both["statuses"] == [0, 0], both["said"]
     for task in ("digits", "mnist"):
-        assert sum(f"fine-tune {task}:   0%" in err for _, err in said) == 1
+        assert sum(f"fine-tune {task}:   0%" in err for err in both["said"]) == 1
     assert len(list(tmp_path.rglob("experts/*/training.json"))) == 2
     assert len(list(tmp_path.rglob("runs/**/average+none*.json"))) == 1
 

@@ -75,7 +75,7 @@ def test_adapters_learn_too_and_stay_small(settings):
 @pytest.mark.filterwarnings("ignore:fisher. Answering refuses vmap")
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(["merge=fisher"], marks=pytest.mark.slow), ["merge=adamerging", "merge.steps=4"], ["merge=regmean"]],
+    [["merge=fisher", "statistics.fisher.examples=16"], ["merge=adamerging", "merge.steps=4"], ["merge=regmean"]],
 )
 def test_methods_that_look_at_inputs_see_likelihoods_of_answers(settings, options):
     merged = run(settings("byom=none", *options, answer="scored"))

@@ -147,4 +147,4 @@ def test_vision_towers_stay_within_their_bounds(tmp_path, monkeypatch):
     assert bound == 6 * 4 * 768 * 3072 + shard < tasks * size["bytes"] / 3
     for stage, share in true_size.BOUNDED.items():
         assert rows[stage].finished and rows[stage].peak <= share * bound, stage
-    assert all(rows[f"merge {label}"].peak > 0.9 * shard for label in ("task_arithmetic", "ties"))
+    assert all(rows[f"merge {label}"].peak > tasks * size["largest_bytes"] for label in ("task_arithmetic", "ties"))
