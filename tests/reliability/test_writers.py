@@ -327,6 +327,8 @@ BEHIND = {  # what writes with its own hands, and what stands in front of it
     "byom/folders/output.py": "a folder that is swapped in",
     "byom/folders/pack.py": "a folder that is swapped in",
     "byom/folders/beside.py": "what output and pack swap in",
+    "byom/folders/words.py": "what output and pack swap in",
+    "byom/storage/tokens.py": "what output and pack swap in",
     "byom/storage/manifest.py": "what its callers swap in",
     "byom/experts/finetune/lora.py": "a folder that is swapped in",
     "byom/experts/finetune/processes.py": "a draft, read and removed by the processes of one command",
