@@ -1,4 +1,4 @@
-"""The method and the variant of CONTRIBUTING.md in a copy of the tree: they run, and satisfy the laws of the contract."""
+"""The method and the variant of CONTRIBUTING.md, in a copy of the tree: they run and obey the laws of the contract."""
 
 from __future__ import annotations
 

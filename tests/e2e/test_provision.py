@@ -11,7 +11,7 @@ from byom.cli import config
 from byom.pipeline import provenance
 from byom.storage import repository as hub
 from tests.hub import build, visit
-from tests.published_models import add_experts
+from tests.published_models import LAYERS, add_experts
 from tests.tiny_clip import tiny_clip
 
 NAME = "vision8_vitb32_fft"
@@ -29,7 +29,7 @@ def home(tmp_path_factory):
 
 def tiny(tmp_path):
     places = [f"results={tmp_path}/results/scratch", f"cache={tmp_path}/cache", "device=cpu", ONLY]
-    return [*places, f"backbone.model={tiny_clip()}", "backbone.pretrained=random"]
+    return [*places, f"backbone.model={tiny_clip(LAYERS)}", "backbone.pretrained=random"]
 
 
 def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home, tmp_path, monkeypatch, capsys):
