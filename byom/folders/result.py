@@ -151,7 +151,10 @@ def assembled(models: Models, merged: Weights, kept: Mapping[str, str]) -> Weigh
             return merged.raw(name)
         return models.experts[kept[name]].weights[name] if kept.get(name) else base[name]
 
-    return base.tied(ties).derived(read, "merged")
+    def rounded(name: str) -> Tensor | None:
+        return merged[name] if name in merged and merged.dtype(name) == base.dtype(name) else None
+
+    return base.tied(ties).derived(read, "merged", rounded)
 
 
 def _one(merged: Weights, alias: str, name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Reader = Callable[[str], Tensor]
+Rounder = Callable[[str], Tensor | None] | None
 
 
 class Spec(NamedTuple):
