@@ -123,9 +123,13 @@ def inner_products(deltas: Tensor) -> Tensor:
     """
     gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     for piece in deltas.reshape(len(deltas), -1).split(PIECE, dim=1):
-        rows = room(*piece.shape).copy_(piece)
-        gram += rows @ rows.T
+        gram += products(room(*piece.shape).copy_(piece))
     return gram
+
+
+def products(rows: Tensor) -> Tensor:
+    """Return the inner products ``[T, T]`` of rows ``[T, n]`` that are fp64."""
+    return rows @ rows.T
 
 
 def room(*shape: int) -> Tensor:

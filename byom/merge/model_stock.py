@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.functional.deltas import PIECE, room
+from byom.functional.deltas import PIECE, products, room
 from byom.merge.base import Group, TensorwiseMethod, blockwise
 
 
@@ -48,7 +48,7 @@ def _inner_products(piece: Group) -> Tensor:
     rows = room(len(piece.experts), piece.pretrained.numel())
     for start, block in piece.blocks():
         rows[:, start : start + block.pretrained.numel()] = block.deltas
-    return rows @ rows.T
+    return products(rows)
 
 
 def interpolation(gram: Tensor) -> float:

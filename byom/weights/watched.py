@@ -34,7 +34,7 @@ def watched(weights: Weights, callback: Callable[[int], None]) -> Weights:
         callback(size(weights.shape(name), weights.dtype(name)))
         return value
 
-    seen._read, seen._rounded, seen._checksum = reading, None, weights.checksum
+    seen._read, seen._checksum = reading, weights.checksum
     _WATCHED[seen] = unwatched(weights)
     return seen
 

@@ -15,7 +15,7 @@ from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
 from byom.weights.match import matched, not_finite
-from byom.weights.spec import Reader, Rounder, Spec, Specs
+from byom.weights.spec import Reader, Spec, Specs, rounded
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
@@ -43,12 +43,10 @@ class Weights:
         doubled: Iterable[str] = (),
         carried: Iterable[str] = (),
     ) -> None:
-        self._specs = dict(specs)
-        self._read = read
+        self._specs, self._read = dict(specs), read
         self._ties = dict(ties or {})
         self._doubled, self._carried = frozenset(doubled), frozenset(carried)
         self._checksum, self.origin = checksum, origin
-        self._rounded: Rounder = None
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], origin: str = "memory") -> Weights:
@@ -93,8 +91,7 @@ class Weights:
         Raises:
             CheckpointError: If a value is beyond what the dtype can hold, as fp16 beyond 65504.
         """
-        value = self._rounded and self._rounded(self._ties.get(name, name))
-        if value is not None:
+        if name in self._specs and (value := rounded(self._read, self._ties.get(name, name))) is not None:
             return value
         return narrowed(self.raw(name), self._spec(name).dtype, f"{self.origin}: tensor '{name}'")
 
@@ -207,17 +204,14 @@ class Weights:
     def __neg__(self) -> Weights:
         return self * -1.0
 
-    def derived(self, read: Reader, origin: str, rounded: Rounder = None) -> Weights:
+    def derived(self, read: Reader, origin: str) -> Weights:
         """Return weights with these names, shapes, dtypes and ties, and other values, lazily.
 
         Args:
             read: Gives a tensor by canonical name; the result is cast to the declared dtype when it is read.
             origin: What error messages call the result.
-            rounded: Gives the same as it is cast, with less work, or None for a tensor that `read` has to give.
         """
-        derived = self._like(read, origin=origin)
-        derived._rounded = rounded
-        return derived
+        return self._like(read, origin=origin)
 
     def tied(self, ties: Mapping[str, str], doubled: Iterable[str] = (), carried: Iterable[str] = ()) -> Weights:
         """Return these weights with other ties, of tensors that are equal; `doubled` of them files hold each."""

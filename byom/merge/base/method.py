@@ -17,6 +17,7 @@ from byom.merge.base.problem import Group, Problem, blockwise
 from byom.merge.base.running import running
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
+from byom.weights.spec import Rounding
 
 
 @dataclass(frozen=True)
@@ -190,4 +191,4 @@ def lazily(problem: Problem, merge: Callable[[Group], Tensor], *, exposing: bool
         value = merged(name, dtype)
         return value if value.dtype == dtype and (not value.numel() or finite(value)) else None
 
-    return base.derived(read, "merged", rounded)
+    return base.derived(Rounding(read, rounded), "merged")
