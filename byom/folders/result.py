@@ -18,6 +18,7 @@ from byom.merge.base import Problem
 from byom.storage.tensor_files import size
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
+from byom.weights.spec import Rounding
 
 Watch = Callable[[int], None]
 
@@ -151,7 +152,10 @@ def assembled(models: Models, merged: Weights, kept: Mapping[str, str]) -> Weigh
             return merged.raw(name)
         return models.experts[kept[name]].weights[name] if kept.get(name) else base[name]
 
-    return base.tied(ties).derived(read, "merged")
+    def rounded(name: str) -> Tensor | None:
+        return merged[name] if name in merged and merged.dtype(name) == base.dtype(name) else None
+
+    return base.tied(ties).derived(Rounding(read, rounded), "merged")
 
 
 def _is_one(alias: str, name: str, models: Models, merged: Weights, kept: Mapping[str, str]) -> bool:

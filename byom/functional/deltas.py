@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import local
 
 import torch
 from torch import Tensor
@@ -122,6 +123,25 @@ def inner_products(deltas: Tensor) -> Tensor:
     """
     gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     for piece in deltas.reshape(len(deltas), -1).split(PIECE, dim=1):
-        wide = piece.double()
-        gram += wide @ wide.T
+        gram += products(room(*piece.shape).copy_(piece))
     return gram
+
+
+def products(rows: Tensor) -> Tensor:
+    """Return the inner products ``[T, T]`` of rows ``[T, n]`` that are fp64."""
+    return rows @ rows.T
+
+
+def room(*shape: int) -> Tensor:
+    """Return fp64 memory with any values in it, the same at each call of a thread while it is large enough.
+
+    What is this large comes from the system page by page at every allocation, which takes longer than to fill it.
+    """
+    held = getattr(_ROOMS, "held", None)
+    size = torch.Size(shape).numel()
+    if held is None or len(held) < size:
+        held = _ROOMS.held = torch.empty(size, dtype=torch.float64)
+    return held[:size].view(shape)
+
+
+_ROOMS = local()

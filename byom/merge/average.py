@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from byom.errors import OptionError
-from byom.functional.deltas import total
-from byom.functional.means import weighted_mean
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.changes import require_adapted
 from byom.merge.base.checks import signed_weights
@@ -45,6 +44,7 @@ class Average(TensorwiseMethod):
 
     weights: tuple[float, ...] = ()
 
+    exposing: ClassVar[bool] = True
     title = "Averaging"
     previews = True
 
@@ -60,8 +60,9 @@ class Average(TensorwiseMethod):
     def merge(self, group: Group) -> Tensor:
         """Return the mean over tasks, accumulated in fp32."""
         if not self.weights:
-            return total(group.finetuned) / len(group.experts)
-        return weighted_mean(group.finetuned, self.weights)
+            return group.total().div_(len(group.experts))
+        whole = sum(self.weights)
+        return group.total([weight / whole for weight in self.weights])
 
     def low_rank(self, problem: Problem) -> Adapted:
         """Return the weighted mean of adapters as one product, without forming it; see `byom.weights.lowrank.cat`."""

@@ -100,9 +100,9 @@ class Dare(MergeMethod):
                 experts = [ours + self._thin(delta, draw) for delta, draw in zip(changes, draws, strict=True)]
                 return then.merge(replace(piece, experts=tuple(experts)))
 
-            return blockwise(group, piecewise)
+            return blockwise(group, piecewise, final=True)
 
-        return lazily(problem, merged)
+        return lazily(problem, merged, exposing=then.exposing)
 
     def _thinned(self, task: str, expert: Weights, base: Weights) -> Weights:
         def read(name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.functional.deltas import PIECE, inner_products, total
+from byom.functional.deltas import PIECE, products, room
 from byom.merge.base import Group, TensorwiseMethod, blockwise
 
 
@@ -33,13 +33,22 @@ class ModelStock(TensorwiseMethod):
     """
 
     elementwise: ClassVar[bool] = False
+    exposing: ClassVar[bool] = True
     title = "Model Stock"
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus r times the mean change."""
         start = torch.zeros(len(group.experts), len(group.experts), dtype=torch.float64)
-        ratio = interpolation(sum((inner_products(piece.deltas) for _, piece in group.blocks(PIECE)), start))
-        return blockwise(group, lambda _, piece: piece.pretrained + ratio / len(piece.experts) * total(piece.deltas))
+        ratio = interpolation(sum((_inner_products(piece) for _, piece in group.blocks(PIECE)), start))
+        return blockwise(group, lambda _, piece: piece.moved(ratio / len(piece.experts)), final=True)
+
+
+def _inner_products(piece: Group) -> Tensor:
+    """Return those of the task vectors of a piece, which are made in blocks that stay in the caches."""
+    rows = room(len(piece.experts), piece.pretrained.numel())
+    for start, block in piece.blocks():
+        rows[:, start : start + block.pretrained.numel()] = block.deltas
+    return products(rows)
 
 
 def interpolation(gram: Tensor) -> float:

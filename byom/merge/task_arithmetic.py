@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from byom.functional.deltas import total, weighted
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.changes import require_adapted
 from byom.merge.base.checks import signed_weights
@@ -40,6 +39,7 @@ class TaskArithmetic(TensorwiseMethod):
     scale: float = 0.3
     weights: tuple[float, ...] = ()
 
+    exposing: ClassVar[bool] = True
     title = "Task Arithmetic"
     grid: ClassVar = {"scale": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)}
 
@@ -48,7 +48,7 @@ class TaskArithmetic(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + scale * sum_t w_t tau_t``."""
-        return group.pretrained + self.scale * total(weighted(group.deltas, self.weights))
+        return group.moved(self.scale, self.weights)
 
     def low_rank(self, problem: Problem) -> Adapted:
         """Return the weighted sum of adapters as one product, without forming it; see `byom.weights.lowrank.cat`."""

@@ -139,4 +139,4 @@ class Ties(PlannedMethod):
             combined = disjoint_mean(agreed, self.weights) if self.combine == "mean" else total(agreed)
             return piece.pretrained + self.scale * combined
 
-        return blockwise(group, merged)
+        return blockwise(group, merged, final=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -20,6 +21,28 @@ class Spec(NamedTuple):
 
 
 Specs = Mapping[str, Spec]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A reader that can also give a tensor as it is cast to its declared dtype, with less work than to cast it.
+
+    Args:
+        read: Gives a tensor by name, as it was computed.
+        cast: Gives the same values cast, or None for a tensor that has to be read and cast.
+    """
+
+    read: Reader
+    cast: Callable[[str], Tensor | None]
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor as it was computed."""
+        return self.read(name)
+
+
+def rounded(read: Reader, name: str) -> Tensor | None:
+    """Return a tensor in its declared dtype from a reader that gives it so; None from others."""
+    return read.cast(name) if isinstance(read, Rounding) else None
 
 
 class Files(Protocol):

@@ -15,7 +15,7 @@ from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
 from byom.weights.match import matched, not_finite
-from byom.weights.spec import Reader, Spec, Specs
+from byom.weights.spec import Reader, Spec, Specs, rounded
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
@@ -43,12 +43,10 @@ class Weights:
         doubled: Iterable[str] = (),
         carried: Iterable[str] = (),
     ) -> None:
-        self._specs = dict(specs)
-        self._read = read
+        self._specs, self._read = dict(specs), read
         self._ties = dict(ties or {})
         self._doubled, self._carried = frozenset(doubled), frozenset(carried)
-        self._checksum = checksum
-        self.origin = origin
+        self._checksum, self.origin = checksum, origin
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], origin: str = "memory") -> Weights:
@@ -93,6 +91,8 @@ class Weights:
         Raises:
             CheckpointError: If a value is beyond what the dtype can hold, as fp16 beyond 65504.
         """
+        if name in self._specs and (value := rounded(self._read, self._ties.get(name, name))) is not None:
+            return value
         return narrowed(self.raw(name), self._spec(name).dtype, f"{self.origin}: tensor '{name}'")
 
     def keys(self) -> list[str]:

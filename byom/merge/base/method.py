@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from byom.errors import OptionError
+from byom.functional.tensors import finite
 from byom.merge.base.needs import Needs
 from byom.merge.base.problem import Group, Problem, blockwise
 from byom.merge.base.running import running
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
+from byom.weights.spec import Rounding
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class TensorwiseMethod(MergeMethod):
     """A method that merges each parameter on its own, in flat blocks when it acts on each element alone."""
 
     elementwise: ClassVar[bool] = True
+    exposing: ClassVar[bool] = False
+    """True where a NaN or infinity of any expert makes the result NaN or infinite there, whatever the others hold; so
+    one look at the result is enough to know that all experts are finite."""
 
     @abstractmethod
     def merge(self, group: Group) -> Tensor:
@@ -117,12 +123,12 @@ class TensorwiseMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
-        return lazily(problem.settled() if self.merges else problem, self._whole)
+        return lazily(problem.settled() if self.merges else problem, self._whole, exposing=self.exposing)
 
     def _whole(self, group: Group) -> Tensor:
         if not self.elementwise:
             return self.merge(group)
-        return blockwise(group, lambda _, piece: self.merge(piece))
+        return blockwise(group, lambda _, piece: self.merge(piece), final=True)
 
 
 @dataclass(frozen=True)
@@ -156,11 +162,33 @@ class PlannedMethod(MergeMethod):
         return lazily(problem, lambda group: self.merge(group, plan))
 
 
-def lazily(problem: Problem, merge: Any) -> Weights:
-    """Lift the merging of one group to weights; what is not floating point is the pre-trained model's."""
+def lazily(problem: Problem, merge: Callable[[Group], Tensor], *, exposing: bool = False) -> Weights:
+    """Lift the merging of one group to weights; what is not floating point is the pre-trained model's.
+
+    Args:
+        problem: The models.
+        merge: Merges one parameter.
+        exposing: See `TensorwiseMethod.exposing`.
+
+    Returns:
+        Weights that merge a tensor when it is read.
+    """
     base = problem.pretrained
 
-    def read(name: str) -> Tensor:
-        return merge(problem.group(name)) if base.merges(name) else base[name]
+    def merged(name: str, dtype: torch.dtype | None) -> Tensor:
+        value = merge(replace(problem.group(name, checked=not exposing), dtype=dtype))
+        if exposing and value.numel() and not finite(value):
+            problem.group(name)  # which says in which model a value is not finite, if it is not the sum that is
+        return value
 
-    return base.derived(read, "merged")
+    def read(name: str) -> Tensor:
+        return merged(name, None) if base.merges(name) else base[name]
+
+    def rounded(name: str) -> Tensor | None:
+        dtype = base.dtype(name)
+        if dtype.itemsize == 1 or not base.merges(name):  # 8 bits saturate, and hide what is beyond them
+            return None
+        value = merged(name, dtype)
+        return value if value.dtype == dtype and (not value.numel() or finite(value)) else None
+
+    return base.derived(Rounding(read, rounded), "merged")

@@ -31,18 +31,26 @@ class Group:
         pretrained: ``[*shape]``.
         experts: One ``[*shape]`` tensor per task, in the problem's task order.
         statistics: Statistic name to ``[T, ...]``.
+        dtype: What the merged values are going to be rounded to, which `blockwise` may do piece by piece; None keeps
+            them as they are computed.
     """
 
     name: str
     pretrained: Tensor
     experts: tuple[Tensor, ...]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type of the fine-tuned values in arithmetic: fp32, or fp64 if any of them is."""
+        return reduce(torch.promote_types, [widened(expert.dtype) for expert in self.experts])
 
     @property
     def finetuned(self) -> Tensor:
         """The fine-tuned values ``[T, *shape]`` in fp32 (fp64 for fp64 models)."""
-        dtype = reduce(torch.promote_types, [widened(expert.dtype) for expert in self.experts])
-        stacked = torch.empty(len(self.experts), *self.pretrained.shape, dtype=dtype, device=self.pretrained.device)
+        shape, device = self.pretrained.shape, self.pretrained.device
+        stacked = torch.empty(len(self.experts), *shape, dtype=self.precision, device=device)
         for row, expert in zip(stacked.unbind(0), self.experts, strict=True):
             row.copy_(expert)  # widened on the way, with no copy in between
         return stacked
@@ -52,6 +60,48 @@ class Group:
         """The task vectors ``[T, *shape]``, both sides cast to fp32 (fp64 for fp64 models) before subtracting."""
         stacked = self.finetuned
         return stacked.sub_(wide(self.pretrained))
+
+    def total(self, weights: Sequence[float] = ()) -> Tensor:
+        """Sum the fine-tuned values over tasks, one after the other, holding one task's beside the sum.
+
+        Args:
+            weights: One per task; empty weighs each 1.
+
+        Returns:
+            ``[*shape]``, the bits of `byom.functional.deltas.total` of the stack.
+        """
+        return self._sum(None, weights)
+
+    def moved(self, scale: float, weights: Sequence[float] = ()) -> Tensor:
+        """Return ``theta_0 + scale * sum_t w_t tau_t``, holding the task vector of one task at a time.
+
+        Args:
+            scale: Any real number (lambda).
+            weights: One per task (w); empty weighs each 1.
+
+        Returns:
+            ``[*shape]``, the bits that the stack of task vectors gives.
+        """
+        base = wide(self.pretrained)
+        change = self._sum(base, weights).mul_(scale)
+        return change.add_(base) if change.dtype == base.dtype else base + change
+
+    def _sum(self, origin: Tensor | None, weights: Sequence[float]) -> Tensor:
+        whole, spare = None, None
+        for expert, weight in zip(self.experts, weights or [None] * len(self.experts), strict=True):
+            row = torch.empty_like(self.pretrained, dtype=self.precision) if spare is None else spare
+            if origin is not None and expert.dtype == row.dtype == origin.dtype:
+                torch.sub(expert, origin, out=row)
+            else:
+                row.copy_(expert)
+                row = row if origin is None else row.sub_(origin)
+            row = row if weight is None else row.mul_(weight)
+            if whole is None:
+                whole = row
+            else:
+                whole, spare = whole.add_(row), row
+        assert whole is not None, "a problem has at least one task"
+        return whole
 
     def blocks(self, size: int | None = None) -> Iterator[tuple[int, Group]]:
         """Yield ``(offset, group)`` for flat pieces of at most `size` elements; views, nothing is copied.
@@ -155,10 +205,15 @@ class Problem:
             )
         return self.probe
 
-    def group(self, name: str) -> Group:
-        """Read one parameter of every model, refusing NaN and infinity."""
+    def group(self, name: str, *, checked: bool = True) -> Group:
+        """Read one parameter of every model, refusing NaN and infinity.
+
+        Args:
+            name: The parameter's name.
+            checked: Whether they are refused in experts; in the pre-trained model and in statistics they are anyway.
+        """
         pretrained = self.pretrained.read_finite(name)
-        experts = tuple(expert.read_finite(name) for expert in self.finetuned.values())
+        experts = tuple(each.read_finite(name) if checked else each[name] for each in self.finetuned.values())
         return Group(name, pretrained, experts, self._statistics(name))
 
     def uncovered(self, statistic: str) -> list[str]:
@@ -174,17 +229,19 @@ class Problem:
         }
 
 
-def blockwise(group: Group, merge: Any) -> Tensor:
+def blockwise(group: Group, merge: Any, *, final: bool = False) -> Tensor:
     """Merge a parameter piece by piece.
 
     Args:
         group: The parameter in every model.
         merge: Function of (flat offset, flat piece) that returns the merged piece.
+        final: Whether these are the merged values with which no one computes further. Then each piece is rounded to
+            ``group.dtype``, if there is one, while it is in the caches.
 
     Returns:
         ``[*shape]`` merged values.
     """
-    dtype = widened(group.pretrained.dtype)
+    dtype = (group.dtype if final else None) or widened(group.pretrained.dtype)
     merged = torch.empty(group.pretrained.numel(), dtype=dtype)
     for start, piece in group.blocks():
         merged[start : start + piece.pretrained.numel()] = merge(start, piece)
