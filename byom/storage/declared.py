@@ -13,21 +13,14 @@ CONFIG = "config.json"
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|shared|word_embeddings|tok_embeddings|embed_in)\.weight$")
 HEAD = "lm_head.weight"
-DECODERS = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3", "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2",
-}  # fmt: skip
-"""Architecture to model type of the usual decoders, which tie these two alone; so that transformers need not be loaded,
-which takes longer than to merge a small model. A test compares them with what transformers builds."""
-TIED = ("model.", [["model.embed_tokens.weight", HEAD]])
 
 
 def declared(folder: Path, names: Collection[str]) -> list[list[str]]:
     """Return groups of names that are one tensor in a model, as the `config.json` beside its weights has it.
 
     The model is built without memory for its values (on the meta device), so that transformers itself says what it
-    ties; of the usual decoders (`DECODERS`) that is known without it. Where it does not know the architecture,
-    ``"tie_word_embeddings": true`` ties ``lm_head.weight`` to the one input embedding of a model that generates text.
+    ties. Where it does not know the architecture, ``"tie_word_embeddings": true`` ties ``lm_head.weight`` to the one
+    input embedding of a model that generates text.
 
     Args:
         folder: The folder with the configuration; without one nothing is declared.
@@ -42,8 +35,7 @@ def declared(folder: Path, names: Collection[str]) -> list[list[str]]:
     architecture = next(iter(config.get("architectures") or []), None)
     if not isinstance(architecture, str):
         return []
-    known = config.get("tie_word_embeddings") is True and DECODERS.get(architecture, "") == config.get("model_type")
-    built = TIED if known else _built(json.dumps(config, sort_keys=True), architecture)
+    built = _built(json.dumps(config, sort_keys=True), architecture)
     if built is None:
         return _guessed(config, architecture, names)
     prefix, groups = built

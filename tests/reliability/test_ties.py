@@ -20,7 +20,6 @@ from byom.merge.dare import Dare
 from byom.merge.localize_and_stitch import LocalizeAndStitch
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.wudi import Wudi
-from byom.storage import declared
 from byom.variants.fft import ByomFft
 from byom.variants.lora import ByomLora
 from byom.weights import Weights
@@ -258,11 +257,3 @@ def test_pickles_beside_a_configuration_that_ties(held, tmp_path):
     whole = Weights.of(model.state_dict())
     assert opened.ties == whole.ties
     assert (opened - whole).norm() == 0
-
-
-@pytest.mark.parametrize("architecture", declared.DECODERS)
-def test_ties_of_usual_decoders_are_those_that_transformers_makes(architecture):
-    sizes = "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "head_dim"
-    config = dict.fromkeys(sizes, 4) | {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    config |= {"num_hidden_layers": 1, "pad_token_id": 0, "model_type": declared.DECODERS[architecture]}
-    assert declared._built(json.dumps(config), architecture) == declared.TIED
