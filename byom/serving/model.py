@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from byom.errors import OptionError
 from byom.serving.queue import Key
 
 Kind = Literal["classification", "multi_label", "regression", "generation", "features"]
@@ -71,8 +72,12 @@ class Model(ABC):
         """Return an answer of the held task for each prepared item."""
 
     def route(self, items: Sequence[Any]) -> list[str]:
-        """Return the likeliest task of each prepared item; where `routes` is True."""
-        raise NotImplementedError
+        """Return the likeliest task of each prepared item.
+
+        Raises:
+            OptionError: If the bundle has no router (`routes` is False).
+        """
+        raise OptionError("the bundle has no router, so every request names its task")
 
 
 def classified(labels: Sequence[str], probabilities: Tensor) -> list[Answer]:
