@@ -18,6 +18,8 @@ from byom.pipeline.run import run
 from byom.weights.lowrank import Adapted
 from tests.tiny_t5 import tiny_t5
 
+pytestmark = pytest.mark.data  # of the default suite, whose settings are what these start from
+
 MOODS = {"good": "good", "fine": "good", "bad": "not good", "poor": "not good"}
 STARS = {"poor": "1.0", "bad": "1.0", "fine": "2.0", "good": "3.5"}
 SIZES = {"train": 240, "validation": 24, "test": 48, "shots": 2}
