@@ -46,6 +46,7 @@ def test_the_example_of_repositories_is_one_that_is_read():
     assert read(quoted(_quoted_in(error.value))).value() == {"*": "me/model_{task}"}
 
 
+@pytest.mark.data
 def test_a_new_entry_of_a_mapping_is_added_by_a_plus():
     override = "experts.names={mnist:a b}"
     with pytest.raises(OptionError, match=r"experts.names has no mnist yet.*\+experts.names="):
@@ -58,6 +59,7 @@ def test_an_option_without_a_default_is_named():
         config.settings(["experts=files", "experts.family=mine"])
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("value", ["null", "[a]", "{a:1}", "2024", "1e5", ""])
 @pytest.mark.parametrize("key", ["results", "cache"])
 def test_a_place_is_a_path(key, value):
@@ -66,6 +68,7 @@ def test_a_place_is_a_path(key, value):
     assert config.settings([f"{key}=./2024"]).cache
 
 
+@pytest.mark.data
 @pytest.mark.parametrize(
     "use",
     [
@@ -92,6 +95,7 @@ def test_a_sweep_whose_results_cannot_be_written_is_refused(tmp_path):
         sweeps.multirun(["merge=average,ties", f"results={tmp_path}/file/x"], lambda settings: 0.0)
 
 
+@pytest.mark.data
 def test_a_sweep_finds_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -100,6 +104,7 @@ def test_a_sweep_finds_the_home_folder(tmp_path, monkeypatch):
     assert (tmp_path / "home" / "x").is_dir()
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("recipe", [Ia3(), Bottleneck()])
 def test_experts_with_added_modules_are_not_exported_as_they_are(recipe):
     from dataclasses import replace

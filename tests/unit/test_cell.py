@@ -28,6 +28,7 @@ def settings(tmp_path):
     return lambda *options: config.settings([*options, f"cache={tmp_path}"])
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("options", KEYS, ids=" ".join)
 def test_names_in_the_cache_are_those_of_earlier_versions(options, settings):
     cell = Cell(settings(*options))
@@ -36,18 +37,21 @@ def test_names_in_the_cache_are_those_of_earlier_versions(options, settings):
     assert (keys.tuning(method, tuner), keys.merged(method), keys.served(method, cell.settings.byom)) == KEYS[options]
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("options", EXPERTS, ids=" ".join)
 def test_names_of_experts_are_those_of_earlier_versions(options, settings):
     lab = Cell(settings(*options)).lab
     assert (lab.signature_of("mnist"), lab.signature_of("mnist", 2)) == EXPERTS[options]
 
 
+@pytest.mark.data
 def test_only_stages_that_make_something_costly_have_a_folder(settings):
     assert set(Cell(settings("merge=ties", "byom=fft")).folders) == {"merge"}
     assert set(Cell(settings("merge=ties", "byom=post_pruning")).folders) == set()
     assert set(Cell(settings("merge=average", "byom=surgery")).folders) == {"merge", "variant"}
 
 
+@pytest.mark.data
 def test_runs_that_agree_share_a_lab_and_it_ends_when_another_is_needed(settings):
     labs = Labs()
     first = labs.of(settings("merge=ties", "byom=fft"))
@@ -59,6 +63,7 @@ def test_runs_that_agree_share_a_lab_and_it_ends_when_another_is_needed(settings
     assert gone() is None
 
 
+@pytest.mark.data
 def test_a_block_ends_its_lab(settings):
     with Labs() as labs:
         lab = labs.of(settings("merge=ties"))

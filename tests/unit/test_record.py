@@ -92,6 +92,7 @@ GRIDS = [file for file in FILES if file.name.startswith("consensus+none")]  # se
 SAMPLE = list(dict.fromkeys([*SHAPES.values(), *GRIDS, *FILES[:: len(FILES) // 15]]))
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("file", SAMPLE, ids=lambda file: file.stem)
 def test_a_rebuilt_command_is_the_records_own_cell(file):
     record = Record.read(file)
@@ -177,6 +178,7 @@ def test_why_explains_costs(capsys):
     assert "against EMR-Merging\n" in text
 
 
+@pytest.mark.data
 def test_why_of_a_record_names_its_row_and_a_rebuilt_cell_that_is_another(results, capsys):
     file = sorted(results.rglob("ties+fft--*.json"))[0]
     assert why(file) == 0
