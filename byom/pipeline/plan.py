@@ -136,7 +136,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
     task = cells[0].suite.tasks[0]
     inputs = backbone.encode([_sample(task)] * BATCH, task)
     with torch.inference_mode():
-        encoder(**{name: value.to(device) for name, value in inputs.items()})
+        encoder(**{name: value[:1].to(device) for name, value in inputs.items()})  # the first call sets things up
         start = time.perf_counter()
         encoder(**{name: value.to(device) for name, value in inputs.items()})
         if device.type == "cuda":
