@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -13,8 +14,13 @@ from byom.pipeline.provenance import provenance
 from byom.pipeline.settings import Evaluation, Settings
 from byom.storage.place import Place, now
 from byom.storage.record import FORMAT, Record
+from byom.weights import cuts
+from byom.weights.kept import keeping
 
 __all__ = ["Evaluation", "Settings", "job", "keeper", "metric", "run"]
+
+DENSITIES = "BYOM_DENSITIES"
+"""Variable through which the jobs of a launcher hear of all densities of their sweep."""
 
 
 def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
@@ -40,7 +46,9 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
     try:
         require_possible(settings)
         require_routable(settings)
-        record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
+        with keeping(settings.cache / "cuts"), cuts.sweep(_densities()):
+            measured = cell.execute(cell.Cell(settings, labs and labs.of(settings)))
+        record |= measured | {"status": "done"}
     except BaseException as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         path = place.write(record)
@@ -65,6 +73,11 @@ def keeper() -> Labs:
 def job(settings: Settings) -> float:
     """Run one cell and return its metric; launchers import this function in their own processes."""
     return metric(run(settings, keeper()))
+
+
+def _densities() -> list[float]:
+    """Return the densities of the sweep that this process works for, if its command said any."""
+    return [float(density) for density in os.environ.get(DENSITIES, "").split()]
 
 
 def metric(record: Mapping[str, Any]) -> float:

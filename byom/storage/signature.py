@@ -11,6 +11,7 @@ from typing import Any
 
 SCALARS = (str, int, float, bool, type(None))
 
+
 def describe(value: Any) -> Any:
     """Reduce a choice to JSON: a dataclass becomes its class name and the fields that differ from the defaults.
 
