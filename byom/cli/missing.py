@@ -71,11 +71,11 @@ def _record(cell: Settings, *, mirror: bool = False) -> dict[str, Any] | None:
 def _learnt(cells: Sequence[Settings | None], records: Mapping[int, dict[str, Any]]) -> Forecast:
     """Return a forecast of the cells without a record, after what records of this machine say."""
     from byom.pipeline.forecast import Forecast
-    from byom.pipeline.provenance import here
+    from byom.pipeline.provenance import same_machine
 
     forecast = Forecast([cell for place, cell in enumerate(cells) if cell and place not in records])
     for place, values in records.items():
-        if (cell := cells[place]) and here(values):
+        if (cell := cells[place]) and same_machine(values):
             forecast.earlier(cell, values)
     return forecast
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from byom.errors import ByomError
 from byom.pipeline.cached import Keys, note
 from byom.pipeline.inputs import Names
+from byom.pipeline.provenance import same_machine
 from byom.pipeline.settings import Settings
 from byom.storage.signature import signature
 
@@ -57,6 +59,9 @@ class Forecast:
         self._made: set[str] = set()
         self._measured: dict[Kind, tuple[float, float]] = {}  # seconds and units
         self._earlier: dict[Kind, float] = {EVALUATE: pace} if pace is not None and self._counted else {}
+        trained = (_trained(cell) for cell, works in self._works if any(work.kind == TRAIN for work in works))
+        if seconds := next(trained, None):
+            self._earlier[TRAIN] = seconds
 
     def finished(self, cell: Settings, stages: Mapping[str, float]) -> None:
         """Take note of a cell that has run.
@@ -114,6 +119,19 @@ class Forecast:
         if kind in self._earlier:
             return self._earlier[kind]
         return self._pace(EVALUATE) if kind[0] in ("tune", "evaluate") and kind != EVALUATE else None
+
+
+def _trained(cell: Settings) -> float | None:
+    """Return the seconds that a model took which was fine-tuned as a cell's experts are, on a machine like this one."""
+    for path in sorted(cell.place().done.parent.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            training, recipe = record["cost"]["training"], record["config"]["finetune"]
+        except (ValueError, KeyError, TypeError):  # damaged, failed, or of a run that trained nothing
+            continue
+        if recipe == cell.resolved["finetune"] and same_machine(record):
+            return training["seconds"] / training["models"]
+    return None
 
 
 def _units(work: Work, made: set[str]) -> float:

@@ -13,12 +13,13 @@ from typing import Any
 from byom.data.suite import Task
 from byom.pipeline.forecast import OPEN, TRAIN, Forecast, Left, examples
 from byom.pipeline.inputs import Names
-from byom.pipeline.provenance import here
+from byom.pipeline.provenance import same_machine
 from byom.pipeline.settings import Settings
 from byom.storage.repository import Download
 
 BATCH = 8
 WORDS = "a sentence of about ten words, as short texts mostly are"
+WORDS_OF_STAGES = {"statistics": "statistics", "merge": "merging", "variant": "packing", "route": "routing"}
 COPIES = 4  # pre-trained, what the encoder holds, merged, and the task's own model
 
 
@@ -85,8 +86,8 @@ def plan(cells: Sequence[Settings]) -> Plan:
         models=len({repr((cell.suite.name, cell.effective(), cell.seed)) for cell in missing if cell.merges}),
         model_bytes=size,
         counted=all(examples(cell) is not None for cell in missing),
-        left=_forecast(missing, [*done, *_trained(missing)], pace).left(),
-        learnt=sum(here(values) for _, values in done),
+        left=_forecast(missing, done, pace).left(),
+        learnt=sum(same_machine(values) for _, values in done),
         pace=pace,
     )
 
@@ -157,7 +158,7 @@ def _forecast(
     """Return a forecast of the missing cells, after what this machine's records say; else after the trial."""
     forecast = Forecast(missing, pace)
     for cell, values in done:
-        if here(values):
+        if same_machine(values):
             forecast.earlier(cell, values)
     return forecast
 
@@ -205,11 +206,10 @@ def _time(plan: Plan) -> str:
 
 def _unknown(plan: Plan, more: str) -> str:
     """Return what is left of which nothing is known on this machine."""
-    kinds = plan.left.unmeasured
-    training = f"{plan.train} experts to fine-tune" if TRAIN in kinds else ""
-    names = sorted({what or stage for stage, what in kinds - {TRAIN, OPEN, ("data", "")}})
-    told = " and ".join(filter(None, [training, ", ".join(names)]))
-    return f"{more}; not in it, since it was never timed here: {told}" if told else more
+    stages = {stage for stage, _ in plan.left.unmeasured - {TRAIN, OPEN}}
+    training = [f"fine-tuning {plan.train} experts"] if TRAIN in plan.left.unmeasured else []
+    told = [*training, *(word for stage, word in WORDS_OF_STAGES.items() if stage in stages)]
+    return f"{more}; without {', '.join(told)}, which was not timed here before" if told else more
 
 
 def _size(count: int | None) -> str:

@@ -96,7 +96,7 @@ def hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(), "gpu": _gpu()}
 
 
-def here(record: Mapping[str, Any]) -> bool:
+def same_machine(record: Mapping[str, Any]) -> bool:
     """Return whether a record's seconds are those of a machine like this one."""
     return (record.get("provenance") or {}).get("hardware") == hardware()
 
