@@ -209,7 +209,7 @@ def _unknown(plan: Plan, more: str) -> str:
     stages = {stage for stage, _ in plan.left.unmeasured - {TRAIN, OPEN}}
     training = [f"fine-tuning {plan.train} experts"] if TRAIN in plan.left.unmeasured else []
     told = [*training, *(word for stage, word in WORDS_OF_STAGES.items() if stage in stages)]
-    return f"{more}; without {', '.join(told)}, which was not timed here before" if told else more
+    return f"{more}; without {', '.join(told)}, which this machine has not timed yet" if told else more
 
 
 def _size(count: int | None) -> str:

@@ -162,5 +162,5 @@ def test_a_plan_names_what_was_never_timed_here(cells, monkeypatch):
     monkeypatch.setattr(plan, "_trial", lambda cells: (10**6, 0.01))
     text = plan.text("x", plan.plan(cells([*SUITE, "merge=ties", "byom=fft"])))
     assert "about 0 min, after 10.0 ms per example in a trial on this machine; without fine-tuning 8 experts" in text
-    assert "merging, packing, which was not timed here before" in text
+    assert "merging, packing, which this machine has not timed yet" in text
     assert json.dumps(text)
