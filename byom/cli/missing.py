@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byom.cli import sweeps
@@ -21,6 +22,8 @@ Composed = Callable[..., "Settings"]
 """Gives the settings of a cell's overrides, composed once however often they are asked for."""
 
 UNKNOWN = " " * 13
+REFUSED = Path("refused")
+"""Has no lock."""
 
 
 def run_missing(every: Sequence[list[str]], composed: Composed, launcher: Sequence[str] = ()) -> Failures:
@@ -87,13 +90,15 @@ def _in_turn(
     composed: Composed,
     forecast: Forecast,
 ) -> dict[int, Exception]:
-    """Run cells one after another in this process."""
+    """Run cells one after another in this process, those last that other processes are running."""
     from byom.pipeline import order, run
+    from byom.pipeline.cached import free_first
     from byom.weights import cuts
 
     failed: dict[int, Exception] = {}
     turns = [missing[place] for place in order.neighbours([cells[place] for place in missing])]
-    for turn, place in enumerate(turns, 1):
+    locks = {place: run.running(cell) if (cell := cells[place]) else REFUSED for place in turns}
+    for turn, place in enumerate(free_first(locks), 1):
         sys.stdout.write(f"[{turn:>3}/{len(turns)}] {_left(forecast)} ")
         sys.stdout.flush()
         try:

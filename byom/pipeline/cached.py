@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from byom.merge.base import MergeMethod
 from byom.pipeline.provenance import Stages
@@ -15,6 +15,8 @@ from byom.storage.atomic import write_json
 from byom.storage.lock import alone, held
 from byom.storage.signature import signature
 from byom.variants.base import Variant
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,16 @@ def note(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.cost.json")
 
 
-def free_first(folders: Mapping[str, Path]) -> Iterator[str]:
+def free_first(folders: Mapping[Name, Path]) -> Iterator[Name]:
     """Yield names so that processes that lack the same folders make different ones.
 
     Args:
-        folders: Name to a folder that is to be made.
+        folders: Name to a folder that is to be made, or to whatever else has its lock.
 
     Yields:
         Every name once: as long as there is one, the first whose folder no other process is making.
     """
-    left = dict(folders)
+    left = dict(folders)  # which locks are held is looked up whenever a name is asked for
     while left:
         name = next((name for name, folder in left.items() if not held(folder)), next(iter(left)))
         del left[name]

@@ -19,7 +19,13 @@ from byom.storage.repository import Download
 
 BATCH = 8
 WORDS = "a sentence of about ten words, as short texts mostly are"
-WORDS_OF_STAGES = {"statistics": "statistics", "merge": "merging", "variant": "packing", "route": "routing"}
+WORDS_OF_STAGES = {
+    "data": "reading data",
+    "statistics": "statistics",
+    "merge": "merging",
+    "variant": "packing",
+    "route": "routing",
+}
 COPIES = 4  # pre-trained, what the encoder holds, merged, and the task's own model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,6 +14,8 @@ from byom.pipeline import order, plan, run
 from byom.pipeline.forecast import TRAIN, Forecast
 from byom.pipeline.provenance import hardware
 from byom.storage.atomic import write_json
+from byom.storage.lock import alone
+from byom.weights import cuts, kept
 
 SUITE = ("suite=vision8_offline", "evaluate=test")
 NOTHING = dict.fromkeys(("data", "experts", "statistics", "tune", "merge", "variant", "route"), 0.0)
@@ -164,3 +167,36 @@ def test_a_plan_names_what_was_never_timed_here(cells, monkeypatch):
     assert "about 0 min, after 10.0 ms per example in a trial on this machine; without fine-tuning 8 experts" in text
     assert "merging, packing, which this machine has not timed yet" in text
     assert json.dumps(text)
+
+
+def test_processes_run_different_cells_and_none_runs_one_that_another_has_finished(cells, monkeypatch, capsys):
+    every = [[*SUITE, f"merge={merge}", "byom=fft"] for merge in ("ties", "average", "task_arithmetic")]
+    first, *others = cells(*every)
+    settings = {tuple(cell): one for cell, one in zip(every, (first, *others), strict=True)}
+    ran = []
+    monkeypatch.setattr(run, "job", lambda one: ran.append(one.names["merge"]))
+    with alone(run.running(first)):
+        assert not missing.run_missing(every, lambda *cell: settings[cell])
+    assert ran == ["average", "task_arithmetic", "ties"]
+    monkeypatch.setattr(run.cell, "execute", lambda one: pytest.fail("it has been run"))
+    values = {"choices": {**first.choices(), "suite": first.suite.name}, "signature": "", "status": "done"}
+    scored = {"summary": {"test": {"absolute": 0.5, "normalised": 0.6}}}
+
+    @contextmanager
+    def meanwhile(folder):
+        write_json(first.place().done, values | scored)
+        yield
+
+    monkeypatch.setattr(run, "alone", meanwhile)
+    assert run.run(first) == values | scored
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_launchers_job_finds_the_cuts_of_all_densities_and_keeps_them_in_the_cache(cells, tmp_path, monkeypatch):
+    [one] = cells([*SUITE, "merge=ties", "byom=fft"])
+    seen = []
+    monkeypatch.setattr(run.cell, "execute", lambda _: seen.append((cuts._SWEEP.get(), kept._FOLDER.get())) or {})
+    monkeypatch.setenv(run.DENSITIES, "0.01 0.1")
+    run._measured(one, None)
+    assert seen == [((0.01, 0.1), tmp_path / "cache" / "cuts")]
+    assert missing._densities([one, None]) == [0.1]
