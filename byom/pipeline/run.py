@@ -45,7 +45,7 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
         settings.logger.skipped(Record.lift(finished), place.done)
         return finished
     place.require_writable()
-    record = _header(settings, place)
+    record, path = _header(settings, place), place.done
     try:
         require_possible(settings)
         require_routable(settings)
