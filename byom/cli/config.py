@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hydra
 from hydra.core.override_parser.types import OverrideType
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import byom
+from byom.cli.made import made, shared
 from byom.cli.overrides import quoted
 from byom.cli.tree import explained, folder, options, parsed
 from byom.errors import OptionError
@@ -25,11 +24,10 @@ from byom.storage.place import at_home
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
 
-__all__ = ["build", "compose", "folder", "made", "option", "options", "plain", "resolve", "settings"]
+__all__ = ["build", "compose", "folder", "made", "option", "options", "plain", "resolve", "settings", "shared"]
 
 PLACES = ("results", "cache")
 ALONE = ("merge", "byom", "router", "tune", "evaluate", "finetune")  # options that depend on no other option
-HYDRAS_OWN = {"_args_", "_convert_", "_partial_", "_recursive_"}
 
 
 def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
@@ -236,39 +234,6 @@ def _place(key: str, value: Any) -> Path:
     if not isinstance(value, str) or not value:
         raise OptionError(f"{key}={'' if value == '' else value} is no folder; write a path, for example {key}=./NAME")
     return at_home(value)
-
-
-def made(node: Any) -> Any:
-    """Build what a resolved configuration configures: a call of each ``_target_``, innermost first.
-
-    Hydra's `instantiate` gives the same and copies every container once per level, which is seconds for a large suite.
-
-    Raises:
-        OptionError: If a target cannot be imported or called with these values.
-    """
-    if isinstance(node, list):
-        return [made(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    if "_target_" not in node:
-        return {name: made(value) for name, value in node.items()}
-    with explained():
-        if HYDRAS_OWN & set(node):
-            return instantiate(_moved(node), _convert_="all")
-        target = get_object(byom.moved(node["_target_"]))
-    try:
-        return target(**{name: made(value) for name, value in node.items() if name != "_target_"})
-    except TypeError as error:
-        raise OptionError(f"{node['_target_']} cannot be made of {sorted(node)[1:]}: {error}") from error
-
-
-def _moved(node: Any) -> Any:
-    """Return a configuration in which every ``_target_`` is the present name of what it names."""
-    if isinstance(node, list):
-        return [_moved(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    return {k: byom.moved(v) if k == "_target_" else _moved(v) for k, v in node.items()}
 
 
 def option(group: str, name: str) -> Any:

@@ -44,7 +44,8 @@ def _settings(arguments: Sequence[str]) -> tuple[str, list[Settings]]:
     """Return the runs of an experiment, or the one run that overrides alone describe."""
     if arguments and "=" not in arguments[0]:
         name, extra = arguments[0], arguments[1:]
-        return name, [config.settings(cell) for cell in sweeps.experiment(name).cells(extra)]
+        with config.shared():
+            return name, [config.settings(cell) for cell in sweeps.experiment(name).cells(extra)]
     return "run", [config.settings(list(arguments))]
 
 

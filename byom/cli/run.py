@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from byom.cli import config, sweeps
+from byom.cli.failures import said
+from byom.cli.missing import run_missing
 from byom.experts.finetune.processes import led
+
+if TYPE_CHECKING:
+    from byom.pipeline.settings import Settings
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,14 +49,38 @@ def command(arguments: Sequence[str]) -> int:
 
 @led
 def sweep(arguments: Sequence[str]) -> int:
-    """Run a Hydra multirun; every job returns its metric to the sweeper."""
+    """Run the missing cells of a sweep, or a Hydra multirun where one of its sweepers chooses them."""
     from byom.pipeline import run as cells
 
     sweeps.name_sweep()
-    with cells.keeper():
-        for file in sweeps.multirun(arguments, cells.job):
-            _print_best(file)
+    with cells.keeper(), config.shared():
+        if sweeps.combines(arguments):
+            _run_cells(arguments)
+        else:
+            for file in sweeps.multirun(arguments, cells.job):
+                _print_best(file)
     return 0
+
+
+def _run_cells(arguments: Sequence[str]) -> None:
+    """Run the missing cells of a sweep, one after another or through a launcher.
+
+    Raises:
+        OptionError: Before anything runs, if an option does not exist.
+        ByomError: If jobs failed, naming all of them.
+    """
+    launcher = [a for a in arguments if sweeps.for_hydra(a)]
+    every = sweeps.product([a for a in arguments if a not in launcher])
+    for cell in every:
+        config.resolve(cell)
+
+    @cache
+    def composed(*cell: str) -> Settings:
+        return config.settings(cell)
+
+    if failed := run_missing(every, composed, launcher):
+        first = failed[0][1]
+        raise (said(failed) if len(failed) > 1 else first) from first
 
 
 def print_config(values: Mapping[str, Any]) -> int:

@@ -71,6 +71,23 @@ def for_hydra(override: str) -> bool:
     return bool(re.match(r"[+~]*hydra[./]", override))
 
 
+def combines(overrides: Sequence[str]) -> bool:
+    """Return whether the cells of a sweep are all combinations of its options, whatever launcher runs them."""
+    own = [override for override in overrides if for_hydra(override)]
+    launcher = all(re.match(r"(hydra/launcher=|[+]*hydra\.launcher\.)", override) for override in own)
+    return launcher and not any("${hydra:" in override for override in overrides)
+
+
+def product(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the cells of a sweep: all combinations of its options, each field with the options that have it.
+
+    Args:
+        overrides: Overrides of one sweep, without Hydra's own.
+    """
+    every = [cell for part in fitting(overrides) for cell in cells([""], part)]
+    return [list(cell) for cell in dict.fromkeys(map(tuple, every))]
+
+
 def name_sweep() -> None:
     """Give all jobs of this sweep one group name; the environment reaches the launchers' processes."""
     os.environ.setdefault("BYOM_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
@@ -148,13 +165,16 @@ def multirun(overrides: Sequence[str], job: Job) -> list[Path]:
     return results
 
 
-def launch(cells: Sequence[Sequence[str]], job: Job, overrides: Sequence[str]) -> list[Exception | None]:
+def launch(
+    cells: Sequence[Sequence[str]], job: Job, overrides: Sequence[str], densities: Sequence[float] = ()
+) -> list[Exception | None]:
     """Run cells, which need not have anything in common, through one of Hydra's launchers.
 
     Args:
         cells: Overrides of single runs.
         job: Runs one cell's settings; other processes must be able to import it.
         overrides: Hydra's own, for example ``hydra/launcher=joblib``.
+        densities: Those of all cells, whose cuts a job finds in one pass for the others; see `byom.weights.cuts`.
 
     Returns:
         What each cell raised, or None.
@@ -162,11 +182,14 @@ def launch(cells: Sequence[Sequence[str]], job: Job, overrides: Sequence[str]) -
     Raises:
         OptionError: If the launcher is not installed.
     """
+    from byom.pipeline.run import DENSITIES
+
     _require_plugins(overrides)
     # the launcher's logs go below the cells' results; the bars of many processes would write over one another
     own = [
         *shared(),
         "++hydra.job.env_set.TQDM_DISABLE='1'",
+        f"++hydra.job.env_set.{DENSITIES}='{' '.join(map(repr, densities))}'",
         *(_at_home(o) for o in cells[0] if o.startswith("results=")),
     ]
     with explained(), hydra.initialize_config_dir(str(folder()), version_base="1.3"):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from byom.cli import config, sweeps
 from byom.cli.failures import failures
+from byom.cli.missing import Composed, run_missing
 from byom.errors import ByomError, NothingFinished, OptionError, suggest
 from byom.experts.finetune.processes import led
-from byom.storage.record import Record
 
 if TYPE_CHECKING:
     from byom.pipeline.settings import Settings
@@ -25,12 +24,6 @@ REPORTED = ("suite", "backbone", "results", "suite.size", "suite.draw", "suite.o
 MANY = 3
 """From more suites than this on, their common table is printed in place of one each."""
 
-Failures = list[tuple[list[str], Exception]]
-"""The overrides of cells that failed, and what they raised."""
-
-Composed = Callable[..., "Settings"]
-"""Gives the settings of a cell's overrides, composed once however often they are asked for."""
-
 
 @led
 def table(arguments: Sequence[str]) -> int:
@@ -40,6 +33,8 @@ def table(arguments: Sequence[str]) -> int:
     name, extra = arguments[0], list(arguments[1:])
     experiment = sweeps.experiment(name)
     launcher = [o for o in extra if sweeps.for_hydra(o)]
+    if any(o.startswith("hydra/sweeper=") for o in launcher):
+        raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
     every = experiment.cells([o for o in extra if o not in launcher])
     published_tables(experiment.published)  # what is wrong with them is said before any cell runs
     sweeps.name_sweep()
@@ -50,8 +45,8 @@ def table(arguments: Sequence[str]) -> int:
 
     from byom.pipeline.run import keeper
 
-    with keeper():
-        failed = _launched(every, composed, launcher) if launcher else _in_turn(every, composed)
+    with keeper(), config.shared():
+        failed = run_missing(every, composed, launcher)
     try:
         write_all(places(every, composed), experiment.published)
     finally:  # a table that cannot be written must not hide why
@@ -68,67 +63,6 @@ def report(arguments: Sequence[str]) -> int:
     suite = config.made(values["suite"]).name
     write(Place(Path(values["results"]), suite, names["backbone"], suite))
     return 0
-
-
-def _in_turn(every: Sequence[list[str]], composed: Composed) -> Failures:
-    """Run cells one after another in this process; those that failed do not keep the others from running."""
-    from byom.pipeline import run
-    from byom.weights import cuts
-
-    failed: Failures = []
-    start = time.monotonic()
-    values = {o.removeprefix("byom.density=") for cell in every for o in cell if o.startswith("byom.density=")}
-    densities = [float(value) for value in values if value.replace(".", "", 1).isdigit()]
-    for number, cell in enumerate(every, 1):
-        sys.stdout.write(f"[{number:>3}/{len(every)}] {_left(start, number - 1, len(every))} ")
-        sys.stdout.flush()
-        try:
-            with cuts.sweep(densities):
-                run.job(composed(*cell))
-        except Exception as error:  # marked in its own record; the other cells still run
-            failed.append((cell, error))
-    return failed
-
-
-def _launched(every: Sequence[list[str]], composed: Composed, launcher: Sequence[str]) -> Failures:
-    """Hand the cells without a record to one of Hydra's launchers, and return those that still have none."""
-    if any(o.startswith("hydra/sweeper=") for o in launcher):
-        raise OptionError("a table has its own cells and searches nothing; use byom -m hydra/sweeper=... for a search")
-    from byom.pipeline import run
-
-    missing = [cell for cell in every if not _finished(cell, composed, mirror=True)]
-    sys.stdout.write(f"{len(every) - len(missing)} of {len(every)} cells finished before, {len(missing)} to run\n")
-    sys.stdout.flush()
-    try:
-        raised = sweeps.launch(missing, run.job, launcher) if missing else []
-    except ByomError:
-        raise
-    except Exception as error:  # a job that vanished takes the launcher along; what has a record is kept
-        raised = [error] * len(missing)
-    pairs = zip(missing, raised, strict=True)
-    return [(cell, error) for cell, error in pairs if error and not _finished(cell, composed)]
-
-
-def _finished(cell: Sequence[str], composed: Composed, *, mirror: bool = False) -> bool:
-    """Return whether a cell has a record, and tell its logger if asked to: no job of the cell's own will."""
-    try:
-        settings = composed(*cell)
-        place = settings.place()
-        if (values := place.finished()) is None:
-            return False
-        if mirror:
-            settings.logger.mirror(Record.lift(values), place.done)
-    except ByomError:  # the cell's own job says it
-        return False
-    return True
-
-
-def _left(start: float, done: int, total: int) -> str:
-    """Return the time that is left, from the cells so far; blank before the first has finished."""
-    if not done:
-        return " " * 13
-    seconds = (time.monotonic() - start) / done * (total - done)
-    return f"{int(seconds // 60):>3}:{int(seconds % 60):02d} left "
 
 
 class Place(NamedTuple):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from byom.merge.base import MergeMethod
-from byom.pipeline.lab import Lab
 from byom.pipeline.provenance import Stages
 from byom.pipeline.settings import Settings
 from byom.pipeline.tune import Tuner
 from byom.storage.atomic import write_json
-from byom.storage.lock import alone
+from byom.storage.lock import alone, held
 from byom.storage.signature import signature
 from byom.variants.base import Variant
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,17 @@ class Keys:
     extras: tuple[Any, ...]
 
     @classmethod
-    def of(cls, settings: Settings, lab: Lab) -> Keys:
-        """Return the names of a cell."""
+    def of(cls, settings: Settings, experts: str) -> Keys:
+        """Return the names of a cell.
+
+        Args:
+            settings: The run.
+            experts: The signature of its tasks' experts, as its lab gives it.
+        """
         used = settings.effective()[0].needs.statistics
         statistics = {name: what for name, what in settings.wanted().items() if name in used}
         before = settings.byom.before
-        return cls(lab.signature, (*([statistics] if statistics else []), *([before] if before else [])))
+        return cls(experts, (*([statistics] if statistics else []), *([before] if before else [])))
 
     def tuning(self, method: MergeMethod, tuner: Tuner) -> str:
         """Return the name of a search over a method's hyperparameters."""
@@ -73,3 +79,19 @@ def once(folder: Path, make: Callable[[], object]) -> None:
 def note(folder: Path) -> Path:
     """Return where it is noted what a cached folder took."""
     return folder.with_name(f"{folder.name}.cost.json")
+
+
+def free_first(folders: Mapping[Name, Path]) -> Iterator[Name]:
+    """Yield names so that processes that lack the same folders make different ones.
+
+    Args:
+        folders: Name to a folder that is to be made, or to whatever else has its lock.
+
+    Yields:
+        Every name once: as long as there is one, the first whose folder no other process is making.
+    """
+    left = dict(folders)  # which locks are held is looked up whenever a name is asked for
+    while left:
+        name = next((name for name, folder in left.items() if not held(folder)), next(iter(left)))
+        del left[name]
+        yield name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from byom.checkpoint.bundle import Bundle
 from byom.merge.base import Member, MergeMethod, Problem
 from byom.pipeline import measure
-from byom.pipeline.cached import Keys, note, once
+from byom.pipeline.cached import Keys, free_first, note, once
 from byom.pipeline.evaluate import Score
 from byom.pipeline.lab import Lab
 from byom.pipeline.lab_probe import LabProbe
@@ -24,6 +25,7 @@ from byom.pipeline.route import Routed
 from byom.pipeline.router.base import Routing
 from byom.pipeline.settings import Settings
 from byom.storage.atomic import write_json
+from byom.storage.lock import alone
 from byom.storage.signature import describe
 from byom.variants.base.delta import Served
 from byom.weights import Weights
@@ -51,11 +53,21 @@ class Cell:
     def __init__(self, settings: Settings, lab: Lab | None = None) -> None:
         self.settings = settings
         self.lab = laboratory(settings) if lab is None else lab
+        self.training: dict[str, float] = {}  # what it took to fine-tune the experts that were missing
 
     @cached_property
     def experts(self) -> dict[str, Weights]:
-        """Task to theta_t."""
-        return {task: self.lab.expert(task) for task in self.lab.tasks}
+        """Task to theta_t; those that are missing are fine-tuned, side by side with other processes that want them."""
+        lab, start = self.lab, time.perf_counter()
+        folders = {
+            t.name: lab.cache / "experts" / lab.signature_of(t.name) for t in lab.experts.trains(lab.suite.tasks)
+        }
+        missing = {task: folder for task, folder in folders.items() if not (folder / "training.json").is_file()}
+        for task in free_first(missing):
+            lab.expert(task)
+        if missing:
+            self.training = {"models": len(missing), "seconds": round(time.perf_counter() - start, 3)}
+        return {task: lab.expert(task) for task in lab.tasks}
 
     @cached_property
     def single(self) -> dict[str, dict[str, float]]:
@@ -84,7 +96,7 @@ class Cell:
     @cached_property
     def keys(self) -> Keys:
         """Names in the cache."""
-        return Keys.of(self.settings, self.lab)
+        return Keys.of(self.settings, self.lab.signature)
 
     @cached_property
     def tuning(self) -> dict[str, Any]:
@@ -95,7 +107,9 @@ class Cell:
             return {"searched": 0, "chosen": {}, "trail": []}
         file = self.lab.cache / "tuning" / f"{self.keys.tuning(method, tuner)}.json"
         if not file.is_file():
-            write_json(file, tuner.select(method, self._objective(len(candidates)))[1])
+            with alone(file):
+                if not file.is_file():
+                    write_json(file, tuner.select(method, self._objective(len(candidates)))[1])
         return json.loads(file.read_text(encoding="utf-8"))
 
     def _objective(self, candidates: int) -> Callable[[MergeMethod], float]:
@@ -184,6 +198,8 @@ class Cell:
     def cost(self, stages: Stages) -> dict[str, Any]:
         """Return seconds and peak memory of what was made, also where this run read it from the cache.
 
+        What fine-tuning took is said by the run alone that did it.
+
         Args:
             stages: The stages of this run.
         """
@@ -191,6 +207,8 @@ class Cell:
         there = {stage: file for stage, file in notes.items() if file.is_file()}
         earlier = {stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in there.items()}
         cost: dict[str, Any] = {stage: earlier.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
+        if self.training:
+            cost["training"] = self.training
         if wanted := self.settings.wanted():
             cost["statistics"] = {"seconds": self.lab.statistics_cost(wanted, self.settings.needs.members)}
         return cost

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from byom.data.suite import Task
+from byom.pipeline.forecast import OPEN, TRAIN, Forecast, Left, examples
 from byom.pipeline.inputs import Names
+from byom.pipeline.provenance import same_machine
 from byom.pipeline.settings import Settings
-from byom.storage.record import Record
 from byom.storage.repository import Download
 
 BATCH = 8
 WORDS = "a sentence of about ten words, as short texts mostly are"
+WORDS_OF_STAGES = {
+    "data": "reading data",
+    "statistics": "statistics",
+    "merge": "merging",
+    "variant": "packing",
+    "route": "routing",
+}
 COPIES = 4  # pre-trained, what the encoder holds, merged, and the task's own model
-STAGES = ("statistics", "tune", "merge", "variant", "route", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Plan:
         train: Experts to be fine-tuned here.
         models: Merged models that are not in the cache yet.
         model_bytes: Size of one model, where the backbone's weights are here.
-        examples: Examples that the missing cells evaluate, of the tasks whose sizes are known; None if none is.
-        seconds: Estimated seconds of the missing cells, and what the estimate rests on.
+        counted: Whether all tasks of the missing cells say how many examples they have.
+        left: Estimated seconds of the missing cells.
+        learnt: Finished cells that the estimate rests on: those of a machine like this one.
         pace: Seconds per example in a trial of the backbone on this machine.
     """
 
@@ -44,8 +52,9 @@ class Plan:
     train: int
     models: int
     model_bytes: int | None
-    examples: int | None
-    seconds: tuple[float, str] | None
+    counted: bool
+    left: Left
+    learnt: int
     pace: float | None = None
 
     @property
@@ -71,20 +80,20 @@ def plan(cells: Sequence[Settings]) -> Plan:
     Returns:
         The plan.
     """
-    missing = [cell for cell in cells if cell.place().finished() is None]
-    done = [Record.lift(values) for cell in cells if (values := cell.place().finished())]
+    records = [(cell, cell.place().finished()) for cell in cells]
+    missing = [cell for cell, values in records if values is None]
+    done = [(cell, values) for cell, values in records if values is not None]
     size, pace = _trial(missing)
-    examples = [count for cell in missing for count in _examples(cell)]
-    known = [count for count in examples if count is not None]
     return Plan(
         cells=len(cells),
-        finished=len(cells) - len(missing),
+        finished=len(done),
         downloads=tuple(_downloads(missing)),
         train=len(_untrained(missing)),
         models=len({repr((cell.suite.name, cell.effective(), cell.seed)) for cell in missing if cell.merges}),
         model_bytes=size,
-        examples=sum(known) if known else None,
-        seconds=_seconds(done, len(missing), pace, sum(known) if len(known) == len(examples) else None),
+        counted=all(examples(cell) is not None for cell in missing),
+        left=_forecast(missing, done, pace).left(),
+        learnt=sum(same_machine(values) for _, values in done),
         pace=pace,
     )
 
@@ -113,11 +122,6 @@ def _untrained(cells: Sequence[Settings]) -> set[Path]:
     return {folder for folder in folders if not (folder / "training.json").is_file()}
 
 
-def _examples(cell: Settings) -> list[int | None]:
-    """Return how many examples a cell evaluates, one number per task and split."""
-    return [getattr(task, split) for task in cell.suite.tasks for split in cell.evaluate.splits]
-
-
 def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
     """Return a model's bytes, and the seconds that this machine takes for an example, as far as can be known here."""
     if not cells:
@@ -136,7 +140,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
     task = cells[0].suite.tasks[0]
     inputs = backbone.encode([_sample(task)] * BATCH, task)
     with torch.inference_mode():
-        encoder(**{name: value.to(device) for name, value in inputs.items()})
+        encoder(**{name: value[:1].to(device) for name, value in inputs.items()})  # the first call sets things up
         start = time.perf_counter()
         encoder(**{name: value.to(device) for name, value in inputs.items()})
         if device.type == "cuda":
@@ -154,17 +158,15 @@ def _sample(task: Task) -> Any:
     return dict.fromkeys(columns, WORDS) if columns else WORDS
 
 
-def _seconds(
-    done: Sequence[Record], missing: int, pace: float | None, examples: int | None
-) -> tuple[float, str] | None:
-    if not missing:
-        return 0.0, "nothing is missing"
-    if done:
-        taken = [sum(record.stages[s].seconds for s in STAGES if s in record.stages) for record in done]
-        return missing * sum(taken) / len(taken), f"the {len(done)} finished cells, without fine-tuning"
-    if pace is None or examples is None:
-        return None
-    return pace * examples, f"{1000 * pace:.1f} ms per example in a trial on this machine, evaluation only"
+def _forecast(
+    missing: Sequence[Settings], done: Sequence[tuple[Settings, Mapping[str, Any]]], pace: float | None
+) -> Forecast:
+    """Return a forecast of the missing cells, after what this machine's records say; else after the trial."""
+    forecast = Forecast(missing, pace)
+    for cell, values in done:
+        if same_machine(values):
+            forecast.earlier(cell, values)
+    return forecast
 
 
 def text(name: str, plan: Plan) -> str:
@@ -193,17 +195,27 @@ def _totals(plan: Plan) -> Iterator[str]:
 
 
 def _time(plan: Plan) -> str:
-    training = f"; {plan.train} experts are fine-tuned first, which is not in this time" if plan.train else ""
-    if plan.seconds is None and plan.pace:
-        missing = plan.cells - plan.finished
+    """Return the time in words: what was never measured here is named, and not in the number."""
+    if not (missing := plan.cells - plan.finished):
+        return "none: nothing is missing"
+    if not plan.learnt and plan.pace is None:
+        return "unknown until the backbone is here" + _unknown(plan, ", and a cell has run")
+    if not plan.learnt and not plan.counted:
         return (
-            f"{1000 * plan.pace:.1f} ms per example in a trial on this machine, times {missing} cells; "
-            f"how many examples there are is known once the data is here{training}"
+            f"{1000 * (plan.pace or 0.0):.1f} ms per example in a trial on this machine, times {missing} cells; "
+            f"how many examples there are is known once the data is here{_unknown(plan, '')}"
         )
-    if plan.seconds is None:
-        return f"unknown until the backbone is here{training}"
-    seconds, basis = plan.seconds
-    return f"about {seconds / 60:.0f} min: {basis}{training}"
+    trial = f"{1000 * (plan.pace or 0.0):.1f} ms per example in a trial on this machine"
+    basis = f"{plan.learnt} finished cells" if plan.learnt else trial
+    return f"about {plan.left.seconds / 60:.0f} min, after {basis}{_unknown(plan, '')}"
+
+
+def _unknown(plan: Plan, more: str) -> str:
+    """Return what is left of which nothing is known on this machine."""
+    stages = {stage for stage, _ in plan.left.unmeasured - {TRAIN, OPEN}}
+    training = [f"fine-tuning {plan.train} experts"] if TRAIN in plan.left.unmeasured else []
+    told = [*training, *(word for stage, word in WORDS_OF_STAGES.items() if stage in stages)]
+    return f"{more}; without {', '.join(told)}, which this machine has not timed yet" if told else more
 
 
 def _size(count: int | None) -> str:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -86,9 +86,19 @@ def provenance() -> dict[str, Any]:
         **revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "hardware": {"machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(), "gpu": _gpu()},
+        "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this machine computes with."""
+    return {"machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(), "gpu": _gpu()}
+
+
+def same_machine(record: Mapping[str, Any]) -> bool:
+    """Return whether a record's seconds are those of a machine like this one."""
+    return (record.get("provenance") or {}).get("hardware") == hardware()
 
 
 def _git(folder: Path, *arguments: str) -> str:

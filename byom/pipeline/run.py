@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from byom.pipeline import cell
@@ -11,10 +13,17 @@ from byom.pipeline.checks import require_possible, require_routable
 from byom.pipeline.labs import Labs
 from byom.pipeline.provenance import provenance
 from byom.pipeline.settings import Evaluation, Settings
+from byom.storage.lock import alone
 from byom.storage.place import Place, now
 from byom.storage.record import FORMAT, Record
+from byom.storage.signature import signature
+from byom.weights import cuts
+from byom.weights.kept import keeping
 
-__all__ = ["Evaluation", "Settings", "job", "keeper", "metric", "run"]
+__all__ = ["Evaluation", "Settings", "job", "keeper", "metric", "run", "running"]
+
+DENSITIES = "BYOM_DENSITIES"
+"""Variable through which the jobs of a launcher hear of all densities of their sweep."""
 
 
 def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
@@ -36,20 +45,37 @@ def run(settings: Settings, labs: Labs | None = None) -> dict[str, Any]:
         settings.logger.skipped(Record.lift(finished), place.done)
         return finished
     place.require_writable()
-    record = _header(settings, place)
+    record, path = _header(settings, place), place.done
     try:
         require_possible(settings)
         require_routable(settings)
-        record |= cell.execute(cell.Cell(settings, labs and labs.of(settings))) | {"status": "done"}
+        with alone(running(settings)):
+            if (finished := place.finished()) is None:  # no other process has run it meanwhile
+                record |= _measured(settings, labs) | {"status": "done"}
+                path = place.write(record)
     except BaseException as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         path = place.write(record)
         if isinstance(error, Exception):  # whoever stops a run does not want to wait for a logger
             settings.logger.failed(Record.lift(record), path)
         raise
-    path = place.write(record)
+    if finished is not None:
+        settings.logger.skipped(Record.lift(finished), place.done)
+        return finished
     settings.logger.finished(Record.lift(record), path)
     return record
+
+
+def _measured(settings: Settings, labs: Labs | None) -> dict[str, Any]:
+    """Do a cell's work, sharing cuts with all cells that have the same cache, and return what is measured."""
+    with keeping(settings.cache / "cuts"), cuts.sweep(_densities()):
+        return cell.execute(cell.Cell(settings, labs and labs.of(settings)))
+
+
+def running(settings: Settings) -> Path:
+    """Return whose lock a process holds while it runs a cell, so that others run different ones."""
+    place = settings.place()
+    return settings.cache / "running" / signature(str(place.root.resolve()), place.signature)
 
 
 @cache
@@ -65,6 +91,11 @@ def keeper() -> Labs:
 def job(settings: Settings) -> float:
     """Run one cell and return its metric; launchers import this function in their own processes."""
     return metric(run(settings, keeper()))
+
+
+def _densities() -> list[float]:
+    """Return the densities of the sweep that this process works for, if its command said any."""
+    return [float(density) for density in os.environ.get(DENSITIES, "").split()]
 
 
 def metric(record: Mapping[str, Any]) -> float:

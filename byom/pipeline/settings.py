@@ -129,7 +129,11 @@ class Settings:
         return {name: self.statistics[name] for name in names}
 
     def signature(self) -> str:
-        """Return the hash of everything that determines the scores."""
+        """Return the hash of everything that determines the scores, as that is when first asked for."""
+        return self._signature
+
+    @cached_property
+    def _signature(self) -> str:
         merge, tune = self.effective()
         searched = tune if tune.candidates(merge) else AsGiven()
         chosen = [self.suite, self.backbone, self.finetune, merge, searched, self.byom, self.evaluate, self.seed]

@@ -52,6 +52,23 @@ def _gone(path: Path, number: str, local: bool) -> bool:
     return False
 
 
+def held(folder: Path) -> bool:
+    """Return whether some process holds the lock of a folder or file right now, without waiting for it."""
+    if not (file := _file(folder)).is_file():
+        return False
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder (or file) that several processes may want to make; the second one waits.
@@ -63,7 +80,7 @@ def alone(folder: Path) -> Iterator[None]:
         folder: What is going to be made; it need not exist. The lock is a hidden file next to it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(_file(folder))
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:

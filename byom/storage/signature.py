@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SCALARS = (str, int, float, bool, type(None))
+
 
 def describe(value: Any) -> Any:
     """Reduce a choice to JSON: a dataclass becomes its class name and the fields that differ from the defaults.
@@ -25,6 +27,8 @@ def describe(value: Any) -> Any:
     Raises:
         TypeError: If something in it has no stable description.
     """
+    if type(value) in SCALARS:  # most values are, and the questions below take longer
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"class": type(value).__name__} | {
             f.name: describe(_typed(f, value)) for f in dataclasses.fields(value) if _counts(f, value)

@@ -17,6 +17,7 @@ from byom.errors import CheckpointError, one_of
 from byom.functional.rows import RowCut, row_cuts
 from byom.functional.selection import Cut, Part, kept, locate_each
 from byom.functional.tensors import wide
+from byom.weights import kept as kept_cuts
 from byom.weights.watched import unwatched
 from byom.weights.weights import Weights
 
@@ -95,7 +96,8 @@ def cuts_of_each(
     every = [_HELD.setdefault(target, {}).setdefault(key, {}) for target in targets]
     if lacking := [index for index, held in enumerate(every) if density not in held]:
         wanted = sorted({density, *densities, *_SWEEP.get()})
-        found = _each([targets[index] for index in lacking], reference, wanted, scope)
+        asked = [targets[index] for index in lacking]
+        found = kept_cuts.shared(asked, reference, wanted, scope, lambda some, at: _each(some, reference, at, scope))
         for index, by_density in zip(lacking, found, strict=True):
             every[index].update(by_density)
     return [held[density] for held in every]

@@ -85,15 +85,19 @@ def test_records_that_exist_are_sent_when_a_logger_comes_later_and_only_once(tmp
     assert all(one.options["resume"] == "allow" for one in live)
 
 
-def test_records_of_a_table_are_sent_though_only_its_missing_cells_go_to_a_launcher(tmp_path, live, settings):
-    from byom.cli.table import _finished
+def test_records_of_a_table_are_sent_though_only_its_missing_cells_go_to_a_launcher(
+    tmp_path, live, settings, monkeypatch
+):
+    from byom.cli.missing import run_missing
 
-    one = settings(wandb(tmp_path))
-    assert not _finished(["x"], lambda *_: one, mirror=True)
+    one, launched = settings(wandb(tmp_path)), []
+    monkeypatch.setattr(sweeps, "launch", lambda cells, *_: launched.append(len(cells)) or [None for _ in cells])
+    assert run_missing([["x"]], lambda *_: one, ["hydra/launcher=joblib"]) == [] and launched == [1]
     run.run(settings(Console()))
-    assert _finished(["x"], lambda *_: one) and live == []
+    assert live == []
     for _ in range(2):
-        assert _finished(["x"], lambda *_: one, mirror=True) and len(live) == 1
+        assert run_missing([["x"]], lambda *_: one, ["hydra/launcher=joblib"]) == [] and launched == [1]
+        assert len(live) == 1
 
 
 def test_a_record_of_this_run_is_sent_once_also_when_it_is_found_again(tmp_path, live, settings):

@@ -1,6 +1,7 @@
 """Cuts of the difference between two sets of weights, in every scope."""
 
 import gc
+import json
 from weakref import ref
 
 import pytest
@@ -10,8 +11,11 @@ from byom.errors import OptionError
 from byom.functional.selection import top_mask
 from byom.variants.base import sparse
 from byom.weights import Weights
+from byom.weights import cuts as module
 from byom.weights.cuts import _HELD as held
+from byom.weights.cuts import _each as each
 from byom.weights.cuts import cuts, cuts_at, require_scope, sweep
+from byom.weights.kept import keeping
 from tests.problems import counted
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 3, 4), "e": (0, 2)}
@@ -95,3 +99,41 @@ def test_an_unknown_scope_is_refused(scope):
     ):
         with pytest.raises(OptionError, match=f"scope={scope} is not known; use global, tensor or row"):
             find()
+
+
+def on_disk(seed, folder):
+    weights(seed).save(folder)
+    return Weights.open(folder)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_cuts_on_disk_are_found_by_another_process_and_are_the_same(scope, tmp_path, monkeypatch):
+    folder, target, reference = tmp_path / "cuts", on_disk(1, tmp_path / "a"), on_disk(2, tmp_path / "b")
+    expected = cuts_at(target, reference, [0.1, 0.3, 1.0], scope)
+    with keeping(folder), sweep([0.3, 1.0]):
+        assert cuts(target, reference, 0.1, scope) == expected[0.1]
+    [file] = folder.glob("*.json")
+    again, passes = Weights.open(tmp_path / "a"), []  # as another process sees it: nothing is held in memory
+    monkeypatch.setattr(module, "_each", lambda *args: passes.append(args[2]) or each(*args))
+    with keeping(folder):
+        assert all(cuts(again, reference, density, scope) == expected[density] for density in (0.3, 1.0, 0.1))
+        assert not passes
+        assert cuts(again, reference, 0.2, scope) == cuts_at(target, reference, [0.2], scope)[0.2]
+    assert passes[0] == [0.2] and len(json.loads(file.read_text())["values"]) == 4
+    whole = file.read_text()
+    for damage in ("", "[]", "{", whole[:-40], whole.replace('"0x', '"-0x', 1), whole.replace("1", "2", 1)):
+        file.write_text(damage)
+        with keeping(folder):
+            assert cuts(Weights.open(tmp_path / "a"), reference, 0.1, scope) == expected[0.1], damage[:20]
+        assert json.loads(file.read_text())["values"]["0.1"]
+    with keeping(folder):
+        assert cuts(reference, target, 0.1, scope) == cuts_at(reference, target, [0.1], scope)[0.1]
+    assert len(list(folder.glob("*.json"))) == 2
+
+
+def test_cuts_of_rows_and_of_models_that_are_computed_are_not_kept(tmp_path):
+    target, reference = on_disk(1, tmp_path / "a"), on_disk(2, tmp_path / "b")
+    with keeping(tmp_path / "cuts"):
+        cuts(target, reference, 0.1, "row")
+        cuts(0.5 * target, reference, 0.1)
+    assert not (tmp_path / "cuts").exists()

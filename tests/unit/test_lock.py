@@ -5,6 +5,7 @@ import threading
 import pytest
 from filelock import FileLock, Timeout
 
+from byom.pipeline.cached import free_first
 from byom.storage import lock
 
 
@@ -29,3 +30,11 @@ def test_whoever_has_waited_holds_the_lock(tmp_path, monkeypatch):
         other.join()
         with pytest.raises(Timeout):
             FileLock(tmp_path / ".made.lock").acquire(timeout=0)
+
+
+def test_processes_that_lack_the_same_folders_make_different_ones(tmp_path):
+    folders = {name: tmp_path / name for name in "abc"}
+    assert not lock.held(folders["a"])
+    with lock.alone(folders["a"]):
+        assert lock.held(folders["a"]) and list(free_first(folders)) == ["b", "c", "a"]
+    assert not lock.held(folders["a"]) and list(free_first(folders)) == ["a", "b", "c"]
