@@ -224,7 +224,9 @@ def missed(result: Mapping[str, Any]) -> str:
             if told.get("says", "").startswith("failed"):
                 said.append(f"{name}: {tool} {told['says']}")
             if told.get("allowed") is not None and not told["difference"] <= told["allowed"]:
-                said.append(f"{name}: {tool} and byom differ by {told['difference']:.1e}, {told['allowed']:g} is allowed")
+                said.append(
+                    f"{name}: {tool} and byom differ by {told['difference']:.1e}, {told['allowed']:g} is allowed"
+                )
             if tool == "byom" or "seconds" not in told or "seconds" not in ours:
                 continue
             said += [

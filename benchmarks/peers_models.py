@@ -19,7 +19,13 @@ from byom.weights import Weights
 
 RANK = 16
 ADAPTED = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-SMALL = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+}
 
 
 def make(folder: Path, small: bool, tasks: int, adapters: bool) -> None:
