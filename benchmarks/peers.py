@@ -9,8 +9,8 @@ nothing here says how good a method is. All are fp32 folders of transformers, wh
 have rank 16 on all linear layers. A merge has a process of its own and as many threads for every tool. Seconds run from
 the first file that is opened until the disk has what was written, importing left out, for byom also what its checksums
 take; the JSON also says when the tool itself returned. Memory is the peak of anonymous memory beyond that of the
-interpreter and the tool's libraries (`benchmarks.peak`). Rounds of a row take turns, and figures are medians. What takes
-more than `LONG` seconds is run once, and what takes more than `--limit` is stopped.
+interpreter and the tool's libraries (`benchmarks.peak`). Within a row, tools take turns, and figures are medians. What
+takes more than `LONG` seconds is run once, and what takes more than `--limit` is stopped.
 
 Results are compared on the disk: the largest difference of a tensor, relative to what byom changed in it. Where a tool
 computes another function, the row says so, and how the norms of the changes compare.
@@ -227,12 +227,14 @@ def missed(result: Mapping[str, Any]) -> str:
                 said.append(
                     f"{name}: {tool} and byom differ by {told['difference']:.1e}, {told['allowed']:g} is allowed"
                 )
-            if tool == "byom" or "seconds" not in told or "seconds" not in ours:
+            if tool == "byom" and told.get("finished") is False:
+                said.append(f"{name}: byom was stopped after {told['seconds']:.0f} s; raise --limit")
+            if tool == "byom" or not told.get("finished") or not ours.get("finished"):
                 continue
             said += [
                 f"{name}: byom took {ours[key] / unit:,.2f} {sign}, {tool} {told[key] / unit:,.2f}"
                 for key, unit, sign in (("seconds", 1.0, "s"), ("peak_bytes", 1e6, "MB"))
-                if ours[key] > told[key] and (told["finished"] or key == "seconds")
+                if ours[key] > told[key]
             ]
     return "\n".join(said)
 

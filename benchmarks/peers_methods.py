@@ -146,7 +146,9 @@ ROWS: Mapping[str, Row] = {
         "TIES, ranking each tensor",
         {
             "byom": _byom(Ties(0.2, 1.0, scope="tensor")),
-            "mergekit": _mergekit("ties", 1e-3, each={"density": 0.2}, normalize=True),
+            "mergekit": _mergekit(
+                "ties", 1e-2, "keeps others of the entries that tie", each={"density": 0.2}, normalize=True
+            ),
         },
         fusion_bench="ranks the whole model, see above",
     ),

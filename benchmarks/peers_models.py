@@ -24,7 +24,7 @@ SMALL = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "image_size": 64,
+    "image_size": 96,
 }
 
 
