@@ -8,7 +8,7 @@ from threading import local
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # elements of each task widened to fp64 at a time
+PIECE = 1 << 20  # elements of all tasks widened to fp64 at a time: 8 MB, which stay in the caches
 
 
 def total(stacked: Tensor) -> Tensor:
@@ -122,9 +122,14 @@ def inner_products(deltas: Tensor) -> Tensor:
         ``[T, T]`` in fp64.
     """
     gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for piece in deltas.reshape(len(deltas), -1).split(PIECE, dim=1):
+    for piece in deltas.reshape(len(deltas), -1).split(piece_length(len(deltas)), dim=1):
         gram += products(room(*piece.shape).copy_(piece))
     return gram
+
+
+def piece_length(tasks: int) -> int:
+    """Return how many elements of each task are widened to fp64 at a time."""
+    return max(1, PIECE // tasks)
 
 
 def products(rows: Tensor) -> Tensor:

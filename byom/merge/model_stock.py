@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from byom.functional.deltas import PIECE, products, room
+from byom.functional.deltas import piece_length, products, room
 from byom.merge.base import Group, TensorwiseMethod, blockwise
 
 
@@ -38,8 +38,10 @@ class ModelStock(TensorwiseMethod):
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus r times the mean change."""
-        start = torch.zeros(len(group.experts), len(group.experts), dtype=torch.float64)
-        ratio = interpolation(sum((_inner_products(piece) for _, piece in group.blocks(PIECE)), start))
+        tasks = len(group.experts)
+        start = torch.zeros(tasks, tasks, dtype=torch.float64)
+        pieces = group.blocks(piece_length(tasks))
+        ratio = interpolation(sum((_inner_products(piece) for _, piece in pieces), start))
         return blockwise(group, lambda _, piece: piece.moved(ratio / len(piece.experts)), final=True)
 
 
