@@ -39,6 +39,15 @@ from byom.storage.atomic import write_json
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/device", "tests/contract", "tests/identities", "tests/unit")
 SMALL_TESTS = ("tests/identities/test_average.py", "tests/identities/test_task_arithmetic.py")
+SMALL_SUITE = (
+    "suite.only=[digits,mnist]",
+    "finetune.epochs=1",
+    *(
+        f"suite.tasks.{task}.{size}"
+        for task in ("digits", "mnist")
+        for size in ("train=60", "validation=10", "test=10")
+    ),
+)
 PRECISIONS = {"cuda": ("fp32", "bf16"), "cpu": ("fp32",)}
 SHARES = {"tests": 5.0, "throughput": 3.0, "merging": 3.5, "suite": 3.5}
 """Part to minutes of fifteen; what one leaves goes to those after it."""
@@ -110,7 +119,7 @@ def tests(given: argparse.Namespace, limit: float, keep: Callable[[str, Any], No
         if not (ROOT / place).exists():
             keep(place, {"not_run": "this source tree has no such tests"})
             continue
-        options = ["-p", "no:cacheprovider", "-q", "-n", str(given.workers), "-o", "filterwarnings=", "-m", "not slow"]
+        options = ["-p", "no:cacheprovider", "-n", str(given.workers), "-o", "filterwarnings=", "-m", "not slow"]
         command = [sys.executable, "-m", "pytest", place, *options, "--tb=line", "-rf"]
         log = given.out / f"tests-{Path(place).stem}.log"
         row = ran(command, max(1.0, until - time.perf_counter()), log, {"OMP_NUM_THREADS": "1"})
@@ -166,7 +175,7 @@ def suite(given: argparse.Namespace, limit: float, keep: Callable[[str, Any], No
     place = given.out / "suite"
     side = 28 if given.small else given.side
     options = [f"backbone.image_size={side}", "seed=0", f"device={given.device}", f"results={place / 'results'}"]
-    options += [f"cache={place / 'cache'}", *(["suite.only=[digits,mnist]", "finetune.epochs=1"] * given.small)]
+    options += [f"cache={place / 'cache'}", *(SMALL_SUITE if given.small else ())]
     command = [sys.executable, "-m", "byom", "table", "vision8_offline_headline", *options]
     row = ran(command, limit, given.out / "suite.log", {"TQDM_DISABLE": "1"})
     keep("vision8_offline", row | {"command": " ".join(command[1:]), "pixels": side, "cells": cells(place)})
@@ -220,6 +229,7 @@ def main() -> None:
     given = options()
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA card here; --device cpu --small tries the script without one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no part outlives this process
     given.out = given.out.expanduser().resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -35,6 +35,8 @@ from byom.storage.atomic import write_json
 from byom.variants.base import Variant
 from byom.weights import Weights
 
+Work = Callable[[], dict[str, Any] | None]
+"""What is measured; it may return further figures of its row."""
 LONG = 5.0  # seconds
 SCALE = 0.3
 MERGES = {
@@ -85,14 +87,14 @@ class Clock:
     def __init__(self, device: str, repeats: int) -> None:
         self.cuda, self.repeats = device == "cuda", repeats
 
-    def __call__(self, work: Callable[[], Any]) -> dict[str, Any]:
+    def __call__(self, work: Work) -> dict[str, Any]:
         """Return the best seconds of some runs, after one that warms up, and the device's peak memory beyond before."""
         first = self._once(work)
         taken = [self._once(work) for _ in range(self.repeats if first["seconds"] < LONG else 1)]
         best = min(taken, key=lambda run: run["seconds"])
         return {**best, "first_seconds": first["seconds"], "runs": len(taken)}
 
-    def _once(self, work: Callable[[], Any]) -> dict[str, Any]:
+    def _once(self, work: Work) -> dict[str, Any]:
         before = 0
         if self.cuda:
             torch.cuda.synchronize()
@@ -105,7 +107,7 @@ class Clock:
         row: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 6)}
         if self.cuda:
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        return row | (said if isinstance(said, dict) else {})
+        return row | (said or {})
 
 
 def vit(device: str, small: bool) -> Case:
@@ -161,7 +163,11 @@ def copy_bandwidth(device: str, small: bool, clock: Clock) -> dict[str, Any]:
     """Measure a copy within the device; reading and writing count."""
     source = torch.ones((1 << 22) if small else (1 << 30), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    row = clock(lambda: target.copy_(source))
+
+    def work() -> None:
+        target.copy_(source)
+
+    row = clock(work)
     return row | {"moved_bytes": 2 * source.nbytes, "GB_per_s": round(2 * source.nbytes / row["seconds"] / 1e9, 1)}
 
 
@@ -203,11 +209,12 @@ def case_rows(case: Case, clock: Clock, bandwidth: float, until: float) -> Itera
         yield label, row | {"moved_bytes": moved} | share
 
 
-def jobs(case: Case) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+def jobs(case: Case) -> Iterator[tuple[str, int, Work]]:
     """Yield what is measured of some models: its name, the bytes that it cannot avoid, and the work."""
     count = len(case.experts)
     whole = (count + 2) * case.nbytes
-    yield "plain task arithmetic", whole, plain(case)
+    arithmetic = plain(case)
+    yield "plain task arithmetic", whole, lambda: where(Weights.of(arithmetic()))
     for name in MERGES[case.kind]:
         yield f"merge {name}", whole, merged(name, case)
     reference = config.option("merge", "average")(case.problem).materialise()
@@ -219,26 +226,27 @@ def jobs(case: Case) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     yield "unpack fft, one task", 2 * case.nbytes, lambda: where(served.weights("task0").materialise())
 
 
-def plain(case: Case) -> Callable[[], Any]:
+def plain(case: Case) -> Callable[[], dict[str, Tensor]]:
     """Return task arithmetic as one line of torch a tensor, written into tensors that are there."""
     out = {name: torch.empty_like(value) for name, value in case.base.items()}
 
-    def work() -> None:
+    def work() -> dict[str, Tensor]:
         for name, value in case.base.items():
             torch.mul(value, 1 - SCALE * len(case.experts), out=out[name])
             for expert in case.experts:
                 out[name].add_(expert[name], alpha=SCALE)
+        return out
 
     return work
 
 
-def merged(name: str, case: Case) -> Callable[[], Any]:
+def merged(name: str, case: Case) -> Work:
     """Return the merging of a whole model by a method with its defaults."""
     method = config.option("merge", name)
     return lambda: where(method(case.problem).materialise())
 
 
-def packed(variant: Variant, case: Case, reference: Weights) -> Callable[[], Any]:
+def packed(variant: Variant, case: Case, reference: Weights) -> Work:
     """Return the packing of all tasks."""
 
     def work() -> dict[str, Any]:
