@@ -47,6 +47,7 @@ from benchmarks.suite_images import snapshot
 from benchmarks.true_models import SHARD, expert
 from byom.checkpoint.clip import PROJECTION, to_hugging_face
 from byom.cli import config
+from byom.pipeline.cell import STAGES
 from byom.pipeline.provenance import provenance
 from byom.weights import Weights
 
@@ -310,7 +311,7 @@ def _tables(run: Mapping[str, Any]) -> str:
     lines += ["| command | s | memory |", "|---|--:|--:|"]
     lines += [f"| make {what} | {seconds:.0f} | |" for what, seconds in run["made"].items()]
     lines += [f"| {c['name']} | {c['seconds']:.0f} | {c['peak_bytes'] / 1e6:,.0f} MB |" for c in run["commands"]]
-    stages = [stage for stage in run["cells"][0]["stages"] if any(c["stages"][stage]["seconds"] for c in run["cells"])]
+    stages = [s for s in STAGES if any(each["stages"].get(s, {}).get("seconds", 0) >= 0.5 for each in run["cells"])]
     lines += ["", f"| cell | {' | '.join(stages)} |", "|---|" + "--:|" * len(stages)]
     for each in run["cells"]:
         seconds = [f"{each['stages'][stage]['seconds']:.0f} s" for stage in stages]

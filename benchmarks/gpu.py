@@ -48,7 +48,11 @@ SMALL_SUITE = (
         for size in ("train=60", "validation=10", "test=10")
     ),
 )
-PRECISIONS = {"cuda": ("fp32", "bf16"), "cpu": ("fp32",)}
+THROUGHPUT = {
+    "cuda": (("ViT-B-32", "bf16", 256, 16384), ("ViT-B-32", "fp32", 256, 4096), ("roberta-base", "bf16", 64, 4096)),
+    "cpu": (("ViT-B-32", "fp32", 32, 96),),
+}
+"""Device to model, precision, batch and examples of each call, by worth."""
 SHARES = {"tests": 5.0, "throughput": 3.0, "merging": 3.5, "suite": 3.5}
 """Part to minutes of fifteen; what one leaves goes to those after it."""
 TAIL = 1500  # characters of what a command said that are kept
@@ -133,19 +137,21 @@ def counted(text: str) -> dict[str, int]:
 
 
 def throughput(given: argparse.Namespace, limit: float, keep: Callable[[str, Any], None]) -> None:
-    """Call the benchmark of images a second, once for each precision."""
+    """Call the benchmark of images and texts a second, once for each model and precision."""
     if not (ROOT / "benchmarks" / "throughput.py").is_file():
         keep("throughput", {"not_run": "this source tree has no benchmarks/throughput.py"})
         return
     until = time.perf_counter() + limit
-    for precision in PRECISIONS[given.device]:
-        file = given.out / f"throughput-{precision}.json"
-        small = ["--small"] if given.small else []
-        options = ["--device", given.device, "--precision", precision, "--json", str(file), *small]
+    for model, precision, batch, examples in THROUGHPUT[given.device]:
+        name = f"{model} {precision}"
+        file = given.out / f"throughput-{model}-{precision}.json"
+        sizes = ["batch=2", "examples=4", "rounds=1"] if given.small else [f"batch={batch}", f"examples={examples}"]
+        options = [f"device={given.device}", f"model={model}", f"precision={precision}", *sizes, f"out={file}"]
         command = [sys.executable, "-m", "benchmarks.throughput", *options]
-        row = ran(command, max(1.0, until - time.perf_counter()), given.out / f"throughput-{precision}.log")
+        file.unlink(missing_ok=True)
+        row = ran(command, max(1.0, until - time.perf_counter()), file.with_suffix(".log"))
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        keep(precision, row | {"command": " ".join(command[1:]), "figures": found})
+        keep(name, row | {"command": " ".join(command[1:]), "figures": found})
 
 
 def merging(given: argparse.Namespace, limit: float, keep: Callable[[str, Any], None]) -> None:
@@ -168,7 +174,6 @@ def suite(given: argparse.Namespace, limit: float, keep: Callable[[str, Any], No
     try:
         for task in config.option("suite", "vision8_offline").tasks:
             task.source.check()
-        next(iter(config.option("backbone", "vit_small_dinov2").downloads()), None)
     except ByomError as error:
         keep("vision8_offline", {"not_run": str(error)})
         return
