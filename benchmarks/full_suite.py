@@ -108,7 +108,9 @@ class Bench:
         for part in ("results", "cache", "home/datasets"):
             shutil.rmtree(self.place / part, ignore_errors=True)
         self._command("plan", "plan")
-        self._command("table, killed while it encodes", "table", lambda: len(self._files("data/*-test*.safe*")) >= 2)
+        self._command(
+            "table, killed while it encodes", "table", lambda: len(self._files("data/*-test.safetensors")) >= 2
+        )
         encoded = self._stamps("data/*-test*.safetensors")
         self._command("table, killed in its second cell", "table", self._within_the_second)
         kept = self._stamps("hits/*/*.json") | self._stamps("scores/*.json") | self._records()

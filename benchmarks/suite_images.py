@@ -81,10 +81,11 @@ KINDS: Mapping[str, Kind] = {
 }
 """Task to what its data set is like.
 
-Counts are those that the data sets' own pages state (``homepage`` in ``conf/task/hub``), with these splits: SUN397,
-RESISC45, EuroSAT and DTD as the task vectors' code and FusionBench cut them (DTD's and EuroSAT's third part is left
-out), GTSRB's training set as in CLIP's evaluation, Flowers' without its validation set, FER2013's two test sets
-together, EMNIST's letters as in arXiv 1702.05373, table II. Resolutions are typical ones, to the nearest round number.
+Counts are those that the data sets' own pages state (``homepage`` in ``conf/task/hub``). SUN397, RESISC45, EuroSAT and
+DTD are cut as the task vectors' code and FusionBench cut them, which leaves a part of RESISC45 and EuroSAT out; GTSRB
+as in CLIP's evaluation; Flowers has no validation images here, FER2013 both of its test sets, and EMNIST the letters of
+arXiv 1702.05373, table II. Of the eight, these counts add up to the rows that the hub's list of them states, where seven
+corrupted copies of a test set count too. Resolutions are typical ones in round numbers.
 """
 
 
