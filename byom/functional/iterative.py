@@ -14,7 +14,7 @@ LARGE = (
 LEAF = 192  # columns of a block of a square
 TOLERANCE = torch.finfo(torch.float32).eps  # of a cut matrix, in shares of its norm: what fp32 factors round to anyway
 BUFFER = 16  # directions looked for beyond those asked for, at least; else as many as are asked for
-ROUGH, ROUNDS = 2, 4  # filters in fp32, and at most in fp64
+ROUGH, ROUNDS = 2, 6  # filters in fp32, and at most in fp64
 DEGREE, AIM = 32, 0.75  # of a polynomial, at most; share of a dtype's digits that one filter is to gain
 
 
@@ -104,10 +104,11 @@ def bound(grams: Tensor, ritz: Ritz, rank: int) -> Tensor:
     """Bound what the leading Ritz vectors miss; see `Leading.error`.
 
     With V the first k vectors, ``R = G V - V diag(values)`` and M what G is on the complement of V, the invariant
-    subspace near V is at angles whose tangents have a norm of at most ``2 e`` with ``e = ||(mu I - M)^{-1} R||``, if
-    ``mu I - M`` is positive definite for some mu below the k-th value and ``e ||R|| / (values[k-1] - mu) < 1/4``. Its
-    Cholesky factor proves the former, and with it that none of the leading eigenvectors is missing. mu is half
-    way between the k-th value and the next one.
+    subspace near V is at angles whose tangents have a norm of at most ``2 e``, ``e`` being the norm of the columns
+    ``(values[j] I - M)^{-1} r_j``, if ``mu I - M`` is positive definite for some mu below the k-th value and
+    ``e ||R|| / (values[k-1] - mu) < 1/4``. Its Cholesky factor proves the former, and with it that none of the leading
+    eigenvectors is missing; and it bounds the columns, by ``||(mu I - M)^{-1} r_j||`` and by
+    ``||r_j|| / (values[j] - mu)``. mu is half way between the k-th value and the next one.
 
     Args:
         grams: ``[T, n, n]`` in fp64.
@@ -132,7 +133,9 @@ def bound(grams: Tensor, ritz: Ritz, rank: int) -> Tensor:
     complement = grams - kept @ image.mT - rest @ kept.mT
     shifted = torch.diag_embed((last - half)[:, None].expand(len(grams), grams.shape[-1])) - complement
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    missed = torch.linalg.matrix_norm(torch.cholesky_solve(rest, factor))
+    columns = torch.linalg.vector_norm(torch.cholesky_solve(rest, factor), dim=-2)
+    least = torch.linalg.vector_norm(rest, dim=-2) / (values - (last - half)[:, None])
+    missed = torch.linalg.vector_norm(torch.minimum(columns, least), dim=-1)
     proved = (failed == 0) & (half > 0) & (missed * torch.linalg.matrix_norm(rest) < half / 4)
     return torch.where(proved, share * missed, math.inf)
 
@@ -166,7 +169,7 @@ def _degree(places: Tensor, rank: int, dtype: torch.dtype) -> int:
     first, last = rates[:, 0], rates[:, rank - 1]
     digits = -math.log(torch.finfo(dtype).eps)
     wanted = AIM * digits / float(last.min().clamp(min=1e-3))
-    allowed = AIM * digits / float((first - last).max().clamp(min=1e-3))
+    allowed = digits / float((first - last).max().clamp(min=1e-3))
     return max(2, min(DEGREE, math.ceil(wanted), int(allowed)))
 
 
