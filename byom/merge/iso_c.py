@@ -9,7 +9,7 @@ from torch import Tensor
 
 from byom.errors import one_of
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, thin_svd
+from byom.functional.linalg import VANISHING, polar_and_values
 from byom.merge.base import Group, TensorwiseMethod
 from byom.merge.base.matrices import by_matrix, patterns
 
@@ -76,8 +76,5 @@ def isotropic(matrix: Tensor, rank: Rank = "numerical") -> Tensor:
     Returns:
         ``[m, n]`` in fp64; zero for zero.
     """
-    left, values, right = thin_svd(matrix)
-    if rank == "numerical":
-        leading = values > VANISHING * values[:1]
-        left, values, right = left[:, leading], values[leading], right[leading]
-    return values.sum() / max(len(values), 1) * (left @ right)
+    factor, values = polar_and_values(matrix, VANISHING if rank == "numerical" else -1.0)
+    return values.sum() / max(len(values), 1) * factor

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from byom.errors import fraction, one_of
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, polar, thin_svd, truncated_svd
+from byom.functional.iterative import square
+from byom.functional.linalg import SAFE, VANISHING, polar, thin_svd, truncated_each, truncated_svd
 from byom.functional.selection import kept as floored
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
@@ -100,6 +101,9 @@ def own_directions(rank: int, tasks: int, common: float) -> int:
 def isotropic_with_own(deltas: Tensor, share: int, rank: Rank = "numerical") -> Tensor:
     """Level the singular values of the common directions and of `share` further ones of each task.
 
+    What a matrix with at most as many rows as columns has outside of the common directions is decomposed in the
+    coordinates of their complement, which has few rows where most directions are common.
+
     Args:
         deltas: ``[T, m, n]`` task vectors of one matrix.
         share: Directions of each task's own (n), at most ``floor(min(m, n) / T)``.
@@ -109,21 +113,48 @@ def isotropic_with_own(deltas: Tensor, share: int, rank: Rank = "numerical") -> 
         ``[m, n]`` in fp64; zero if every task vector is.
     """
     rtol = VANISHING if rank == "numerical" else -1.0
-    change = total(deltas).double()
-    shared = _cut(thin_svd(change), min(change.shape) - share * len(deltas), _least(change, rtol))
-    own = [_own(delta.double(), shared[0], share, rtol) for delta in deltas] if share else []
+    change = total(deltas)
+    common, least = min(change.shape) - share * len(deltas), _least(change, rtol)
+    if share and change.shape[0] <= change.shape[1]:
+        shared, complement = _with_complement(change.double(), common, least)
+        own = _own_within(deltas, complement, share, rtol)
+    else:
+        shared = _cut(truncated_svd(change, common), common, least)
+        own = _own(deltas, shared[0], share, rtol) if share else []
     left, values, right = zip(*own, shared, strict=True)
     level = torch.cat(values).sum() / max(sum(map(len, values)), 1)
     return level * polar(torch.cat(left, 1), rtol) @ polar(torch.cat(right), rtol)
 
 
-def _own(delta: Tensor, shared: Tensor, share: int, rtol: float) -> Triplets:
-    outside = delta - shared @ (shared.T @ delta)
-    return _cut(truncated_svd(outside, share), share, _least(delta, rtol))
+def _own(deltas: Tensor, shared: Tensor, share: int, rtol: float) -> list[Triplets]:
+    found = truncated_each((_outside(delta.double(), shared) for delta in deltas), share)
+    return [_cut(each, share, _least(delta, rtol)) for each, delta in zip(found, deltas, strict=True)]
+
+
+def _outside(delta: Tensor, shared: Tensor) -> Tensor:
+    return delta - shared @ (shared.T @ delta)
+
+
+def _own_within(deltas: Tensor, complement: Tensor, share: int, rtol: float) -> list[Triplets]:
+    found = truncated_each((complement.T @ delta.double() for delta in deltas), share)
+    turned = [(complement @ left, values, right) for left, values, right in found]
+    return [_cut(each, share, _least(delta, rtol)) for each, delta in zip(turned, deltas, strict=True)]
+
+
+def _with_complement(change: Tensor, rank: int, least: float) -> tuple[Triplets, Tensor]:
+    """Cut a matrix ``[m, n]`` with ``m <= n``, and complete the left vectors that are kept to a basis ``[m, m]``."""
+    squares, left = torch.linalg.eigh(square(change.T))
+    values, left = squares.flip(0).clamp(min=0).sqrt(), left.flip(1)
+    if (values[:rank] <= SAFE * values[:1]).any():
+        left, values, right = thin_svd(change)
+    else:
+        right = (left[:, :rank].T @ change) / values[:rank, None]
+    shared = _cut((left, values, right), rank, least)
+    return shared, left[:, len(shared[1]) :]
 
 
 def _least(matrix: Tensor, rtol: float) -> float:
-    return rtol if rtol < 0 else rtol * float(matrix.norm())
+    return rtol if rtol < 0 else rtol * float(torch.linalg.matrix_norm(matrix, dtype=torch.float64))
 
 
 def _cut(triplets: Triplets, rank: int, least: float) -> Triplets:

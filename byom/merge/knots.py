@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from math import isfinite
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError, one_of
+from byom.functional.iterative import square
 from byom.functional.linalg import VANISHING, thin_svd
 from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, PlannedMethod, Problem
@@ -168,7 +169,7 @@ def _coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], wid
         chain = [factor.to(specs[name].dtype) for factor in of(task, name)]
         return reduce(torch.matmul, chain, bases[name].T)
 
-    return coordinates(problem, specs, read)
+    return coordinates(problem, specs, read, bases)
 
 
 def basis(chains: Sequence[Chain], rtol: float) -> Tensor:
@@ -182,35 +183,34 @@ def basis(chains: Sequence[Chain], rtol: float) -> Tensor:
     Returns:
         ``[m, k]`` in fp64: the left singular vectors of all matrices side by side, by descending value.
     """
-    firsts = torch.cat([chain[0].double() for chain in chains], 1)
     sizes = [chain[0].shape[1] for chain in chains]
-    outside = None
-    if firsts.shape[0] > firsts.shape[1]:
-        outside, firsts = torch.linalg.qr(firsts)
-    products = [
-        reduce(torch.matmul, [first, *(factor.double() for factor in chain[1:])])
-        for first, chain in zip(firsts.split(sizes, 1), chains, strict=True)
-    ]
-    left = left_singular(torch.cat(products, 1), rtol)
-    return left if outside is None else outside @ left
+    if len(chains[0][0]) <= sum(sizes):
+        return left_singular(map(_product, chains), rtol)
+    outside, firsts = torch.linalg.qr(torch.cat([chain[0].double() for chain in chains], 1))
+    inside = [_product([first, *chain[1:]]) for first, chain in zip(firsts.split(sizes, 1), chains, strict=True)]
+    return outside @ left_singular(inside, rtol)
 
 
-def left_singular(matrix: Tensor, rtol: float) -> Tensor:
-    """Return the left singular vectors of a matrix whose value exceeds a share of the largest.
+def left_singular(matrices: Iterable[Tensor], rtol: float) -> Tensor:
+    """Return the left singular vectors of matrices side by side whose value exceeds a share of the largest.
 
     Squaring blurs values below 1e-8 of the largest, not the orthonormality of the vectors; so it does for
     thresholds down to 1e-6.
 
     Args:
-        matrix: ``[m, n]`` in fp64.
+        matrices: ``[m, n_t]`` each, in fp64; read once, so a generator holds one at a time.
         rtol: The share.
 
     Returns:
         ``[m, k]``, by descending value.
     """
     if rtol < VANISHING:
-        left, values, _ = thin_svd(matrix)
+        left, values, _ = thin_svd(torch.cat([*matrices], 1))
     else:
-        squares, left = torch.linalg.eigh(matrix @ matrix.T)
+        squares, left = torch.linalg.eigh(reduce(Tensor.add_, (square(each.T) for each in matrices)))
         values, left = squares.flip(0).clamp(min=0).sqrt(), left.flip(1)
     return left[:, values > rtol * values[:1]]
+
+
+def _product(chain: Chain) -> Tensor:
+    return reduce(torch.matmul, [factor.double() for factor in chain])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byom.functional.deltas import total
-from byom.functional.linalg import VANISHING, polar, truncated_svd
+from byom.functional.linalg import VANISHING, polar, truncated_each
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
 
@@ -78,14 +78,15 @@ def add_orthogonalised(deltas: Tensor) -> Tensor:
     Returns:
         ``[m, n]`` in fp64.
     """
-    left, values, right = zip(*(_leading(delta, min(delta.shape) // len(deltas)) for delta in deltas), strict=True)
+    rank, changed = min(deltas.shape[1:]) // len(deltas), deltas.flatten(1).any(1)
+    if not changed.any():
+        return torch.zeros_like(deltas[0], dtype=torch.float64)
+    moving = (delta for delta, moves in zip(deltas, changed.tolist(), strict=True) if moves)
+    left, values, right = zip(*(_existing(*triplets) for triplets in truncated_each(moving, rank)), strict=True)
     return polar(torch.cat(left, 1)) * torch.cat(values) @ polar(torch.cat(right))
 
 
-def _leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    if not delta.any():
-        rank = 0
-    left, values, right = truncated_svd(delta, rank)
+def _existing(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     leading = values > VANISHING * values[:1]
     return left[:, leading], values[leading], right[leading]
 

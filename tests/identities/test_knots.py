@@ -171,7 +171,7 @@ def test_a_tiny_rtol_keeps_what_squaring_would_lose():
     left, right = (torch.linalg.qr(normal(6, 6, seed=seed))[0] for seed in (1, 2))
     matrix = left * torch.tensor([1, 1e-2, 1e-5, 1e-9, 1e-11, 0], dtype=torch.float64) @ right
     for rtol, kept in ((1e-3, 2), (1e-6, 3), (1e-10, 4), (1e-12, 5)):
-        found = left_singular(matrix, rtol)
+        found = left_singular([matrix], rtol)
         assert found.shape == (6, kept)
         assert_close((left[:, :kept] * found).sum(0).abs(), torch.ones(kept, dtype=torch.float64))
 

@@ -97,8 +97,8 @@ MERGE = (
     Mutant(
         "iso-cts-takes-own-directions-inside-the-common-ones",
         "merge",
-        "outside = delta - shared @ (shared.T @ delta)",
-        "outside = delta",
+        "return delta - shared @ (shared.T @ delta)",
+        "return delta",
         ("tests/identities/test_iso_cts.py",),
     ),
     Mutant(

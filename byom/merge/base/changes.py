@@ -120,15 +120,22 @@ def require_coordinates(then: MergeMethod) -> None:
         )
 
 
-def coordinates(problem: Problem, specs: Mapping[str, Spec], read: Callable[[str, str], Tensor]) -> Problem:
+def coordinates(
+    problem: Problem, specs: Mapping[str, Spec], read: Callable[[str, str], Tensor], bases: Mapping[str, Tensor]
+) -> Problem:
     """Return the problem of merging the coordinates of all tasks from an origin of zeros, read when asked for.
 
     Args:
         problem: The models.
         specs: Name of a matrix to the shape and dtype of its coordinates.
         read: Gives the coordinates of a task's change of a matrix, by task and name.
+        bases: Name of a matrix to what its coordinates refer to, on whose device they are.
     """
-    zero = Weights(specs, lambda name: torch.zeros(specs[name].shape, dtype=specs[name].dtype), origin="zero")
+
+    def nothing(name: str) -> Tensor:
+        return torch.zeros(specs[name].shape, dtype=specs[name].dtype, device=bases[name].device)
+
+    zero = Weights(specs, nothing, origin="zero")
 
     def expert(task: str) -> Weights:
         return zero.derived(lambda name: read(task, name), problem.finetuned[task].origin)
@@ -180,6 +187,10 @@ def stacked(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[Tensor, Tens
     """
     height, width = shape
     below = [height - piece.start - len(piece.left) for piece in pieces]
+    device = pieces[0].left.device if pieces else None
     left = [pad(piece.left, (0, 0, piece.start, rows)) for piece, rows in zip(pieces, below, strict=True)]
     right = [piece.right for piece in pieces]
-    return torch.cat([torch.zeros(height, 0), *left], 1), torch.cat([torch.zeros(0, width), *right])
+    return (
+        torch.cat([torch.zeros(height, 0, device=device), *left], 1),
+        torch.cat([torch.zeros(0, width, device=device), *right]),
+    )
