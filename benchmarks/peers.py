@@ -6,8 +6,9 @@
 
 Weights are random and experts differ from the base by heavy-tailed random numbers (`benchmarks.true_models.expert`), so
 nothing here says how good a method is. All are fp32 folders of transformers, which lie in the page cache; the adapters
-have rank 16 on all linear layers. A merge has a process of its own and as many threads for every tool. Seconds run from
-the first file that is opened until the disk has what was written, importing left out, for byom also what its checksums
+have rank 16 on all linear layers. A merge has a process of its own and as many threads for every tool; those of byom
+wait passively (`OMP_WAIT_POLICY`), as its commands set, which matters where a machine is not idle. Seconds run from the
+first file that is opened until the disk has what was written, importing left out, for byom also what its checksums
 take; the JSON also says when the tool itself returned. Memory is the peak of anonymous memory beyond that of the
 interpreter and the tool's libraries (`benchmarks.peak`). Within a row, tools take turns, and figures are medians. What
 takes more than `LONG` seconds is run once, and what takes more than `--limit` is stopped.

@@ -40,19 +40,19 @@ def make(folder: Path, small: bool, tasks: int, adapters: bool) -> None:
         adapters: Whether there are any, for which PEFT is needed.
     """
     base = folder / "base"
-    _require_room(folder, tasks)
-    if not (base / "config.json").is_file():
+    _require_room(folder, 0 if small else tasks)
+    if not base.is_dir():
         _base(base, SMALL if small else {})
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda task: _expert(base, folder / f"expert{task}", task), range(tasks)))
-    lost = [task for task in range(tasks) if not (folder / f"adapter{task}").is_dir()]
+    lost = [task for task in range(tasks) if not (folder / f"adapter{task}" / "adapter_config.json").is_file()]
     if adapters and lost:
         _adapters(folder, lost)
 
 
 def _require_room(folder: Path, tasks: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(folder).free, (tasks + 6) * 360_000_000
+    free, needed = shutil.disk_usage(folder).free, (tasks + 6) * 360_000_000 if tasks else 0
     if free < needed:
         sys.exit(f"{folder} has {free / 1e9:.0f} GB free of the {needed / 1e9:.0f} needed; choose another --folder")
 
@@ -62,7 +62,10 @@ def _base(folder: Path, sizes: Mapping[str, int]) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    CLIPVisionModel(CLIPVisionConfig(**sizes)).save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _expert(base: Path, folder: Path, task: int) -> None:
