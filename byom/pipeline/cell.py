@@ -25,7 +25,7 @@ from byom.pipeline.route import Routed
 from byom.pipeline.router.base import Routing
 from byom.pipeline.settings import Settings
 from byom.storage.atomic import write_json
-from byom.storage.lock import alone
+from byom.storage.lock import alone, held
 from byom.storage.signature import describe
 from byom.variants.base.delta import Served
 from byom.weights import Weights
@@ -58,16 +58,22 @@ class Cell:
     @cached_property
     def experts(self) -> dict[str, Weights]:
         """Task to theta_t; those that are missing are fine-tuned, side by side with other processes that want them."""
-        lab, start = self.lab, time.perf_counter()
-        folders = {
+        lab = self.lab
+        trained = {
             t.name: lab.cache / "experts" / lab.signature_of(t.name) for t in lab.experts.trains(lab.suite.tasks)
         }
-        missing = {task: folder for task, folder in folders.items() if not (folder / "training.json").is_file()}
+        missing = {task: folder for task, folder in trained.items() if not (folder / "training.json").is_file()}
         for task in free_first(missing):
+            here = not held(missing[task]) and not (missing[task] / "training.json").is_file()
+            start = time.perf_counter()
             lab.expert(task)
-        if missing:
-            self.training = {"models": len(missing), "seconds": round(time.perf_counter() - start, 3)}
+            if here:  # and no other process has, or is about to
+                self._note_training(time.perf_counter() - start)
         return {task: lab.expert(task) for task in lab.tasks}
+
+    def _note_training(self, seconds: float) -> None:
+        before = self.training or {"models": 0, "seconds": 0.0}
+        self.training = {"models": before["models"] + 1, "seconds": round(before["seconds"] + seconds, 3)}
 
     @cached_property
     def single(self) -> dict[str, dict[str, float]]:

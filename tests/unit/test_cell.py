@@ -10,6 +10,8 @@ import pytest
 from byom.cli import config
 from byom.pipeline.cell import Cell
 from byom.pipeline.labs import Labs
+from byom.storage.atomic import write_json
+from byom.storage.lock import alone
 
 KEYS = {
     ("merge=ties", "byom=fft", "byom.density=0.1", "tune=validation"): ("652547568435", "223c0a8266f0", "dfe71d31d8ec"),
@@ -68,3 +70,25 @@ def test_a_block_ends_its_lab(settings):
     with Labs() as labs:
         lab = labs.of(settings("merge=ties"))
     assert labs.of(settings("merge=ties")) is not lab
+
+
+def test_a_run_says_what_it_fine_tuned_itself(settings, tmp_path, monkeypatch):
+    cell = Cell(settings("merge=ties"))
+    folders = {task: tmp_path / "experts" / cell.lab.signature_of(task) for task in cell.lab.tasks}
+    first, second, *others = folders
+    done, order = set(), []
+
+    def expert(task):
+        if task not in done:
+            order.append(task)
+            done.add(task)
+            write_json(folders[task] / "training.json", {})
+            if len(order) == 1:  # meanwhile another process trains the next
+                write_json(folders[others[1]] / "training.json", {})
+        return task
+
+    monkeypatch.setattr(cell.lab, "expert", expert)
+    write_json(folders[second] / "training.json", {})
+    with alone(folders[first]):
+        assert list(cell.experts) == list(folders)
+    assert order[-2:] == [first, second] and cell.training["models"] == len(others) - 1

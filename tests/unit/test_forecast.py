@@ -200,3 +200,21 @@ def test_a_launchers_job_finds_the_cuts_of_all_densities_and_keeps_them_in_the_c
     run._measured(one, None)
     assert seen == [((0.01, 0.1), tmp_path / "cache" / "cuts")]
     assert missing._densities([one, None]) == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        (["merge=ties,average"], True), (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"], True),
+        (["hydra/sweeper=optuna", "merge=ties"], False), (["hydra.sweep.dir=x"], False),
+        (["note='${hydra:job.num}'", "seed=0,1"], False),
+    ],
+)  # fmt: skip
+def test_sweeps_of_all_combinations_do_not_need_a_sweeper_of_hydras(given, ours):
+    assert sweeps.combines(given) == ours
+
+
+def test_the_cells_of_a_sweep_are_all_combinations_once():
+    assert sweeps.product(["byom=none,fft", "byom.density=0.1,0.2", "seed=0"]) == [
+        ["seed=0", "byom=none"], ["seed=0", "byom=fft", "byom.density=0.1"], ["seed=0", "byom=fft", "byom.density=0.2"],
+    ]  # fmt: skip
