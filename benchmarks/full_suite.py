@@ -108,9 +108,7 @@ class Bench:
         for part in ("results", "cache", "home/datasets"):
             shutil.rmtree(self.place / part, ignore_errors=True)
         self._command("plan", "plan")
-        self._command(
-            "table, killed while it encodes", "table", lambda: len(self._files("data/*-test.safetensors")) >= 2
-        )
+        self._command("table, killed while it encodes", "table", self._encoding)
         encoded = self._stamps("data/*-test*.safetensors")
         self._command("table, killed in its second cell", "table", self._within_the_second)
         kept = self._stamps("hits/*/*.json") | self._stamps("scores/*.json") | self._records()
@@ -147,6 +145,10 @@ class Bench:
         return (
             {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "BYOM_"))} | mine | {"TQDM_DISABLE": "1"}
         )
+
+    def _encoding(self) -> bool:
+        """Return whether some splits are encoded."""
+        return len(self._files("data/*-test.safetensors")) >= 2
 
     def _within_the_second(self) -> bool:
         """Return whether one cell is finished, and some tasks of the next one are scored."""

@@ -40,12 +40,16 @@ Work = Callable[[], dict[str, Any] | None]
 LONG = 5.0  # seconds
 SCALE = 0.3
 MERGES = {
-    "vit": ("average", "task_arithmetic", "ties", "magmax", "dare", "breadcrumbs", "consensus", "model_stock", "tsv",
-            "iso_c", "iso_cts", "knots", "wudi"),
+    "vit": ("average", "task_arithmetic", "ties", "magmax", "dare", "breadcrumbs", "consensus", "model_stock"),
     "llama": ("average", "task_arithmetic", "ties", "dare", "model_stock"),
-}  # fmt: skip
-"""Methods by worth: what is cut off is at the end. Singular values of a vocabulary's matrix say nothing of a card."""
-PACKS = {"vit": ("fft", "post_pruning", "emr", "tall_mask", "lora", "tsv_compress"), "llama": ("fft",)}
+    "matrices": ("iso_c", "tsv", "iso_cts", "wudi", "knots"),
+}
+"""Methods by what they are measured on; `matrices` are those of ViT-B/32, and come last, as they take longest."""
+PACKS = {
+    "vit": ("fft", "post_pruning", "emr", "tall_mask"),
+    "llama": ("fft",),
+    "matrices": ("lora", "tsv_compress"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Case:
     """Some models on a device.
 
     Args:
-        kind: ``vit`` or ``llama``.
+        kind: Which of `MERGES` and `PACKS` are measured.
         label: What rows are called.
         base: Name to value.
         experts: One a task.
@@ -110,13 +114,13 @@ class Clock:
         return row | (said or {})
 
 
-def vit(device: str, small: bool) -> Case:
+def vit(device: str, small: bool, kind: str = "vit") -> Case:
     """Make a random ViT-B/32 and eight fine-tunes of it; in miniature, three of a narrow one."""
     torch.manual_seed(0)
     name = _narrow() if small else "ViT-B-32"
     state = Clip(name, "random").load().state_dict()
     base = {n: v.to(device) for n, v in state.items() if v.is_floating_point()}
-    return Case("vit", "3 narrow ViTs" if small else "8 x ViT-B/32", base, _tuned(base, 3 if small else 8, device))
+    return Case(kind, "3 narrow ViTs" if small else "8 x ViT-B/32", base, _tuned(base, 3 if small else 8, device))
 
 
 def llama(device: str, small: bool) -> Case:
@@ -131,6 +135,11 @@ def llama(device: str, small: bool) -> Case:
     return Case(
         "llama", f"{count} x {sum(v.numel() for v in base.values()) / 1e9:.2f} B", base, _tuned(base, count, device)
     )
+
+
+def matrices(device: str, small: bool) -> Case:
+    """Make the same models as `vit`, for the methods that decompose matrices."""
+    return vit(device, small, "matrices")
 
 
 def _tuned(base: Mapping[str, Tensor], count: int, device: str) -> list[dict[str, Tensor]]:
@@ -176,7 +185,7 @@ def rows(given: argparse.Namespace, until: float) -> Iterator[tuple[str, dict[st
     clock = Clock(given.device, given.repeats)
     copied = copy_bandwidth(given.device, given.small, clock)
     yield "copy", copied
-    for make in (vit, llama):
+    for make in (vit, llama, matrices):
         try:
             yield from case_rows(make(given.device, given.small), clock, copied["GB_per_s"], until)
         except Exception as error:  # of a model that cannot be made, or of what several rows stand on
@@ -213,8 +222,9 @@ def jobs(case: Case) -> Iterator[tuple[str, int, Work]]:
     """Yield what is measured of some models: its name, the bytes that it cannot avoid, and the work."""
     count = len(case.experts)
     whole = (count + 2) * case.nbytes
-    arithmetic = plain(case)
-    yield "plain task arithmetic", whole, lambda: where(Weights.of(arithmetic()))
+    if case.kind != "matrices":
+        arithmetic = plain(case)
+        yield "plain task arithmetic", whole, lambda: where(Weights.of(arithmetic()))
     for name in MERGES[case.kind]:
         yield f"merge {name}", whole, merged(name, case)
     reference = config.option("merge", "average")(case.problem).materialise()
@@ -222,8 +232,9 @@ def jobs(case: Case) -> Iterator[tuple[str, int, Work]]:
         variant = config.option("byom", name)
         against = Weights.of(case.base) if variant.on == "pretrained" else reference
         yield f"pack {name}", 2 * count * case.nbytes, packed(variant, case, against)
-    served = config.option("byom", "fft").serve(case.problem, reference)
-    yield "unpack fft, one task", 2 * case.nbytes, lambda: where(served.weights("task0").materialise())
+    if case.kind != "matrices":
+        served = config.option("byom", "fft").serve(case.problem, reference)
+        yield "unpack fft, one task", 2 * case.nbytes, lambda: where(served.weights("task0").materialise())
 
 
 def plain(case: Case) -> Callable[[], dict[str, Tensor]]:

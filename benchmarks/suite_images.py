@@ -84,8 +84,8 @@ KINDS: Mapping[str, Kind] = {
 Counts are those that the data sets' own pages state (``homepage`` in ``conf/task/hub``). SUN397, RESISC45, EuroSAT and
 DTD are cut as the task vectors' code and FusionBench cut them, which leaves a part of RESISC45 and EuroSAT out; GTSRB
 as in CLIP's evaluation; Flowers has no validation images here, FER2013 both of its test sets, and EMNIST the letters of
-arXiv 1702.05373, table II. Of the eight, these counts add up to the rows that the hub's list of them states, where seven
-corrupted copies of a test set count too. Resolutions are typical ones in round numbers.
+arXiv 1702.05373, table II. Of vision8 without SVHN these counts add up to the rows that the hub states, where seven
+corrupted copies of some test sets count too. Resolutions are typical ones in round numbers.
 """
 
 

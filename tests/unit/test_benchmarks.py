@@ -169,20 +169,27 @@ def test_a_part_that_is_cut_off_says_so_and_leaves_no_process(tmp_path):
     assert row["status"] is None and row["end"] == "begun\n" and row["seconds"] < 30
 
 
-@pytest.fixture
-def case():
+def tiny(kind):
     """Three fine-tunes of a matrix and a vector."""
     draw = torch.Generator().manual_seed(0)
     states = [
         {"matrix": torch.randn(24, 16, generator=draw), "bias": torch.randn(16, generator=draw)} for _ in range(4)
     ]
-    return gpu_merging.Case("vit", "tiny", states[0], states[1:])
+    return gpu_merging.Case(kind, "tiny", states[0], states[1:])
 
 
-def test_rows_of_merging_are_measured_and_a_failure_is_a_row(case, monkeypatch):
+@pytest.mark.parametrize("kind", gpu_merging.MERGES)
+def test_every_method_named_is_measured_and_runs(kind):
+    jobs = [*gpu_merging.jobs(tiny(kind))]
+    named = [f"merge {n}" for n in gpu_merging.MERGES[kind]] + [f"pack {n}" for n in gpu_merging.PACKS[kind]]
+    own = ["plain task arithmetic", "unpack fft, one task"] if kind != "matrices" else []
+    assert [name for name, *_ in jobs] == [*own[:1], *named, *own[1:]]
+    assert all(work() for name, _, work in jobs if name != "merge wudi")  # 300 steps
+
+
+def test_rows_of_merging_are_measured_and_a_failure_is_a_row(monkeypatch):
+    case = tiny("vit")
     jobs = [*gpu_merging.jobs(case)]
-    names = [f"merge {n}" for n in gpu_merging.MERGES["vit"]] + [f"pack {n}" for n in gpu_merging.PACKS["vit"]]
-    assert [name for name, *_ in jobs] == ["plain task arithmetic", *names, "unpack fft, one task"]
     few = [job for job in jobs if job[0].rpartition(" ")[2] in ("arithmetic", "average", "ties", "fft", "task")]
     monkeypatch.setattr(gpu_merging, "jobs", lambda given: [*few, ("broken", 1, lambda: 1 / 0)])
     clock = gpu_merging.Clock("cpu", repeats=1)
@@ -197,7 +204,8 @@ def test_rows_of_merging_are_measured_and_a_failure_is_a_row(case, monkeypatch):
     assert "no time was left" in text and gpu_merging.table(rows).count("%") == 5
 
 
-def test_plain_task_arithmetic_is_byoms(case):
+def test_plain_task_arithmetic_is_byoms():
+    case = tiny("vit")
     merged = TaskArithmetic(scale=gpu_merging.SCALE)(case.problem)
     out = gpu_merging.plain(case)()
     assert all(torch.allclose(out[name], merged[name], atol=1e-5) for name in out)
