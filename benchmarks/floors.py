@@ -5,7 +5,7 @@
 
 A layer has four matrices: 2304 x 768, 768 x 768, 3072 x 768 and 768 x 3072; ViT-B/32 has twelve of them. The task
 vectors are heavy-tailed noise, whose spectrum is flat, or have singular values that decay as j^-0.7. The rate is that
-of `torch.matmul` at 768 and at 3072, the better of the two, in fp32 and fp64. Operations are those of the direct
+of `torch.mm` at 768 and at 3072, the better of the two, in fp32 and fp64. Operations are those of the direct
 algorithm: ``m n^2`` for a square, ``9 n^3`` for eigenvectors, ``2 m n k`` for a product. Seconds are scaled to twelve
 layers. `cpu s` are seconds of processor time: on a shared machine compare these, with one thread.
 """
@@ -167,10 +167,10 @@ def rate(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> tuple[fl
     best = [0.0, 0.0]
     for rows in (768, 3072):
         one, other = (torch.randn(shape, dtype=dtype, device=device) for shape in ((rows, 768), (768, 768)))
-        one @ other
+        torch.mm(one, other)
         for _ in range(repeats):
             before = clocks(device)
-            one @ other
+            torch.mm(one, other)
             taken = [after - start for after, start in zip(clocks(device), before, strict=True)]
             best = [max(known, 2 * rows * 768**2 / max(each, 1e-9)) for known, each in zip(best, taken, strict=True)]
     return best[0], best[1]

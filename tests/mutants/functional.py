@@ -53,6 +53,20 @@ FUNCTIONAL = (
         ("tests/unit/test_linalg.py -k polar",),
     ),
     Mutant(
+        "an-eigenvector-may-be-missed",
+        "functional",
+        "proved = (failed == 0) & (half > 0)",
+        "proved = half > 0",
+        ("tests/unit/test_iterative.py -k missed",),
+    ),
+    Mutant(
+        "what-is-not-proved-is-taken",
+        "functional",
+        "*(pairs[i] if proved[i] else _descending(grams[i]))",
+        "*pairs[i]",
+        ("tests/unit/test_iterative.py -k proof",),
+    ),
+    Mutant(
         "ridge-is-absolute",
         "functional",
         "shift = ridge * gram.diagonal().mean()",
