@@ -30,6 +30,10 @@ class Column(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def take(self, places: Sequence[int]) -> Column | None:
+        """Return the rows at some places; None where the table lies in memory, and would travel with them."""
+        return Column(self._dataset.select(places), self._name) if self._dataset.cache_files else None
+
     def __getitem__(self, index: Any) -> Any:
         row = self._dataset[index]
         return row[self._name] if isinstance(self._name, str) else {name: str(row[name]) for name in self._name}

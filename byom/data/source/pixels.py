@@ -27,6 +27,10 @@ class Arrays(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._pixels)
 
+    def take(self, places: Sequence[int]) -> Arrays:
+        """Return the images at some places."""
+        return Arrays(self._pixels[np.asarray(places, np.int64)])
+
     def __getitem__(self, index: Any) -> Any:
         chosen = self._pixels[index]
         return Arrays(chosen) if isinstance(index, slice) else Image.fromarray(chosen)
