@@ -18,7 +18,7 @@ from byom.data.encode import Encode, Encoder, Examples, Filling, encoding
 from byom.data.source.base import Pool
 from byom.data.split import INPUTS
 from byom.data.suite import Task
-from byom.data.workers import MOST, Chunk, NoWorkers, filled, usable
+from byom.data.workers import Chunk, NoWorkers, filled, usable
 from byom.storage.signature import signature
 
 PATIENCE = 15.0
@@ -78,10 +78,10 @@ class Making:
         for chunk in missing[:1]:
             yield chunk, self._fill(filling, encode, chunk)
         spent, left = time.perf_counter() - start, missing[1:]
-        processes = min(usable(), MOST, len(left))
+        processes = usable()
         if spent * len(left) > PATIENCE and processes > 1 and _part(self.pool.inputs, []) is not None:
             try:
-                yield from filled(filling, left, self._sent, processes)
+                yield from filled(filling, left, self._sent, min(processes, len(left)))
             except NoWorkers as reason:
                 sys.stderr.write(f"byom: encoding in this process alone ({reason})\n")
         for chunk in left:

@@ -33,8 +33,13 @@ class Split:
     """
 
     def __init__(self, inputs: dict[str, Tensor], labels: Tensor, fingerprint: str = "") -> None:
-        self.inputs, self.labels = inputs, labels
+        self._inputs, self.labels = inputs, labels
         self._known = fingerprint
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Name to tensor of N rows."""
+        return self._inputs
 
     @cached_property
     def fingerprint(self) -> str:
@@ -43,6 +48,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def at(self, places: Tensor) -> Split:
+        """Return the examples at some places, int64 ``[M]``; inputs are copied batch by batch, as `batches` gives them.
+
+        The fingerprint stays that of the whole.
+        """
+        return _Part(self, places)
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """Yield every example once, in batches; padding that no example of a batch needs is cut off.
@@ -58,15 +70,22 @@ class Split:
         """
         for index in (self._order() if order is None else order).split(size):
             yield (
-                self._trimmed({name: value[index] for name, value in self.inputs.items()}),
+                self._trimmed(self._rows(index)),
                 self.labels[index],
                 index,
             )
 
+    def _rows(self, index: Tensor) -> dict[str, Tensor]:
+        return {name: value[index] for name, value in self.inputs.items()}
+
+    def _lengths(self) -> Tensor | None:
+        """Return how many tokens each text has; None of images."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.sum(1)
+
     def _order(self) -> Tensor:
-        if "attention_mask" not in self.inputs:
-            return torch.arange(len(self))
-        return self.inputs["attention_mask"].sum(1).argsort(descending=True, stable=True)
+        lengths = self._lengths()
+        return torch.arange(len(self)) if lengths is None else lengths.argsort(descending=True, stable=True)
 
     def _trimmed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "attention_mask" not in inputs:
@@ -76,6 +95,31 @@ class Split:
             return inputs
         columns = slice(int(used[0]), int(used[-1]) + 1)
         return {name: value[:, columns] if name in PADDED else value for name, value in inputs.items()}
+
+
+class _Part(Split):
+    """Some examples of a split; see `Split.at`."""
+
+    def __init__(self, whole: Split, places: Tensor) -> None:
+        super().__init__({}, whole.labels[places])
+        self._whole, self._places = whole, places
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Name to tensor of M rows, copied from the whole."""
+        return self._rows(torch.arange(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the whole."""
+        return self._whole.fingerprint
+
+    def _rows(self, index: Tensor) -> dict[str, Tensor]:
+        return self._whole._rows(self._places[index])
+
+    def _lengths(self) -> Tensor | None:
+        lengths = self._whole._lengths()
+        return None if lengths is None else lengths[self._places]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

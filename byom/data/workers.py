@@ -19,8 +19,8 @@ from typing import Any
 from byom.data.encode import Examples, Filling
 from byom.errors import DataError
 
-MOST = 16
-"""Processes at most: each holds an interpreter with torch and the encoder's library, about 0.3 GB."""
+EACH = 600_000_000
+"""Bytes of memory of a process: an interpreter with torch and the encoder's library, and about 0.1 GB of images."""
 
 START = (
     "import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -36,11 +36,13 @@ class NoWorkers(Exception):
 
 
 def usable() -> int:
-    """Return how many processors this process may use."""
+    """Return how many processes are worth it: one for each processor, with a quarter of the memory for all of them."""
     try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+        processors = len(os.sched_getaffinity(0))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not Linux
+        return min(os.cpu_count() or 1, 4)
+    return max(1, min(processors, memory // 4 // EACH))
 
 
 def filled(
