@@ -53,6 +53,7 @@ def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home
         plan = capsys.readouterr().out
         assert plan.count(" here ") == 4 and "missing  " not in plan
         assert re.search(r"(\d+) cells, 0 finished, \1 missing", plan) and "downloads  0 MB in 0 places" in plan
+        assert re.search(r"data +0\.0 GB of encoded examples here, \d+\.\d GB to come", plan)
         assert main(["run", *CELL, "evaluate=test", *tiny(tmp_path)]) == 0
         capsys.readouterr()
         assert main(["plan", *CELL, "evaluate=test", *tiny(tmp_path)]) == 0

@@ -73,6 +73,13 @@ class Hub(Source):
         if self._remote:
             yield hub.download(what, self._repository, [self._patterns])
 
+    def here(self) -> bool:
+        """Return whether the commit is given, or the one that its branch points to is on this machine."""
+        if not self._remote or self._repository.pinned:
+            return True
+        commit = hub.current(self._repository)
+        return commit is not None and hub.local(self._repository._replace(revision=commit), self._patterns) is not None
+
     def fetch(self) -> None:
         """Bring the data to this machine, and prepare it."""
         if self._remote:
