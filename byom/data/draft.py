@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,21 +93,22 @@ class Draft:
         path: The file.
         key: What the split is made of; what was left under another key is begun anew.
         labels: ``[N]``.
-        rows: Name to shape of a row and dtype, of what is encoded; asked for where a draft is begun.
+        rows: Gives name to shape of a row and dtype, of what is encoded; called where a draft is begun.
     """
 
-    def __init__(self, path: Path, key: str, labels: Tensor, rows: Any) -> None:
+    def __init__(self, path: Path, key: str, labels: Tensor, rows: Callable[[], dict[str, Spec]]) -> None:
         self.path, self.key, self.labels = path, key, labels
         self.folder = work_folder(path)
         self.file = self.folder / "rows.safetensors"
         self.journal = self.folder / "journal.jsonl"
-        with writing(self.path):
-            self._open(rows)
-
-    def _open(self, rows: Any) -> None:
         lines = list(_lines(self.journal))
-        begun = lines[0] if lines and lines[0].get("key") == self.key and self.file.is_file() else None
-        found = _read_specs(begun["rows"]) if begun else rows()
+        begun = bool(lines) and lines[0].get("key") == key and self.file.is_file()
+        found = _read_specs(lines[0]["rows"]) if begun else rows()
+        with writing(path):
+            self._open(found, lines[1:] if begun else None)
+
+    def _open(self, found: dict[str, Spec], noted: list[dict[str, Any]] | None) -> None:
+        """Open the draft for rows of some shapes and dtypes; anew where nothing was noted of it."""
         self._specs = ordered(
             {name: ((len(self.labels), *shape), dtype) for name, (shape, dtype) in found.items()}
             | {LABELS: (tuple(self.labels.shape), self.labels.dtype)}
@@ -115,8 +116,7 @@ class Draft:
         start, places = header(self._specs, {"fingerprint": UNKNOWN})
         self.columns = {name: Column(places[name], *found[name]) for name in found}
         self._size = len(start) + sum(size(*spec) for spec in self._specs.values())
-        self.done: dict[int, dict[str, str]] = {}
-        if begun is None:
+        if noted is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._require_room()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,8 +125,9 @@ class Draft:
             file.write(start)
             file.seek(places[LABELS])
             file.write(_bytes(self.labels))
-        if begun is not None:
-            self.done = {line["chunk"]: line["crc32"] for line in lines[1:] if self._holds(line)}
+        self.done: dict[int, dict[str, str]] = {
+            line["chunk"]: line["crc32"] for line in noted or () if self._holds(line)
+        }
         first = {"key": self.key, "rows": {name: [list(shape), CODES[dtype]] for name, (shape, dtype) in found.items()}}
         kept = [{"chunk": chunk, "crc32": sums} for chunk, sums in self.done.items()]
         write_bytes(self.journal, "".join(f"{json.dumps(line)}\n" for line in [first, *kept]).encode())

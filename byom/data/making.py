@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,13 @@ class Making:
         filling = Filling(self.backbone, self.task, path, draft.file, draft.columns)
         with tqdm(total=len(labels), desc=label, unit="example", leave=False, mininterval=1) as bar:
             bar.update(sum(len(self._span(chunk)) for chunk in draft.done))
-            for chunk, sums in self._filled(filling, draft, encode):
-                draft.note(chunk, sums)
-                bar.update(len(self._span(chunk)))
+            with closing(self._filled(filling, draft, encode)) as filled_chunks:  # an interrupt ends its processes
+                for chunk, sums in filled_chunks:
+                    draft.note(chunk, sums)
+                    bar.update(len(self._span(chunk)))
         draft.finish()
 
-    def _filled(self, filling: Filling, draft: Draft, encode: Encode) -> Iterator[tuple[int, dict[str, str]]]:
+    def _filled(self, filling: Filling, draft: Draft, encode: Encode) -> Generator[tuple[int, dict[str, str]]]:
         """Fill the first chunk here, which tells how long the others take, and those in processes where it pays."""
         missing = draft.missing()
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from byom.data.split import Split, fingerprint, open_split, save_split
 from byom.data.suite import Task
 from byom.errors import DataError
 from byom.storage.lock import alone
+from byom.storage.place import require_writable
 from byom.storage.signature import describe, signature
 
 __all__ = ["SPLITS", "Split", "Splits", "fingerprint", "load"]
@@ -73,6 +74,7 @@ class Splits(Mapping[str, Split]):
         path = self.path(name)
         split = open_split(path, self.cache)
         if split is None:
+            require_writable(path.parent, "encoded examples", "set cache= to a writable folder")
             with alone(path):
                 split = open_split(path, self.cache) or self._made(name, path)
         return split

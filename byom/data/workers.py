@@ -11,7 +11,7 @@ import pickle
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from threading import Lock, Thread
 from typing import Any
@@ -47,7 +47,7 @@ def usable() -> int:
 
 def filled(
     filling: Filling, chunks: Sequence[int], take: Callable[[int], Chunk], count: int
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Generator[tuple[int, dict[str, str]]]:
     """Fill a draft by several processes, and yield chunks as they are done, with the checksums of their rows.
 
     Args:
