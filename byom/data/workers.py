@@ -175,5 +175,6 @@ class _Process:
         if self._running is not None:
             self._running.wait()
             for pipe in (self._running.stdin, self._running.stdout):
-                with suppress(OSError):  # what it was never sent
-                    pipe and pipe.close()
+                if pipe is not None:
+                    with suppress(OSError):  # of what it was never sent
+                        pipe.close()
