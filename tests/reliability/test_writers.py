@@ -333,6 +333,7 @@ BEHIND = {  # what writes with its own hands, and what stands in front of it
     "byom/experts/finetune/lora.py": "a folder that is swapped in",
     "byom/experts/finetune/processes.py": "a draft, read and removed by the processes of one command",
     "byom/report/figures/style.py": "a draft",
+    "byom/data/worker.py": "a pipe to its parent",
     "byom/data/draft.py": "a file in a folder of its own, gone on with after a kill",
     "byom/pipeline/provenance.py": "/proc/self/clear_refs",
 }
