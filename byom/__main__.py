@@ -45,7 +45,10 @@ Laboratory: experiments on suites of tasks
                        byom statistics fisher gram suite=vision8_offline
   export   one PEFT adapter per task, next to the merged model where tasks were packed against one:
                        byom export FOLDER suite=text8_offline finetune=lora byom=lora byom.rank=8
-  list     methods, variants, suites, backbones, and the experts in the cache; list merge: methods for folders, too
+  list     methods, variants, suites, backbones, and the experts in the cache; list merge: methods for folders, too;
+           list caches: how large each part of the cache is
+  clean    remove what killed runs left in the cache, or whole parts of it (--dry-run says what would go):
+                       byom clean data older=30d --dry-run
 
 Options of the laboratory, merge.* and byom.* everywhere, are Hydra overrides. `byom run --cfg` prints the configuration
 that would run, and `byom list` the options of each group. Records go to results/runs (results=FOLDER; to
@@ -148,6 +151,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pack": _pack,
     "serve": _command("serve", "server"),
     "list": _command("list_options", "listing"),
+    "clean": _command("clean", "caches"),
     "why": _command("why", "why"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
     **{name: _command(name, "folders") for name in ("merge", "unpack")},

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from byom.cli import config
+from byom.cli import caches, config
 from byom.folders.request import is_weights_alone
 from byom.storage.place import at_home
 
@@ -16,10 +16,12 @@ GROUPS = (
 
 
 def list_options(arguments: Sequence[str]) -> int:
-    """List the options of every group (or of those named) and the experts in the cache.
+    """List the options of every group (or of those named) and the experts in the cache; ``caches``: how large it is.
 
     Of merge methods and variants that are asked for by name it says which need nothing but the models' weights.
     """
+    if "caches" in arguments:
+        return caches.sizes([argument for argument in arguments if argument != "caches"])
     named = [argument for argument in arguments if argument in GROUPS]
     for group in named or GROUPS:
         sys.stdout.write(f"{group + '=':<12}{', '.join(config.options(group)) or '(none)'}\n")

@@ -20,10 +20,11 @@ DIRTY = "Records are looked for in {} alone: this source tree has uncommitted ch
 
 def plan(arguments: Sequence[str]) -> int:
     """Print which cells are finished, and what the others cost, before anything starts."""
+    from byom.pipeline import encoded
     from byom.pipeline import plan as plans
 
     name, cells = _settings(arguments)
-    sys.stdout.write(f"{plans.text(name, plans.plan(cells))}\n")
+    sys.stdout.write(f"{plans.text(name, plans.plan(cells))}\n{encoded.said(cells)}\n")
     scratch = {root for cell in cells if (root := cell.place().root) != cell.results}
     sys.stdout.write("".join(f"\n{DIRTY.format(root)}\n" for root in sorted(scratch)))
     return 0

@@ -1,112 +1,36 @@
-"""From a task to encoded examples: drawn by seed, free of leaks, cached and fingerprinted."""
+"""From a task to encoded examples: drawn by seed, free of leaks, encoded once and read from a mapped file."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
+from byom.data.draft import ROWS
 from byom.data.draw import SPLITS, Draws
+from byom.data.encode import Encoder
+from byom.data.making import Making
+from byom.data.split import Split, fingerprint, open_split, save_split
 from byom.data.suite import Task
-from byom.storage.atomic import write_bytes
+from byom.errors import DataError
+from byom.storage.lock import alone
+from byom.storage.place import require_writable
 from byom.storage.signature import describe, signature
 
+__all__ = ["SPLITS", "Split", "Splits", "fingerprint", "load"]
+
 FORMAT = 1
-CHUNK = 64
-PADDED = ("input_ids", "attention_mask", "token_type_ids")
-
-
-class Encoder(Protocol):
-    """The part of a backbone that this module uses."""
-
-    def encoding_for(self, task: Task) -> Any:
-        """Describe the encoding in JSON values: tokenizer and length, or resolution and cropping."""
-        ...
-
-    def encode(self, inputs: list[Any], task: Task) -> dict[str, Tensor]:
-        """Turn N raw inputs into tensors of N rows whose other sizes do not depend on the inputs."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Encoded, labelled examples.
-
-    Args:
-        inputs: Name to tensor of N rows: ``pixels`` uint8 [N, 3, H, W], or ``input_ids`` and ``attention_mask``
-            [N, L].
-        labels: [N], class numbers int64, or numbers float32.
-        fingerprint: 16 hexadecimal digits of the SHA-256 of the tensors; computed when left out.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.fingerprint:
-            object.__setattr__(self, "fingerprint", fingerprint(self.inputs | {"labels": self.labels}))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """Yield every example once, in batches; padding that no example of a batch needs is cut off.
-
-        Args:
-            size: Examples in a batch; the last one may be smaller.
-            order: int64 [M], which examples and in which order. None takes all: images as they are, texts from
-                long to short, which spares padding.
-
-        Yields:
-            Inputs, labels int64 [B], and index int64 [B]: the examples' places in the split, so that
-            ``hits[index] = ...`` restores the original order.
-        """
-        for index in (self._order() if order is None else order).split(size):
-            yield (
-                self._trimmed({name: value[index] for name, value in self.inputs.items()}),
-                self.labels[index],
-                index,
-            )
-
-    def _order(self) -> Tensor:
-        if "attention_mask" not in self.inputs:
-            return torch.arange(len(self))
-        return self.inputs["attention_mask"].sum(1).argsort(descending=True, stable=True)
-
-    def _trimmed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if "attention_mask" not in inputs:
-            return inputs
-        used = inputs["attention_mask"].bool().any(0).nonzero().flatten()
-        if not len(used):
-            return inputs
-        columns = slice(int(used[0]), int(used[-1]) + 1)
-        return {name: value[:, columns] if name in PADDED else value for name, value in inputs.items()}
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 over names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class Splits(Mapping[str, Split]):
     """A task's splits, encoded for a backbone when they are asked for.
 
     The test split is the same for every seed; the others are drawn by `seed` from what is left (`byom.data.draw`).
-    What was encoded once is read from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made again.
+    What was encoded once is mapped from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made
+    again. Large splits are encoded by several processes, and what a kill leaves of one is gone on with.
 
     Args:
         task: The task.
@@ -116,6 +40,7 @@ class Splits(Mapping[str, Split]):
 
     Raises:
         DataError: If data is missing, altered or too small for the task.
+        CheckpointError: If the cache cannot be written, such as on a full disk.
     """
 
     def __init__(self, task: Task, backbone: Encoder, seed: int, cache: Path) -> None:
@@ -141,21 +66,34 @@ class Splits(Mapping[str, Split]):
         """The examples of every split."""
         return Draws(self.task, self.task.source.pools(self.cache), self.seed)
 
+    def path(self, name: str) -> Path:
+        """Return where a split is kept."""
+        return self.cache / "data" / f"{self._signature}-{name}.safetensors"
+
     def _split(self, name: str) -> Split:
-        path = self.cache / "data" / f"{self._signature}-{name}.safetensors"
-        split = _open(path)
+        path = self.path(name)
+        split = open_split(path, self.cache)
         if split is None:
-            split = self._encode(name)
-            _save(path, split)
+            require_writable(path.parent, "encoded examples", "set cache= to a writable folder")
+            with alone(path):
+                split = open_split(path, self.cache) or self._made(name, path)
         return split
 
-    def _encode(self, name: str) -> Split:
-        pool_name, index = self.draws[name]
+    def _made(self, name: str, path: Path) -> Split:
+        pool_name, places = self.draws[name]
         pool = self.draws.pools[pool_name]
-        chunks = [index[start : start + CHUNK] for start in range(0, max(1, len(index)), CHUNK)]
-        encoded = [self.backbone.encode([pool.inputs[i] for i in chunk], self.task) for chunk in chunks]
-        inputs = {key: torch.cat([part[key] for part in encoded]) for key in encoded[0]}
-        return Split(inputs, torch.tensor([self.task.index(pool.labels[i]) for i in index], dtype=_kind(self.task)))
+        labels = torch.tensor([self.task.index(pool.labels[i]) for i in places], dtype=_kind(self.task))
+        origin = f"the {pool_name} examples of task {self.task.name} ({_named(self.task.source)})"
+        making = Making(self.task, self.backbone, pool, pool_name, places, origin)
+        if len(places) <= ROWS:
+            split = Split(making.small(), labels)
+            save_split(path, split)
+            return split
+        making.large(path, labels, f"encode {self.task.name} {name}")
+        split = open_split(path, self.cache)
+        if split is None:
+            raise DataError(f"{path} was damaged while it was written; check the disk, and run the same command again")
+        return split
 
 
 def load(task: Task, backbone: Encoder, seed: int, cache: Path) -> Splits:
@@ -167,28 +105,15 @@ def _kind(task: Task) -> torch.dtype:
     return torch.float32 if task.regression else torch.int64
 
 
+def _named(source: Any) -> str:
+    """Return what a source is called in messages."""
+    where = getattr(source, "path", "") or getattr(getattr(source, "root", None), "path", "")
+    return f"{type(source).__name__} {where}".strip()
+
+
 def _signature(task: Task, backbone: Encoder, seed: int, cache: Path) -> str:
     sizes = [task.train, task.validation, task.test, task.shots]
     data = [describe(task.source), task.source.digest(cache), task.name, task.classes, task.labels]
     later = [task.holdout] if task.holdout != "drawn" else []  # what is added later must not encode old data again
     later += [task.metric] if task.regression else []
     return signature(FORMAT, data, sizes, seed, backbone.encoding_for(task), *later, digits=16)
-
-
-def _save(path: Path, split: Split) -> None:
-    tensors = {f"inputs/{key}": value.contiguous() for key, value in split.inputs.items()} | {"labels": split.labels}
-    write_bytes(path, save(tensors, metadata={"fingerprint": split.fingerprint}))
-
-
-def _open(path: Path) -> Split | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            promised = file.metadata()["fingerprint"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            labels = tensors.pop("labels")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
-    split = Split({name.removeprefix("inputs/"): tensor for name, tensor in tensors.items()}, labels)
-    return split if split.fingerprint == promised else None

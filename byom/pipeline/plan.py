@@ -138,7 +138,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
     encoder = encoder.to(device).eval()
     size = sum(p.numel() * p.element_size() for p in encoder.parameters())
     task = cells[0].suite.tasks[0]
-    inputs = backbone.encode([_sample(task)] * BATCH, task)
+    inputs = backbone.encode([sample(task)] * BATCH, task)
     with torch.inference_mode():
         encoder(**{name: value[:1].to(device) for name, value in inputs.items()})  # the first call sets things up
         start = time.perf_counter()
@@ -148,7 +148,7 @@ def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:
     return size, (time.perf_counter() - start) / BATCH
 
 
-def _sample(task: Task) -> Any:
+def sample(task: Task) -> Any:
     """Return an input of a task's kind."""
     from PIL import Image
 

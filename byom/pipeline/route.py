@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from byom.data.splits import Split
 from byom.pipeline.evaluate import Score
 from byom.pipeline.lab import Lab
 from byom.pipeline.router.base import Routing
@@ -79,11 +78,9 @@ class Routed:
 
     def _scored(self, model: Weights, task: str, split: str, places: Tensor) -> Tensor:
         """Return the scores of a model with the task's own head on examples at some places of a split."""
-        whole = self.lab.splits(task)[split]
-        inputs = {name: rows[places] for name, rows in whole.inputs.items()}
+        part = self.lab.splits(task)[split].at(places)
         self.lab.fill(model.state())
         head = self.served.deltas[task].readout(self.lab.head(task))
-        part = Split(inputs, whole.labels[places], whole.fingerprint)
         return self.lab.points(head, part, self.lab.tasks[task].metric)
 
 

@@ -50,7 +50,7 @@ def drafted(path: Path, *, settled: bool = False) -> Iterator[Path]:
             draft.chmod(0o666 & ~umask)
         _put(draft, path)
     except (OSError, SafetensorError) as error:
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def replacing(folder: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
         _swap(partial, folder)
         clear(folder, "old-")
     except (OSError, SafetensorError) as error:
-        raise _unwritten(folder, error) from error
+        raise unwritten(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -148,7 +148,8 @@ def clear(path: Path, kind: str) -> None:
             left.unlink(missing_ok=True)
 
 
-def _unwritten(path: Path, error: Exception) -> CheckpointError:
+def unwritten(path: Path, error: Exception) -> CheckpointError:
+    """Return the error that says why a file or folder cannot be written, and what to do about it."""
     return CheckpointError(f"cannot write {path}: {error}. Free space or choose another folder")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from byom.errors import ByomError, DataError
@@ -38,13 +38,45 @@ def content_digest(
         ByomError: If a file is missing, of the kind that `error` says.
     """
     names = sorted(set(files))
+
+    def digest() -> str:
+        return _sha256(_lines((name, _hashed(folder / name, error)) for name in names))
+
+    return remembered(folder, names, cache, digest, error)
+
+
+def remembered(
+    folder: Path,
+    names: Sequence[str],
+    cache: Path | None,
+    compute: Callable[[], str],
+    error: type[ByomError] = DataError,
+    *,
+    digits: int = 64,
+) -> str:
+    """Return what a function finds in files, from memory where the files did not change since it was found.
+
+    Args:
+        folder: What `names` are relative to.
+        names: The files.
+        cache: Where it is remembered; None computes it every time.
+        compute: Reads the files.
+        error: What is raised if a file is missing.
+        digits: Length of what `compute` returns, which tells different functions of one file apart.
+
+    Returns:
+        Hexadecimal digits.
+    """
     stamps = [_stamp(folder / name, error) for name in names]
-    memo = None if cache is None else Path(cache) / "data" / "digests" / stamped(folder, names, error)
+    memo = None
+    if cache is not None:
+        kind = "" if digits == 64 else f"-{digits}"
+        memo = Path(cache) / "data" / "digests" / f"{stamped(folder, names, error)}{kind}"
     known = memo.read_text(encoding="utf-8") if memo is not None and memo.is_file() else ""
-    if len(known) == 64:
+    if len(known) == digits:
         return known
     start = time.time_ns()
-    digest = _sha256(_lines((name, _hashed(folder / name, error)) for name in names))
+    digest = compute()
     same = stamps == [_stamp(folder / name, error) for name in names]
     if memo is not None and same and all(_settled(stamp, start) for stamp in stamps):
         write_bytes(memo, digest.encode())

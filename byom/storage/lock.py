@@ -20,7 +20,11 @@ PATIENCE = 3.0
 
 def owner() -> str:
     """Return what tells this process from every other that may write to the same disk."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', platform.node())}-{os.getpid()}"
+    return f"{_node()}-{os.getpid()}"
+
+
+def _node() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", platform.node())
 
 
 def without_owner(folder: Path, start: str) -> list[Path]:
@@ -32,9 +36,21 @@ def without_owner(folder: Path, start: str) -> list[Path]:
         folder: Where to look.
         start: How the names begin.
     """
-    here, names = f"{platform.node()}-", (entry.name for entry in os.scandir(folder) if entry.name.startswith(start))
+    here, names = f"{_node()}-", (entry.name for entry in os.scandir(folder) if entry.name.startswith(start))
     left = [(folder / name, name.removeprefix(start)) for name in names]
     return [path for path, whose in left if _gone(path, whose.removeprefix(here), whose.startswith(here))]
+
+
+def outlived(path: Path, end: str) -> bool:
+    """Say whether a name ends as `owner` says, of a process that is gone; see `without_owner`.
+
+    Args:
+        path: The file or folder.
+        end: The end of its name, after that of what the process made: its kind may stand before the owner.
+    """
+    whose = end.removeprefix("partial-").removeprefix("old-")
+    here = f"{_node()}-"
+    return _gone(path, whose.removeprefix(here), whose.startswith(here))
 
 
 def _gone(path: Path, number: str, local: bool) -> bool:

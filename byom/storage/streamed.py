@@ -47,10 +47,7 @@ def write_streamed(
     Raises:
         CheckpointError: If it cannot be written, or a tensor is not what `specs` says.
     """
-    for name, (_, dtype) in specs.items():
-        if dtype not in CODES:
-            raise unheld(name, dtype)
-    names = sorted(specs, key=lambda name: (_RANKS[specs[name][1]], name))
+    names = list(ordered(specs))
     with drafted(path, settled=True) as draft, draft.open("wb") as file:
         file.write(_header(names, specs, notes, dict.fromkeys(names, UNKNOWN)))
         sums = _write_tensors(_Sink(file), names, specs, read, progress or (lambda _: None))
@@ -111,16 +108,42 @@ def _declared(name: str, spec: Spec, read: Callable[[str], Tensor]) -> Tensor:
 def _header(names: list[str], specs: Mapping[str, Spec], notes: Mapping[str, Any], sums: Mapping[str, str]) -> bytes:
     """Return the table of contents, whose length does not depend on the checksums."""
     said = json.dumps({**notes, "crc32": dict(sums)}, sort_keys=True)
-    table: dict[str, Any] = {"__metadata__": {"byom": said, "format": "pt"}}
+    return header({name: specs[name] for name in names}, {"byom": said, "format": "pt"})[0]
+
+
+def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return shapes and dtypes in the order in which safetensors' own writer lays tensors out: by type, then by name.
+
+    Raises:
+        CheckpointError: If a dtype is one that safetensors do not hold.
+    """
+    for name, (_, dtype) in specs.items():
+        if dtype not in CODES:
+            raise unheld(name, dtype)
+    return {name: specs[name] for name in sorted(specs, key=lambda name: (_RANKS[specs[name][1]], name))}
+
+
+def header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return how a safetensors file begins, as safetensors' own writer has it, and where its tensors begin.
+
+    Args:
+        specs: Name to shape and dtype, in the order of the file; see `ordered`.
+        metadata: What the header says besides the tensors.
+
+    Returns:
+        The first bytes of the file, and name to the place of a tensor's first byte in the file.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places: dict[str, int] = {}
     start = 0
-    for name in names:
-        shape, dtype = specs[name]
+    for name, (shape, dtype) in specs.items():
         end = start + size(shape, dtype)
         table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
+        places[name], start = start, end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    begin = len(text).to_bytes(8, "little") + text
+    return begin, {name: len(begin) + place for name, place in places.items()}
 
 
 _ORDER = (

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from byom.__main__ import main
 from byom.cli import config
+from byom.data.source.hub import Column
 from byom.pipeline import provenance
 from byom.storage import repository as hub
 from tests.hub import build, visit
@@ -32,7 +33,18 @@ def tiny(tmp_path):
     return [*places, f"backbone.model={tiny_clip(LAYERS)}", "backbone.pretrained=random"]
 
 
+def only_tests(decode):
+    """Decode examples of test splits alone."""
+
+    def decoded(column, index):
+        assert column._dataset.split == "test", "an image of another split is looked at"
+        return decode(column, index)
+
+    return decoded
+
+
 def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Column, "__getitem__", only_tests(Column.__getitem__))
     with visit(home, monkeypatch):
         assert main(["fetch", NAME, *tiny(tmp_path)]) == 0
         said = capsys.readouterr().out.splitlines()
@@ -41,14 +53,15 @@ def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home
         plan = capsys.readouterr().out
         assert plan.count(" here ") == 4 and "missing  " not in plan
         assert re.search(r"(\d+) cells, 0 finished, \1 missing", plan) and "downloads  0 MB in 0 places" in plan
-        assert main(["run", *CELL, *tiny(tmp_path)]) == 0
+        assert re.search(r"data +0\.0 GB of encoded examples here, \d+\.\d GB to come", plan)
+        assert main(["run", *CELL, "evaluate=test", *tiny(tmp_path)]) == 0
         capsys.readouterr()
-        assert main(["plan", *CELL, *tiny(tmp_path)]) == 0
+        assert main(["plan", *CELL, "evaluate=test", *tiny(tmp_path)]) == 0
         plan = capsys.readouterr().out
         assert "1 cells, 1 finished, 0 missing" in plan and "uncommitted" not in plan
         monkeypatch.setattr(provenance, "revision", lambda: {"commit": "0", "dirty": True})
         elsewhere = [option for option in tiny(tmp_path) if not option.startswith("results=")]
-        assert main(["plan", *CELL, *elsewhere, f"results={tmp_path}/results"]) == 0
+        assert main(["plan", *CELL, "evaluate=test", *elsewhere, f"results={tmp_path}/results"]) == 0
         assert f"looked for in {tmp_path}/results/scratch alone: this source tree has" in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from byom.checkpoint.adapters.export import adapters
 from byom.checkpoint.bundle import Bundle
-from byom.data.splits import Split, _save
+from byom.data.split import Split, save_split
 from byom.errors import ByomError
 from byom.experts.finetune.loop import _keep
 from byom.merge.base import Problem
@@ -82,7 +82,7 @@ def training(folder: Path, value: float) -> None:
 
 def split(folder: Path, value: float) -> None:
     inputs = {"pixels": torch.full((2, 3, 4, 4), int(value), dtype=torch.uint8)}
-    _save(folder / "out" / "split.safetensors", Split(inputs, torch.zeros(2, dtype=torch.long), "print"))
+    save_split(folder / "out" / "split.safetensors", Split(inputs, torch.zeros(2, dtype=torch.long), "print"))
 
 
 def figure(folder: Path, value: float) -> None:
@@ -333,6 +333,8 @@ BEHIND = {  # what writes with its own hands, and what stands in front of it
     "byom/experts/finetune/lora.py": "a folder that is swapped in",
     "byom/experts/finetune/processes.py": "a draft, read and removed by the processes of one command",
     "byom/report/figures/style.py": "a draft",
+    "byom/data/worker.py": "a pipe to its parent",
+    "byom/data/draft.py": "a file in a folder of its own, gone on with after a kill",
     "byom/pipeline/provenance.py": "/proc/self/clear_refs",
 }
 

@@ -64,6 +64,10 @@ class Source(ABC):
         """
         yield from ()
 
+    def here(self) -> bool:
+        """Return whether `digest` fetches nothing."""
+        return True
+
     def fetch(self) -> None:  # noqa: B027 - most kinds need none
         """Bring the data to this machine; nothing where it is there."""
 

@@ -30,6 +30,10 @@ class Column(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def take(self, places: Sequence[int]) -> Column | None:
+        """Return the rows at some places; None where the table lies in memory, and would travel with them."""
+        return Column(self._dataset.select(places), self._name) if self._dataset.cache_files else None
+
     def __getitem__(self, index: Any) -> Any:
         row = self._dataset[index]
         return row[self._name] if isinstance(self._name, str) else {name: str(row[name]) for name in self._name}
@@ -68,6 +72,13 @@ class Hub(Source):
         """Say what would have to be fetched."""
         if self._remote:
             yield hub.download(what, self._repository, [self._patterns])
+
+    def here(self) -> bool:
+        """Return whether the commit is given, or the one that its branch points to is on this machine."""
+        if not self._remote or self._repository.pinned:
+            return True
+        commit = hub.current(self._repository)
+        return commit is not None and hub.local(self._repository._replace(revision=commit), self._patterns) is not None
 
     def fetch(self) -> None:
         """Bring the data to this machine, and prepare it."""

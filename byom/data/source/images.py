@@ -24,6 +24,10 @@ class Images(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def take(self, places: Sequence[int]) -> Images:
+        """Return the files at some places."""
+        return Images([self._paths[i] for i in places])
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Images(self._paths[index])

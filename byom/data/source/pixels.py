@@ -13,6 +13,9 @@ from byom.data.source.base import FileSource, Pool, check_splits
 from byom.data.source.table import read_table
 from byom.errors import DataError
 
+ROWS = 1024
+"""Rows of a table that are looked at together: they are numbers of 8 bytes."""
+
 
 class Arrays(Sequence[Image.Image]):
     """Grey images kept as one array.
@@ -26,6 +29,10 @@ class Arrays(Sequence[Image.Image]):
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    def take(self, places: Sequence[int]) -> Arrays:
+        """Return the images at some places."""
+        return Arrays(self._pixels[np.asarray(places, np.int64)])
 
     def __getitem__(self, index: Any) -> Any:
         chosen = self._pixels[index]
@@ -72,8 +79,12 @@ class Pixels(FileSource):
                 f"{path} has {table.shape[1]} columns, but {self.height} x {self.width} pixels and a label "
                 f"make {self.height * self.width + 1}; correct `height` and `width`"
             )
-        values = np.delete(table, self.label, axis=1).reshape(-1, self.height, self.width)
-        if values.min() < 0 or values.max() > self.white:
-            raise DataError(f"{path} has grey values outside 0 ... {self.white}; correct `white`")
+        pixels = np.empty((len(table), self.height, self.width), np.uint8)
+        for start in range(0, len(table), ROWS):
+            values = np.delete(table[start : start + ROWS], self.label, axis=1)
+            if values.min() < 0 or values.max() > self.white:
+                raise DataError(f"{path} has grey values outside 0 ... {self.white}; correct `white`")
+            grey = (values * (255 / self.white)).round().astype(np.uint8)
+            pixels[start : start + ROWS] = grey.reshape(-1, self.height, self.width)
         labels = [str(int(value)) for value in table[:, self.label]]
-        return Pool(Arrays((values * (255 / self.white)).round().astype(np.uint8)), labels)
+        return Pool(Arrays(pixels), labels)
