@@ -72,7 +72,7 @@ class Split:
         """
         for index in (self._order() if order is None else order).split(size):
             yield (
-                self._trimmed({name: value[index] for name, value in self.inputs.items()}),
+                self._trimmed({name: value.index_select(0, index) for name, value in self.inputs.items()}),
                 self.labels[index],
                 index,
             )

@@ -26,10 +26,12 @@ class Keys:
         experts: The signature of the tasks' experts.
         extras: Statistics that the merge method uses, and what is done to experts before they are merged; empty for
             methods that merge the experts' weights alone.
+        scored: How models are scored, where it is not as always.
     """
 
     experts: str
     extras: tuple[Any, ...]
+    scored: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, lab: Lab) -> Keys:
@@ -37,11 +39,12 @@ class Keys:
         used = settings.effective()[0].needs.statistics
         statistics = {name: what for name, what in settings.wanted().items() if name in used}
         before = settings.byom.before
-        return cls(lab.signature, (*([statistics] if statistics else []), *([before] if before else [])))
+        extras = (*([statistics] if statistics else []), *([before] if before else []))
+        return cls(lab.signature, extras, tuple(lab.scored))
 
     def tuning(self, method: MergeMethod, tuner: Tuner) -> str:
         """Return the name of a search over a method's hyperparameters."""
-        return signature(self.experts, method, tuner, *self.extras)
+        return signature(self.experts, method, tuner, *self.extras, *self.scored)
 
     def merged(self, method: MergeMethod) -> str:
         """Return the name of a merged model."""
@@ -49,7 +52,7 @@ class Keys:
 
     def served(self, method: MergeMethod, variant: Variant) -> str:
         """Return the name of what serves the tasks, and of its hits."""
-        return signature(self.experts, method, *self.extras, variant)
+        return signature(self.experts, method, *self.extras, variant, *self.scored)
 
 
 def once(folder: Path, make: Callable[[], object]) -> None:

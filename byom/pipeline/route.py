@@ -84,7 +84,7 @@ class Routed:
         self.lab.fill(model.state())
         head = self.served.deltas[task].readout(self.lab.head(task))
         part = Split(inputs, whole.labels[places], whole.fingerprint)
-        return self.lab.points(head, part, self.lab.tasks[task].metric)
+        return self.lab.evaluated(head, part, self.lab.tasks[task].metric).points
 
 
 def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split: str) -> dict[str, Tensor]:
