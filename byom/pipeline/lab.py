@@ -158,7 +158,7 @@ class Lab:
         known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
         mean = sum(known.values()) / len(known)
         parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
-        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []))
+        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []), *self.scored)
         folder = self.cache / "joint" / key
         self._once(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
         return self.recipe.open(folder, self.pretrained)
