@@ -95,6 +95,16 @@ class Backbone(ABC):
         assert shots is not None
         return Head(prototypes(encoder, shots, len(task.classes)), self.temperature)
 
+    def heads(self, encoder: nn.Module, tasks: Sequence[Task], shots: Split | None) -> Iterator[Readout]:
+        """Yield the heads of several tasks, which may share what they are made with.
+
+        Args:
+            encoder: The pre-trained encoder; where it is, heads are computed.
+            tasks: The tasks; one alone where `reads_shots`.
+            shots: See `head`.
+        """
+        yield from (self.head(encoder, task, shots) for task in tasks)
+
     def require_head(self, task: Task) -> None:  # noqa: B027 - most heads are made of examples
         """Refuse a task for which no head can be made, before anything is loaded.
 

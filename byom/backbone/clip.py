@@ -25,6 +25,7 @@ from byom.storage import repository as hub
 from byom.storage.contents import content_digest
 from byom.storage.repository import Download
 
+PROMPTS = 1024  # texts a pass on a GPU
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -125,25 +126,32 @@ class Clip(Backbone):
                 f"task '{task.name}' has no templates; add e.g. templates: ['a photo of a {{}}.'] to its yaml"
             )
 
-    @torch.no_grad()
     def head(self, encoder: nn.Module, task: Task, shots: Split | None) -> Head:
         """Make the zero-shot head: the normalised mean of the templates' normalised text features per class.
 
         Args:
-            encoder: Not used; the text tower belongs to the same checkpoint.
+            encoder: Says where to compute; the text tower belongs to the same checkpoint.
             task: Gives class names and templates.
             shots: Not used: zero-shot heads need no labelled example.
 
         Returns:
-            The head.
+            The head, on the CPU.
 
         Raises:
             DataError: If the task has no templates.
         """
-        self.require_head(task)
+        return next(self.heads(encoder, [task], shots))
+
+    def heads(self, encoder: nn.Module, tasks: Sequence[Task], shots: Split | None) -> Iterator[Head]:
+        """Yield the zero-shot heads of several tasks from one text tower, which ends with them; see `head`."""
+        for task in tasks:
+            self.require_head(task)
         model, tokenizer = self._full(), _tokenizer(self.model)
-        rows = [_class_feature(model, tokenizer, name, task.templates) for name in task.classes]
-        return Head(torch.stack(rows), float(model.logit_scale.exp()))
+        model.visual = nn.Identity()  # the larger half, which no text needs
+        model = model.to(next(encoder.parameters()).device)
+        for task in tasks:
+            rows = _class_features(model, tokenizer, task.classes, task.templates)
+            yield Head(rows, float(model.logit_scale.exp()))
 
     def _full(self) -> Any:
         import open_clip
@@ -180,6 +188,17 @@ def _tokenizer(model: str) -> Any:
     return open_clip.get_tokenizer(model)
 
 
-def _class_feature(model: Any, tokenizer: Any, name: str, templates: Sequence[str]) -> Tensor:
-    texts = model.encode_text(tokenizer([template.format(name) for template in templates]))
-    return normalize(normalize(texts.float(), dim=-1).mean(0), dim=-1)
+@torch.no_grad()
+def _class_features(model: Any, tokenizer: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Return a unit row per class, ``[C, D]`` on the CPU."""
+    device = model.logit_scale.device
+    # on a CPU one class at a time: its products round otherwise in larger batches, and heads are in every record
+    size = 1 if device.type == "cpu" else max(1, PROMPTS // len(templates))
+    chunks = [names[start : start + size] for start in range(0, len(names), size)]
+    return torch.cat([_chunk(model, tokenizer, chunk, templates, device) for chunk in chunks]).cpu()
+
+
+def _chunk(model: Any, tokenizer: Any, names: Sequence[str], templates: Sequence[str], device: torch.device) -> Tensor:
+    tokens = tokenizer([template.format(name) for name in names for template in templates])
+    texts = normalize(model.encode_text(tokens.to(device)).float(), dim=-1)
+    return normalize(torch.stack([rows.mean(0) for rows in texts.split(len(templates))]), dim=-1)

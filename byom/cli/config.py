@@ -227,6 +227,7 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     chosen = {group: names[group] for group in GROUPS if group not in ("logger", "evaluate")}
     places: dict[str, Any] = {key: _place(key, values[key]) for key in PLACES}
     rest = {key: values[key] for key in ("seed", "device")} | {"note": values.get("note", "")}
+    rest |= {"precision": values["precision"]} if "precision" in values else {}
     return Settings(**groups, **places, **rest, names=chosen, resolved=dict(values), overrides=tuple(overrides))
 
 

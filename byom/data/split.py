@@ -76,7 +76,7 @@ class Split:
             )
 
     def _rows(self, index: Tensor) -> dict[str, Tensor]:
-        return {name: value[index] for name, value in self.inputs.items()}
+        return {name: value.index_select(0, index) for name, value in self.inputs.items()}
 
     def _lengths(self) -> Tensor | None:
         """Return how many tokens each text has; None of images."""

@@ -175,8 +175,19 @@ def of_all_experts(name: str) -> bool:
     return packed or bool({*path[:-1]} & {*UNNUMBERED})
 
 
+def on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict's values on the CPU: those that are there as they are; tied names stay one tensor.
+
+    Copying name by name would make two tensors of a tied one, and merging goes by what is tied.
+    """
+    own = {name: tensor.detach() for name, tensor in state.items()}
+    ties = shared(own)
+    moved = {name: tensor.cpu() for name, tensor in own.items() if name not in ties}
+    return {name: moved[ties.get(name, name)] for name in state}
+
+
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict's values on the CPU, in storage of their own; tied names stay one tensor."""
     ties = shared({name: tensor.detach() for name, tensor in state.items()})
-    own = {name: tensor.detach().cpu().clone() for name, tensor in state.items() if name not in ties}
+    own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items() if name not in ties}
     return {name: own[ties.get(name, name)] for name in state}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from byom.functional.precision import later
 from byom.merge.base import MergeMethod
 from byom.pipeline.provenance import Stages
 from byom.pipeline.settings import Settings
@@ -27,10 +28,12 @@ class Keys:
         experts: The signature of the tasks' experts.
         extras: Statistics that the merge method uses, and what is done to experts before they are merged; empty for
             methods that merge the experts' weights alone.
+        scored: How models are scored, where it is not as always.
     """
 
     experts: str
     extras: tuple[Any, ...]
+    scored: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, experts: str) -> Keys:
@@ -43,11 +46,12 @@ class Keys:
         used = settings.effective()[0].needs.statistics
         statistics = {name: what for name, what in settings.wanted().items() if name in used}
         before = settings.byom.before
-        return cls(experts, (*([statistics] if statistics else []), *([before] if before else [])))
+        extras = (*([statistics] if statistics else []), *([before] if before else []))
+        return cls(experts, extras, tuple(later(settings.precision)))
 
     def tuning(self, method: MergeMethod, tuner: Tuner) -> str:
         """Return the name of a search over a method's hyperparameters."""
-        return signature(self.experts, method, tuner, *self.extras)
+        return signature(self.experts, method, tuner, *self.extras, *self.scored)
 
     def merged(self, method: MergeMethod) -> str:
         """Return the name of a merged model."""
@@ -55,7 +59,7 @@ class Keys:
 
     def served(self, method: MergeMethod, variant: Variant) -> str:
         """Return the name of what serves the tasks, and of its hits."""
-        return signature(self.experts, method, *self.extras, variant)
+        return signature(self.experts, method, *self.extras, variant, *self.scored)
 
 
 def once(folder: Path, make: Callable[[], object]) -> None:

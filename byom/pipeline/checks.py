@@ -11,6 +11,8 @@ from byom.errors import OptionError
 from byom.experts.finetune.added import Added
 from byom.experts.finetune.full import Full
 from byom.functional.metrics import metric
+from byom.functional.precision import require_precision
+from byom.pipeline.device import resolve
 from byom.storage.place import require_writable
 from byom.variants.single_task import SingleTask
 
@@ -29,11 +31,17 @@ def require_possible(settings: Settings, *, evaluates: bool = True) -> None:
 
     Raises:
         OptionError: If a method's weights are not one per task, it asks for experts that there are not, heads cannot be
-            made, or the cache cannot be written.
+            made, the device lacks the precision, texts would be cropped, or the cache cannot be written.
         DataError: If a task lacks what its head is made of.
     """
     _require_weights(settings)
     settings.wanted()
+    require_precision(settings.precision, resolve(settings.device))
+    if settings.finetune.augment != "none" and settings.backbone.modality != "image":
+        raise OptionError(
+            f"finetune.augment={settings.finetune.augment} crops images, and {type(settings.backbone).__name__} reads "
+            "texts; use finetune.augment=none"
+        )
     if settings.needs.members > 1 and not settings.experts.default:
         raise OptionError(
             f"merge={settings.names['merge']} asks for {settings.needs.members} experts per task, and "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from byom.data.feed import feed
 from byom.data.splits import Split
 from byom.errors import OptionError
 from byom.functional.metrics import METRICS, metric
+from byom.functional.precision import DEFAULT, exact, lowered, products
+from byom.functional.tensors import wide
+from byom.pipeline.batch_size import BatchSize
 
 
 @dataclass(frozen=True)
@@ -108,19 +114,20 @@ def score(
     Returns:
         The score, in the split's order.
     """
-    columns: dict[str, Tensor] = {}
+    rows = Rows()
     for inputs, labels, index in batches:
-        for name, values in (("predictions", predict(inputs).cpu()), ("labels", labels)):
-            columns.setdefault(name, torch.zeros(examples, *values.shape[1:], dtype=values.dtype))[index] = values
-    return Score(columns["predictions"], columns["labels"], metric)
+        rows.add(index, predict(inputs), labels)
+    predictions, truth = rows.ordered(examples)
+    return Score(predictions, truth, metric)
 
 
 def evaluate(
     encoder: nn.Module,
     head: Callable[[Tensor], Tensor],
     split: Split,
-    batch_size: int = 50,
+    batch_size: int | BatchSize = 50,
     metric: str = "accuracy",
+    precision: str = DEFAULT,
 ) -> Score:
     """Score an encoder with a task's head.
 
@@ -131,19 +138,89 @@ def evaluate(
         split: Labelled examples.
         batch_size: Examples a forward pass.
         metric: Name of the metric.
+        precision: That of the encoder; logits are computed in fp32 always.
 
     Returns:
         The score.
     """
+    predict = METRICS[metric].predict or getattr(head, "predict", best)
+    rows = Rows()
+
+    def see(values: Tensor, labels: Tensor, index: Tensor) -> None:
+        rows.add(index, predict(head(values)), labels)
+
+    with torch.inference_mode():
+        encode(encoder, split, batch_size, precision, see)
+    predictions, truth = rows.ordered(len(split))
+    return Score(predictions, truth, metric)
+
+
+@torch.no_grad()  # not inference mode, in which models that answer in words would generate
+def features(encoder: nn.Module, split: Split, batch_size: int | BatchSize, precision: str = DEFAULT) -> Tensor:
+    """Return the features of a split in its order, fp32 ``[N, D]`` on the CPU; for the arguments see `evaluate`."""
+    rows = Rows()
+    encode(encoder, split, batch_size, precision, lambda values, _, index: rows.add(index, values.float()))
+    return rows.ordered(len(split))[0]
+
+
+def encode(
+    encoder: nn.Module,
+    split: Split,
+    batch_size: int | BatchSize,
+    precision: str,
+    see: Callable[[Tensor, Tensor, Tensor], None],
+) -> None:
+    """Pass every example of a split through an encoder.
+
+    Args:
+        encoder: The encoder, put in evaluation mode.
+        split: The examples.
+        batch_size: Examples a forward pass.
+        precision: That of the encoder.
+        see: Called with features ``[B, D]`` in fp32, labels ``[B]`` and places int64 ``[B]``, the first two on the
+            encoder's device.
+    """
     encoder.eval()
     device = next(encoder.parameters()).device
-    predict = METRICS[metric].predict or getattr(head, "predict", best)
-    return score(
-        lambda inputs: predict(head(encoder(**{k: v.to(device) for k, v in inputs.items()}))),
-        split.batches(batch_size),
-        len(split),
-        metric,
-    )
+    size = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size, device)
+    with (
+        products(precision, device),
+        lowered(precision, device),  # around all batches: weights are cast once
+        closing(feed(size.batches(split), device)) as batches,
+    ):
+        for inputs, labels, index in batches:
+            start = None if size.settled else _clock(device)
+            for rows, values in size.run(lambda part: encoder(**part), inputs, len(index)):
+                with exact(precision, device):
+                    see(wide(values), labels[rows], index[rows])
+            if start is not None:
+                size.observe(len(index), sum(v.numel() for v in inputs.values()), _clock(device) - start)
+
+
+def _clock(device: torch.device) -> float:
+    """Return the time at which a device has done what it was asked for."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Rows:
+    """Columns of a table that come batch by batch; they stay where they were computed until the last has come."""
+
+    def __init__(self) -> None:
+        self._places: list[Tensor] = []
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, index: Tensor, *columns: Tensor) -> None:
+        """Take in rows ``[B, ...]`` of every column at places ``[B]``."""
+        self._places.append(index)
+        self._parts.append(columns)
+
+    def ordered(self, examples: int) -> list[Tensor]:
+        """Return the columns on the CPU, ``[N, ...]``, in the order of their places."""
+        places = torch.cat(self._places)
+        columns = [torch.cat(parts).cpu() for parts in zip(*self._parts, strict=True)]
+        return [torch.zeros(examples, *v.shape[1:], dtype=v.dtype).index_copy_(0, places, v) for v in columns]
 
 
 def best(logits: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _fitted(cell: Settings) -> str:
 def _works(cell: Settings, *, counted: bool) -> list[Work]:
     """Return what a cell needs and the cache does not hold; nothing of one that will be refused."""
     try:
-        names = Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache)
+        names = Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache, cell.precision)
         experts = {task.name: names.expert(task) for task in cell.suite.tasks}
         keys = Keys.of(cell, signature(list(experts.values())))
         return [*_given(cell, experts, keys), *_made(cell, keys, counted=counted)]

@@ -11,6 +11,7 @@ from byom.data.suite import Suite, Task
 from byom.errors import ByomError
 from byom.experts.base import Experts
 from byom.experts.finetune.base import Recipe
+from byom.functional.precision import DEFAULT, later
 from byom.storage.signature import signature
 
 Contents = dict[str, Any]
@@ -43,11 +44,14 @@ class Names:
         recipe: How models are fine-tuned here.
         seed: Draws data and orders training.
         cache: Where digests of unchanged files are remembered.
+        precision: That of training; experts from elsewhere do not depend on it.
     """
 
-    def __init__(self, backbone: Backbone, experts: Experts, recipe: Recipe, seed: int, cache: Path) -> None:
+    def __init__(
+        self, backbone: Backbone, experts: Experts, recipe: Recipe, seed: int, cache: Path, precision: str = DEFAULT
+    ) -> None:
         self._backbone, self._experts, self._recipe = backbone, experts, recipe
-        self._seed, self._cache = seed, cache
+        self._seed, self._cache, self._precision = seed, cache, precision
         self._keys: dict[str, Any] = {}
         self._read: dict[str, list[Contents]] = {}
 
@@ -55,7 +59,8 @@ class Names:
         """Return the name of a task's expert and of everything made with it; members are further fine-tunes."""
         if task.name not in self._keys:
             self._keys[task.name] = self._experts.key(task, self._recipe, self._cache)
-        further = [member] if member else []
+        further: list[Any] = [member] if member else []
+        further += later(self._precision) if any(self._experts.trains([task])) else []
         return signature(self._backbone, task, self._keys[task.name], self._seed, *further, *self._contents(task))
 
     def head(self, task: Task) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,16 +18,19 @@ from byom.data import splits as data
 from byom.data.suite import Suite, Task
 from byom.experts.base import Experts
 from byom.experts.finetune.base import Recipe
-from byom.experts.finetune.loop import Lesson, finetune
+from byom.experts.finetune.loop import Lesson
 from byom.functional import heads
 from byom.functional.heads import Readout
 from byom.functional.metrics import value_of
+from byom.functional.precision import DEFAULT, later, products, require_precision
 from byom.functional.seeding import keyed
-from byom.functional.tensors import copied
+from byom.functional.tensors import copied, on_cpu
 from byom.merge.base.probe import Features
+from byom.pipeline.batch_size import BatchSize
 from byom.pipeline.device import resolve
-from byom.pipeline.evaluate import Score, evaluate
+from byom.pipeline.evaluate import Score, evaluate, features
 from byom.pipeline.inputs import Names
+from byom.pipeline.training import kept, trained_once
 from byom.statistics.base import Statistic, fit
 from byom.storage import tensor_files as storage
 from byom.storage.atomic import write_json
@@ -49,7 +50,9 @@ class Lab:
         seed: Draws training, validation and head examples, and orders training.
         cache: Folder for everything that can be made again.
         device: ``cpu``, ``cuda`` or ``auto``.
-        batch_size: Examples per forward pass in evaluation.
+        batch_size: Examples per forward pass in evaluation; see `byom.pipeline.batch_size.BatchSize`.
+        precision: That of training, evaluation and features. Heads, statistics and whatever is learned through
+            a probe are computed in fp32: they are estimates from small gradients, and what others start from.
     """
 
     def __init__(
@@ -61,19 +64,21 @@ class Lab:
         seed: int,
         cache: Path,
         device: str,
-        batch_size: int,
+        batch_size: int | str | None = None,
+        precision: str = DEFAULT,
     ) -> None:
         for task in suite.tasks:
             backbone.require(task)
         self.suite, self.backbone, self.recipe, self.experts = suite, backbone, recipe, experts
         self.seed, self.cache = seed, cache
         self.device = resolve(device)
-        self.batch_size = batch_size
+        self.precision = require_precision(precision, self.device)
+        self.size = BatchSize(batch_size, self.device)
         self._splits: dict[str, data.Splits] = {}
         self._heads: dict[str, Readout] = {}
         self._experts: dict[str, Weights] = {}
         self._features: dict[tuple[str, str, str], Features] = {}
-        self._names = Names(backbone, experts, recipe, seed, cache)
+        self._names = Names(backbone, experts, recipe, seed, cache, precision)
         self._checkpoints: dict[Path, Checkpoint] = {}
         # the cells of a sweep share experts and references; functions of this lab, so that they end with it
         self.opened = lru_cache(maxsize=4)(Weights.open)
@@ -153,7 +158,7 @@ class Lab:
         known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
         mean = sum(known.values()) / len(known)
         parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
-        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []))
+        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []), *self.scored)
         folder = self.cache / "joint" / key
         self._once(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
         return self.recipe.open(folder, self.pretrained)
@@ -161,6 +166,11 @@ class Lab:
     def signature_of(self, task: str, member: int = 0) -> str:
         """Return the signature of a task's expert and everything made with it."""
         return self._names.expert(self.tasks[task], member)
+
+    @property
+    def scored(self) -> list[dict[str, str]]:
+        """What the names of scores, and of what features were looked at for, have besides those of the models."""
+        return later(self.precision)
 
     @property
     def signature(self) -> str:
@@ -202,48 +212,40 @@ class Lab:
         ]
         return sum(json.loads(file.read_text(encoding="utf-8"))["seconds"] for file in files)
 
-    @torch.no_grad()
     def features(self, weights: Weights, task: str, split: str) -> Features:
         """Return the features of a split under some weights, in the split's order."""
         key = (weights.fingerprint(), task, split)
         if key not in self._features:
             self.fill(weights.state())
-            self._features[key] = self._encoded(self.splits(task)[split])
+            held = self.splits(task)[split]
+            self._features[key] = Features(features(self.encoder, held, self.size, self.precision), held.labels)
         return self._features[key]
-
-    def _encoded(self, split: data.Split) -> Features:
-        self.encoder.eval()
-        rows: list[Tensor] = [torch.empty(0)] * len(split)
-        for inputs, _, places in split.batches(self.batch_size):
-            features = self.encoder(**{k: v.to(self.device) for k, v in inputs.items()}).float().cpu()
-            for place, row in zip(places.tolist(), features, strict=True):
-                rows[place] = row
-        return Features(torch.stack(rows), split.labels)
 
     def _fit(
         self, task: str, member: int, wanted: Mapping[str, Statistic], split: str, folders: Mapping[str, Path]
     ) -> None:
         self.fill(self.expert(task, member).state())
         start = time.perf_counter()
-        fitted = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.batch_size)
+        with products(DEFAULT, self.device):
+            fitted = fit(self.encoder, self.head(task), self.splits(task)[split], wanted, self.size.plain)
         seconds = (time.perf_counter() - start) / len(wanted)  # of a shared pass, each bears its part
         for name, values in fitted.items():
-            Weights.of({n: v.cpu() for n, v in values.items()}).save(folders[name] / "values")
+            Weights.of(on_cpu(values)).save(folders[name] / "values")
             write_json(folders[name] / "cost.json", {"seconds": round(seconds, 3), "statistic": describe(wanted[name])})
 
     def score(self, task: str, weights: Weights, split: str, head: Readout | None = None) -> Score:
         """Score weights on a task's split, with the task's own head or one that a variant changed."""
         self.fill(weights.state())
-        held, metric = self.splits(task)[split], self.tasks[task].metric
-        return evaluate(self.encoder, head or self.head(task), held, self.batch_size, metric)
+        return self.evaluated(head or self.head(task), self.splits(task)[split], self.tasks[task].metric)
 
-    def points(self, head: Readout, split: data.Split, metric: str) -> Tensor:
-        """Return what each example of a split scores with the weights that the encoder holds, ``[N]``."""
-        return evaluate(self.encoder, head, split, self.batch_size, metric).points
+    def evaluated(self, head: Readout, split: data.Split, metric: str) -> Score:
+        """Score the weights that the encoder holds."""
+        return evaluate(self.encoder, head, split, self.size, metric, self.precision)
 
     def single_task(self, task: str, split: str) -> float:
         """Return the score of a task's own expert: the denominator of normalised accuracy."""
-        file = self.cache / "scores" / f"{self.signature_of(task)}-{split}.json"
+        name = "-".join([self.signature_of(task), split, *([self.precision] if self.scored else [])])
+        file = self.cache / "scores" / f"{name}.json"
         if not file.is_file():
             score = self.score(task, self.expert(task), split)
             write_json(file, {"metric": score.metric, "value": score.value})
@@ -254,34 +256,28 @@ class Lab:
         self.encoder.load_state_dict(dict(state))
 
     def _cached_head(self, task: str) -> Readout:
-        file = self.cache / "heads" / f"{self._names.head(self.tasks[task])}.safetensors"
-        if not file.is_file():
+        if not self._head_file(task).is_file():
             self.fill(self.pretrained.state())
+            together = not self.backbone.reads_shots and getattr(self.experts, "heads", "backbone") == "backbone"
+            tasks = [t for t in self.tasks if not self._head_file(t).is_file()] if together else [task]
             shots = self.splits(task)["shots"] if self.backbone.reads_shots else None
-            head = self.backbone.head(self.encoder, self.tasks[task], shots)
-            storage.write_file(file, heads.pack(head), {"task": task})
-        return heads.unpack(load_file(file))
+            with products(DEFAULT, self.device):
+                made = self.backbone.heads(self.encoder, [self.tasks[name] for name in tasks], shots)
+                for name, head in zip(tasks, made, strict=True):
+                    storage.write_file(self._head_file(name), heads.pack(head), {"task": name})
+        return heads.unpack(load_file(self._head_file(task)))
+
+    def _head_file(self, task: str) -> Path:
+        return self.cache / "heads" / f"{self._names.head(self.tasks[task])}.safetensors"
 
     def _once(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
-        """Train a model that is not there; of several processes that want it, one trains and the others wait."""
-        if (folder / "training.json").is_file():
-            return
-        with alone(folder):
-            if not (folder / "training.json").is_file():
-                self._train(folder, shares, label, seed)
+        def train() -> None:
+            lessons = {task: Lesson(self.head(task), self.splits(task)["train"], s) for task, s in shares.items()}
+            self.fill(self.pretrained.state())
+            how = (self.recipe, self.backbone, seed, label, self.precision)
+            kept(folder, self.encoder, lessons, *how, {"seed": self.seed})
 
-    def _train(self, folder: Path, shares: Mapping[str, float], label: str, seed: int) -> None:
-        lessons = [Lesson(self.head(task), self.splits(task)["train"], share) for task, share in shares.items()]
-        self.fill(self.pretrained.state())
-        trained = self.recipe.attach(self.encoder, self.backbone, seed)
-        training = folder.with_name(f"{folder.name}.training")
-        finetune(trained, lessons, self.recipe, self.recipe.rate(self.backbone), seed, training, label)
-        shutil.rmtree(folder, ignore_errors=True)  # without training.json it is the rest of an interrupted save
-        self.recipe.save(trained, folder)
-        examples = sum(len(lesson.split) for lesson in lessons)
-        notes = {"task": "+".join(shares), "backbone": type(self.backbone).__name__, "seed": self.seed}
-        write_json(folder / "training.json", notes | {"examples": examples})
-        shutil.rmtree(training, ignore_errors=True)
+        trained_once(folder, train)
 
 
 def distance(a: Weights, b: Weights) -> float:

@@ -89,7 +89,7 @@ class LabProbe(Probe):
 
     def _first(self, task: str, split: str, examples: int) -> Iterator[dict[str, Tensor]]:
         held = self._split(task, split)
-        for inputs, *_ in held.batches(self.lab.batch_size, torch.arange(min(examples, len(held)))):
+        for inputs, *_ in held.batches(self.lab.size.plain, torch.arange(min(examples, len(held)))):
             yield {name: tensor.to(self.lab.device) for name, tensor in inputs.items()}
 
     def _rest(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def laboratory(settings: Settings) -> Lab:
     """Return a new lab for a run; nothing is loaded before it is asked for."""
     s = settings
-    return Lab(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, s.evaluate.batch_size)
+    return Lab(
+        s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, s.evaluate.batch_size, s.precision
+    )
 
 
 class Labs:
@@ -30,8 +32,8 @@ class Labs:
     def of(self, settings: Settings) -> Lab:
         """Return the lab of a run."""
         s = settings
-        size = s.evaluate.batch_size
-        key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, s.device, size, s.contents)
+        how = [s.device, s.precision, s.evaluate.batch_size, s.finetune.micro_batch]  # signatures leave some of it out
+        key = signature(s.suite, s.backbone, s.finetune, s.experts, s.seed, s.cache, how, s.contents)
         if key not in self._held:
             self.close()  # first: memory may not hold two
             self._held[key] = laboratory(settings)

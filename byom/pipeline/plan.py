@@ -115,11 +115,15 @@ def _needed(cell: Settings) -> list[Download]:
 def _untrained(cells: Sequence[Settings]) -> set[Path]:
     """Return where experts will be kept that are not fine-tuned yet; those of data that is not here are unknown."""
     folders = {
-        cell.cache / "experts" / Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache).expert(task)
+        cell.cache / "experts" / _names(cell).expert(task)
         for cell in cells
         for task in cell.experts.trains(cell.suite.tasks)
     }
     return {folder for folder in folders if not (folder / "training.json").is_file()}
+
+
+def _names(cell: Settings) -> Names:
+    return Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache, cell.precision)
 
 
 def _trial(cells: Sequence[Settings]) -> tuple[int | None, float | None]:

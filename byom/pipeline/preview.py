@@ -13,6 +13,7 @@ import numpy as np
 from byom.data.suite import Suite
 from byom.errors import OptionError, suggest
 from byom.functional.pareto import agreement, hypervolume, unbeaten
+from byom.functional.precision import later
 from byom.functional.simplex import Point, simplex, spread, trained
 from byom.merge.base import MergeMethod, Problem
 from byom.pipeline import measure
@@ -32,7 +33,8 @@ from byom.weights import Weights
 STEPS = {2: 20, 3: 8}
 # the time to find a volume grows as the points to the power of the tasks less one
 MEASURED_TASKS = 4
-GROUPS = ("suite", "backbone", "finetune", "statistics", "evaluate", "merge", "seed", "device", "results", "cache")
+PLACES = ("results", "cache")
+GROUPS = ("suite", "backbone", "finetune", "statistics", "evaluate", "merge", "seed", "device", "precision", *PLACES)
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def _place(preview: Preview, settings: Mapping[str, Settings]) -> Place:
     tasks = [task.name for task in s.suite.tasks]
     methods = {name: [one.merge, one.wanted()] for name, one in settings.items()}
     asked = [preview.grid(len(tasks)), trained(len(tasks), preview.joint), preview.examples]
-    asked += [s.contents] if s.contents else []
+    asked += [*([s.contents] if s.contents else []), *later(s.precision)]
     name = signature("preview", s.suite, s.backbone, s.finetune, s.seed, s.evaluate, methods, *asked)
     label = "+".join(tasks) if len(tasks) <= MEASURED_TASKS else f"{len(tasks)}-tasks"
     return PreviewPlace(results_root(s.results), s.suite.name, s.names["backbone"], label, name)

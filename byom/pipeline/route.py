@@ -81,7 +81,7 @@ class Routed:
         part = self.lab.splits(task)[split].at(places)
         self.lab.fill(model.state())
         head = self.served.deltas[task].readout(self.lab.head(task))
-        return self.lab.points(head, part, self.lab.tasks[task].metric)
+        return self.lab.evaluated(head, part, self.lab.tasks[task].metric).points
 
 
 def _right(shares: dict[str, Tensor], known: Callable[[str, str], Score], split: str) -> dict[str, Tensor]:

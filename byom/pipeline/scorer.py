@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from byom.data.splits import Split
-from byom.pipeline.evaluate import evaluate
 from byom.pipeline.lab import Lab
 from byom.storage.atomic import write_json
 from byom.storage.preview import Seconds, Weighting
@@ -68,7 +67,7 @@ class Scorer:
         return [Weighting.lift(json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
     def _file(self, job: Job) -> Path:
-        name = signature(self.lab.signature, job.key, self.splits, self.examples)
+        name = signature(self.lab.signature, job.key, self.splits, self.examples, *self.lab.scored)
         return self.lab.cache / "preview" / f"{name}.json"
 
     def _score(self, job: Job, bar: tqdm) -> Weighting:
@@ -84,7 +83,7 @@ class Scorer:
 
     def _accuracy(self, task: str, split: str, bar: tqdm) -> float:
         lab, held = self.lab, self.split(task, split)
-        score = evaluate(lab.encoder, lab.head(task), held, lab.batch_size, lab.tasks[task].metric)
+        score = lab.evaluated(lab.head(task), held, lab.tasks[task].metric)
         bar.update()
         return score.value
 

@@ -13,9 +13,12 @@ from byom.data.suite import Suite
 from byom.errors import OptionError, suggest
 from byom.experts.base import Experts
 from byom.experts.finetune.base import Recipe
+from byom.functional import precision
+from byom.functional.precision import DEFAULT, require_precision
 from byom.merge.base import MergeMethod
 from byom.merge.base.needs import Needs
 from byom.merge.pretrained import Pretrained
+from byom.pipeline.batch_size import require_batch_size
 from byom.pipeline.inputs import Contents, contents
 from byom.pipeline.logger import Logger
 from byom.pipeline.provenance import results_root
@@ -35,19 +38,21 @@ class Evaluation:
 
     Args:
         splits: Any of ``validation`` and ``test``.
-        batch_size: Examples per forward pass.
+        batch_size: Examples per forward pass; ``auto`` finds the size, and None takes 50 on a CPU and ``auto`` on a
+            GPU. Where memory runs out, it is halved.
 
     Raises:
-        OptionError: If a split is unknown.
+        OptionError: If a split is unknown, or the size is no size.
     """
 
     splits: tuple[str, ...] = SPLITS
-    batch_size: int = field(default=50, metadata={"signature": False})
+    batch_size: int | str | None = field(default=None, metadata={"signature": False})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))
-        if not self.splits or not set(self.splits) <= set(SPLITS) or self.batch_size < 1:
-            raise OptionError(f"evaluate.splits={list(self.splits)} must name some of {list(SPLITS)}, batch_size >= 1")
+        if not self.splits or not set(self.splits) <= set(SPLITS):
+            raise OptionError(f"evaluate.splits={list(self.splits)} must name some of {list(SPLITS)}")
+        require_batch_size("evaluate.batch_size", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,10 @@ class Settings:
         resolved: The configuration as plain containers.
         note: Shown above every table made of this run's record.
         overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
+        precision: That of training, evaluation and features; fp32 on every device, so that a record has one name.
 
     Raises:
-        OptionError: If the seed is not a whole number.
+        OptionError: If the seed is not a whole number, or the precision unknown.
     """
 
     suite: Suite
@@ -98,8 +104,10 @@ class Settings:
     resolved: Mapping[str, Any]
     note: str = ""
     overrides: tuple[str, ...] = ()
+    precision: str = DEFAULT
 
     def __post_init__(self) -> None:
+        require_precision(self.precision)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise OptionError(f"seed={self.seed!r} is not a whole number; use for example seed=0")
 
@@ -141,6 +149,7 @@ class Settings:
         later += [self.router] if self.routed else []
         later += [] if self.experts.default else [self.experts]
         later += [self.contents] if self.contents else []
+        later += precision.later(self.precision)
         return signature(*chosen, *later)  # what is added later must not rename what was there before
 
     @cached_property

@@ -11,6 +11,9 @@ from typing import Any
 from byom.errors import ByomError
 from byom.storage.record import Record
 
+NO_RECIPE = ("seed", "_target_", "micro_batch")
+EARLIER = (("augment", "none"),)
+"""Defaults of options that older records do not have."""
 SPLITS = ("train", "validation", "test", "shots")
 AGAIN = "run the older ones again on today's data"
 
@@ -65,7 +68,11 @@ def _test_data(record: Record) -> Any:
 
 def _recipe(record: Record) -> list:
     config = record.config.get("finetune")
-    recipe = {k: v for k, v in config.items() if k not in ("seed", "_target_")} if isinstance(config, dict) else config
+    recipe = (
+        {k: v for k, v in config.items() if k not in NO_RECIPE and (k, v) not in EARLIER}
+        if isinstance(config, dict)
+        else config
+    )
     return [record.choices.finetune, recipe]
 
 
@@ -75,5 +82,6 @@ COMPARED: tuple[tuple[str, Callable[[Record], Any], str], ...] = (
     ("tasks", lambda r: sorted(r.test), "run the skipped tasks, or move the odd records away"),
     ("test data", _test_data, AGAIN),
     ("checkpoint family", lambda r: r.family, "give every family a results= folder of its own"),
+    ("precision", lambda r: r.config.get("precision", "fp32"), "give every precision a results= folder of its own"),
     ("fine-tuning recipe", _recipe, "name one, as in finetune=full, or move the odd records away"),
 )

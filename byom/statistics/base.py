@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from byom.data.feed import feed
 from byom.data.splits import Split
 from byom.errors import OptionError, whole
 from byom.functional.heads import Readout
@@ -81,13 +83,11 @@ def fit(
     device = next(encoder.parameters()).device
     fitters = {name: statistic.start(encoder.eval(), head) for name, statistic in statistics.items()}
     places = _first(split, max((statistic.examples for statistic in statistics.values()), default=0))
-    with tqdm(
-        total=len(places), desc=f"fit {', '.join(statistics)}", unit="example", leave=False, mininterval=1
-    ) as bar:
-        for inputs, labels, index in split.batches(batch_size, places):
-            batch = Batch({name: value.to(device) for name, value in inputs.items()}, labels.to(device), index)
+    bar = tqdm(total=len(places), desc=f"fit {', '.join(statistics)}", unit="example", leave=False, mininterval=1)
+    with bar, closing(feed(split.batches(batch_size, places), device)) as batches:
+        for inputs, labels, index in batches:
             for name, fitter in fitters.items():
-                _update(fitter, batch, index < statistics[name].examples)
+                _update(fitter, Batch(inputs, labels, index), index < statistics[name].examples)
             bar.update(len(index))
     return {name: fitter.finish() for name, fitter in fitters.items()}
 

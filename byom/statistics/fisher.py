@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 class FisherFitter(Fitter):
-    """Sums squared per-example gradients in fp64; what is held of single examples is bounded by `BUDGET`.
+    """Sums squared per-example gradients in fp64; of single examples it holds what `BUDGET` or a GPU's memory allows.
 
     Args:
         what: What is estimated.
@@ -91,15 +91,18 @@ class FisherFitter(Fitter):
         }
         self.places = _places(encoder)
         self.sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in self.values.items()}
-        self.chunk = max(1, BUDGET // max(1, sum(value.numel() for value in self.values.values())))
+        self.chunk = _chunk(self.values)
         self.seen = 0
         self.together = True
 
     def update(self, batch: Batch) -> None:
         """Take in examples; see `Fitter.update`."""
         rows = self._rows(batch)
-        for start in range(0, len(rows.examples), self.chunk):
-            self._add(batch.inputs, Rows(*(column[start : start + self.chunk] for column in rows)))
+        start = 0
+        while start < len(rows.examples):
+            part = Rows(*(column[start : start + self.chunk] for column in rows))
+            if self._fits(batch.inputs, part):
+                start += len(part.examples)
         self.seen += len(batch.labels)
 
     def finish(self) -> dict[str, Tensor]:
@@ -118,10 +121,25 @@ class FisherFitter(Fitter):
         examples, classes = likely.nonzero(as_tuple=True)
         return Rows(examples, classes, likely[examples, classes].float())
 
-    def _add(self, inputs: Mapping[str, Tensor], rows: Rows) -> None:
-        chosen = {name: value[rows.examples] for name, value in inputs.items()}
-        for name, gradients in self._gradients(chosen, rows.classes).items():
-            self.sums[name] += torch.tensordot(rows.weights.to(gradients), gradients.square(), 1)
+    def _fits(self, inputs: Mapping[str, Tensor], rows: Rows) -> bool:
+        """Add some rows, or take fewer at a time where memory runs out."""
+        try:
+            gradients = self._gradients({name: value[rows.examples] for name, value in inputs.items()}, rows.classes)
+        except torch.OutOfMemoryError:
+            if len(rows.examples) == 1:
+                raise
+        else:
+            self._add(gradients, rows.weights)
+            return True
+        self.chunk = len(rows.examples) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False
+
+    def _add(self, gradients: dict[str, Tensor], weights: Tensor) -> None:
+        for name in list(gradients):  # each is let go before the next is squared
+            each = gradients.pop(name)
+            self.sums[name] += torch.tensordot(weights.to(each), each.square(), 1)
 
     def _gradients(self, inputs: dict[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
         """Gradients ``[R, *shape]`` of every row on its own."""
@@ -129,6 +147,8 @@ class FisherFitter(Fitter):
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for many gradients at once
                     return vmap(grad(self._loss), in_dims=(None, 0, 0))(self.values, inputs, classes)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 self.together = False
                 reason = shorten(str(error), 120, placeholder=" ...")
@@ -160,6 +180,16 @@ class FisherFitter(Fitter):
         if self.what.estimate == "empirical":
             return (logits - label).square().sum() / 2
         return logits.sum()
+
+
+def _chunk(values: Mapping[str, Tensor]) -> int:
+    """Return how many rows of gradients to hold at a time: on a GPU a quarter of what is free, in fp32."""
+    entries = max(1, sum(value.numel() for value in values.values()))
+    device = next((value.device for value in values.values()), torch.device("cpu"))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return max(1, BUDGET // entries)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, and unused
+    return max(1, (torch.cuda.mem_get_info(device)[0] + kept) // (4 * 4 * entries))
 
 
 def _places(module: nn.Module) -> dict[str, str]:

@@ -83,8 +83,8 @@ REPORT = (
     Mutant(
         "where-a-class-lies-is-part-of-a-recipe",
         "report",
-        'if k not in ("seed", "_target_")}',
-        'if k not in ("seed",)}',
+        'NO_RECIPE = ("seed", "_target_", "micro_batch")',
+        'NO_RECIPE = ("seed", "micro_batch")',
         ("tests/unit/test_rows.py -k recipe",),
     ),
     Mutant(

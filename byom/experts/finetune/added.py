@@ -13,6 +13,7 @@ from byom.backbone.base import Backbone
 from byom.backbone.split_attention import split
 from byom.errors import CheckpointError
 from byom.experts.finetune.base import Recipe
+from byom.functional.tensors import on_cpu
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
 
@@ -49,8 +50,8 @@ class Added(Recipe):
 
     def save(self, trained: nn.Module, folder: Path) -> None:
         """Write what was added."""
-        tensors = {name: tensor.cpu() for name, tensor in trained.state_dict().items() if self.adds(name)}
-        Weights.of(tensors).save(folder)
+        added = {name: tensor for name, tensor in trained.state_dict().items() if self.adds(name)}
+        Weights.of(on_cpu(added)).save(folder)
 
     def open(self, folder: Path, pretrained: Weights) -> Weights:
         """Put the trained values of what was added into the pre-trained model."""

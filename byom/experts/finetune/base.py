@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from byom.backbone.base import Backbone
-from byom.errors import OptionError
+from byom.errors import OptionError, one_of
 from byom.weights import Weights
+
+AUGMENTATIONS = ("none", "crop")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Recipe(ABC):
         weight_decay: Decoupled weight decay, on matrices only.
         warmup: Fraction of the steps in which the learning rate rises linearly.
         clip: Largest Euclidean norm of the gradient.
+        augment: ``crop`` trains on random crops, as CLIP is fine-tuned (`byom.experts.finetune.augment`); images only.
+        micro_batch: Examples that go through the model at a time, where the device cannot hold a whole batch; ``auto``
+            halves it whenever memory runs out. Gradients of the pieces are summed, each weighted by its share, so that
+            it changes the result only by rounding and by which neurons dropout drops.
 
     Raises:
         OptionError: If a value is out of range.
@@ -36,6 +42,8 @@ class Recipe(ABC):
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
+    augment: Literal["none", "crop"] = field(default="none", kw_only=True)
+    micro_batch: int | str | None = field(default=None, kw_only=True, metadata={"signature": False})
 
     boost: ClassVar[float] = 1.0
     """Factor on the learning rate of full fine-tuning that suits this recipe."""
@@ -49,6 +57,12 @@ class Recipe(ABC):
         )
         if min(positive) <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
             raise OptionError(f"finetune options out of range: {self}; sizes must be positive, warmup in [0, 1)")
+        one_of("finetune.augment", self.augment, AUGMENTATIONS)
+        number = isinstance(self.micro_batch, int) and not isinstance(self.micro_batch, bool) and self.micro_batch >= 1
+        if not (number or self.micro_batch in (None, "auto")):
+            raise OptionError(
+                f"finetune.micro_batch={self.micro_batch} must be a whole number from 1 on, auto, or null"
+            )
 
     def rate(self, backbone: Backbone) -> float:
         """Return the peak learning rate."""

@@ -59,7 +59,7 @@ class Bottleneck(Added):
     It cannot be folded into the weights: inference pays for it. ``b (2 d + 1)`` values per layer.
 
     Args:
-        epochs: See `byom.experts.finetune.base.Recipe`, as for the next five.
+        epochs: See `byom.experts.finetune.base.Recipe`, as for the next five, `augment` and `micro_batch`.
         batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own.
         weight_decay: On the added matrices.

@@ -9,6 +9,7 @@ from torch import nn
 
 from byom.backbone.base import Backbone
 from byom.experts.finetune.base import Recipe
+from byom.functional.tensors import on_cpu
 from byom.weights import Weights
 
 
@@ -22,7 +23,7 @@ class Full(Recipe):
 
     def save(self, trained: nn.Module, folder: Path) -> None:
         """Write the state dict."""
-        Weights.of({name: tensor.cpu() for name, tensor in trained.state_dict().items()}).save(folder)
+        Weights.of(on_cpu(trained.state_dict())).save(folder)
 
     def open(self, folder: Path, pretrained: Weights) -> Weights:
         """Open the state dict, read on demand."""

@@ -17,7 +17,7 @@ class Ia3(Added):
     Everything else is frozen, factors start at 1. ``2 d + h`` values per block at the defaults, h hidden units.
 
     Args:
-        epochs: See `byom.experts.finetune.base.Recipe`, as for the next five.
+        epochs: See `byom.experts.finetune.base.Recipe`, as for the next five, `augment` and `micro_batch`.
         batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own.
         weight_decay: On the factors, as far as they are matrices: PEFT makes them ``[n, 1]``, so that it pulls to 0.

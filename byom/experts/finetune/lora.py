@@ -31,7 +31,7 @@ class Lora(Recipe):
     in every backbone. The expert is a PEFT adapter folder, read as `byom.weights.lowrank.Adapted`.
 
     Args:
-        epochs: See `Recipe`, as for the next five.
+        epochs: See `Recipe`, as for the next five, `augment` and `micro_batch`.
         batch_size: Examples per step.
         learning_rate: None takes `boost` times the backbone's own: factors start small.
         weight_decay: On the factors.

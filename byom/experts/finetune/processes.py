@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache, wraps
@@ -34,6 +35,10 @@ class Alone:
     def backward(self, loss: Tensor) -> None:
         """Compute gradients."""
         loss.backward()
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which gradients are only added up: they always are."""
+        return nullcontext()
 
     def clip_grad_norm_(self, parameters: Any, largest: float) -> None:
         """Scale gradients down to a largest Euclidean norm."""
@@ -132,6 +137,18 @@ def require_device(encoder: nn.Module) -> None:
         )
 
 
+def require_alike(precision: str, micro_batch: int | str | None) -> None:
+    """Refuse what each of several processes would decide for itself, although all of them must do the same.
+
+    Raises:
+        OptionError: Saying what to use instead.
+    """
+    if count() > 1 and precision == "fp16":
+        raise OptionError("precision=fp16 scales losses by what one process sees; use precision=bf16 with several")
+    if count() > 1 and micro_batch == "auto":
+        raise OptionError("finetune.micro_batch=auto is found by one process; give a number where there are several")
+
+
 def _follow() -> int:
     import torch
 
@@ -162,7 +179,8 @@ def _accelerator() -> Accelerator:
     if not plain or accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise OptionError(
             "byom divides batches among processes and changes nothing else: launch with --multi_gpu "
-            "--mixed_precision no --gradient_accumulation_steps 1, without FSDP or DeepSpeed"
+            "--mixed_precision no --gradient_accumulation_steps 1, without FSDP or DeepSpeed; byom's own "
+            "options for these are precision= and finetune.micro_batch="
         )
     return accelerator
 
