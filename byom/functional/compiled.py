@@ -1,4 +1,4 @@
-"""Compiled kernels where they are there and there is enough to do, how tensors reach them, and threads that run them."""
+"""Compiled kernels where there is enough for them to do, how tensors reach them, and the threads that run them."""
 
 from __future__ import annotations
 

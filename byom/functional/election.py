@@ -16,6 +16,7 @@ from byom.functional.selection import Cut
 
 Array = NDArray[Any]
 
+MOST = torch.finfo(torch.float32).max  # a weight or scale beyond it is torch's to judge
 PIECE = 1 << 15  # elements of every task that are looked at together, so that trimmed ones stay in the caches
 
 
@@ -44,8 +45,9 @@ class Election:
         kernels: Any, base: Tensor, experts: Sequence[Tensor], located: Sequence[tuple[Any, int]], weights: Sequence
     ) -> Election | None:
         """Return the election where it fits kernels: plain tensors, and thresholds of fp32 for whole streams."""
+        narrow = all(abs(weight) <= MOST for weight in weights)
         exact = all(isinstance(cut, Cut) and float(np.float32(cut.threshold)) == cut.threshold for cut, _ in located)
-        if not (kernels and base.numel() and exact and plain(base, *experts)):
+        if not (kernels and base.numel() and narrow and exact and plain(base, *experts)):
             return None
         flat = [expert.reshape(-1) for expert in experts]
         return Election(kernels, base.reshape(-1), flat, [cut for cut, _ in located], located[0][1], weights)

@@ -156,6 +156,7 @@ class _Search:
     batch: list[_Bracket] | None = None  # what the pass that runs looks at; None before the first
 
     @staticmethod
+    @torch.no_grad()  # what holds in the caller's thread does not in those of a pool
     def of(parts: Sequence[Part], counts: Sequence[int]) -> _Search:
         stream = Stream.of(parts)
         n = stream.numel
@@ -173,6 +174,7 @@ class _Search:
         self.batch, self.pending = self.pending[:TOGETHER], self.pending[TOGETHER:]
         return first or bool(self.batch)
 
+    @torch.no_grad()
     def scan(self, blocks: range) -> None:
         for index in range(blocks.start, min(blocks.stop, self.stream.blocks)):
             block = self.stream.block(index)
@@ -208,7 +210,7 @@ class _Bracket:
 
     def add(self, block: Array) -> None:
         if found := kernels(0) if block.dtype == np.float32 else None:
-            room = np.empty(len(block), dtype=np.float32)
+            room = np.empty(len(block) + 1, dtype=np.float32)
             above, high, low, between = found.tally(block, np.float32(self.low), np.float32(self.high), room)
             self.above += above
             self.at_high.append(high)

@@ -12,7 +12,7 @@ from torch import Tensor
 from byom.errors import OptionError, fraction, one_of
 from byom.functional.compiled import kernels
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total, weighted
-from byom.functional.election import Election
+from byom.functional.election import MOST, Election
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.checks import fractions, signed_weights
 from byom.weights.cuts import Cuts, Scope, cuts_of_each, require_scope
@@ -146,7 +146,7 @@ class Ties(PlannedMethod):
 
     def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""
-        if election := plan.election(group):
+        if abs(self.scale) <= MOST and (election := plan.election(group)):
             flat = election.merge(plan.majority, self.scale, self.combine == "mean", group.dtype)
             return flat.reshape(group.pretrained.shape)
 
