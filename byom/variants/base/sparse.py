@@ -117,8 +117,10 @@ class TopMagnitude(SparseVariant):
         return super().pack(name, target, shared, plan)
 
     def foresee(self, targets: Sequence[Weights], reference: Weights) -> None:
-        """Find the cuts of several tasks side by side, reading the reference once, for `plan` to find."""
-        cuts_of_each(targets, reference, self.density, self.scope)
+        """Find the cuts of as many tasks side by side as there are threads, for `plan` to find."""
+        together = torch.get_num_threads()
+        for start in range(0, len(targets), together):
+            cuts_of_each(targets[start : start + together], reference, self.density, self.scope)
 
 
 def survivors(cut: Cut | RowCut, target: Tensor, reference: Tensor, offset: int) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeGuard
 
 from torch import Tensor
 
+from byom.errors import WeightsMismatch
 from byom.functional.tensors import WIDER_BASE, finite, narrowed
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
@@ -192,10 +194,20 @@ class Packing(Mapping[str, Delta]):
     base: Weights | None = None
 
     def __getitem__(self, task: str) -> Delta:
-        given = [self.reference, *self.finetuned.values()]
-        if all(one is other for one, other in zip(given, matched(*given), strict=True)):  # `delta` meets the same
-            self.variant.foresee(given[1:], self.reference)
+        _ = self._foreseen
         return self.variant.delta(self.finetuned[task], self.reference, self.base)
+
+    @cached_property
+    def _foreseen(self) -> bool:
+        """Look at all tasks together once, where `delta` is going to meet the same weights."""
+        given = [self.reference, *self.finetuned.values()]
+        try:
+            same = all(one is other for one, other in zip(given, matched(*given), strict=True))
+        except WeightsMismatch:  # `delta` says of which task
+            return False
+        if same:
+            self.variant.foresee(given[1:], self.reference)
+        return same
 
     def __contains__(self, task: object) -> bool:
         return task in self.finetuned  # the inherited one would pack the task
