@@ -74,7 +74,7 @@ def tally(values: Array, low: Any, high: Any, inside: Array) -> tuple[int, int, 
         over = np.int32(0)
         for i in range(piece.size):
             over += np.int32(piece[i] > high)
-        above += over
+        above += int(over)
         for i in range(piece.size):
             flags[i] = (piece[i] >= low) & (piece[i] <= high)
         flags[piece.size :] = 0
@@ -138,7 +138,7 @@ def votes(rows: Array) -> int:
         more = np.int32(0)
         for j in range(sums.size):
             more += np.int32(sums[j] > 0) - np.int32(sums[j] < 0)
-        found += more
+        found += int(more)
     return found
 
 
