@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError, fraction
+from byom.functional.compiled import kernels
 from byom.functional.rows import leading
 from byom.functional.stream import Array, Part, Stream
 
@@ -131,8 +132,10 @@ def locate_each(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> lis
     Returns:
         For each stream one `Cut` per count, in the order given.
     """
-    searches = [_Search.of(parts, counts) for parts in streams]
-    with ThreadPoolExecutor(max(1, min(len(searches), torch.get_num_threads()))) as pool:
+    kernels(sum(part.numel for parts in streams for part in parts))  # loaded here, or not at all
+    with ThreadPoolExecutor(max(1, min(len(streams), torch.get_num_threads()))) as pool:
+        first = [_Search.of(parts, counts) for parts in streams[:1]]  # what all have in common is read, and checked
+        searches = [*first, *pool.map(_Search.of, streams[1:], [counts] * len(streams[1:]))]
         while unfinished := [search for search in searches if search.next()]:
             blocks = max(search.stream.blocks for search in unfinished)
             for start in range(0, blocks, STRIDE):
@@ -154,6 +157,7 @@ class _Search:
     batch: list[_Bracket] | None = None  # what the pass that runs looks at; None before the first
 
     @staticmethod
+    @torch.no_grad()  # what holds in the caller's thread does not in those of a pool
     def of(parts: Sequence[Part], counts: Sequence[int]) -> _Search:
         stream = Stream.of(parts)
         n = stream.numel
@@ -171,6 +175,7 @@ class _Search:
         self.batch, self.pending = self.pending[:TOGETHER], self.pending[TOGETHER:]
         return first or bool(self.batch)
 
+    @torch.no_grad()
     def scan(self, blocks: range) -> None:
         for index in range(blocks.start, min(blocks.stop, self.stream.blocks)):
             block = self.stream.block(index)
@@ -205,6 +210,14 @@ class _Bracket:
     at_low: list[int] = field(default_factory=list)
 
     def add(self, block: Array) -> None:
+        if found := kernels(0) if block.dtype == np.float32 else None:
+            room = np.empty(len(block) + 1, dtype=np.float32)
+            above, high, low, between = found.tally(block, np.float32(self.low), np.float32(self.high), room)
+            self.above += above
+            self.at_high.append(high)
+            self.at_low.append(low)
+            self.inside.append(room[:between].copy())
+            return
         chosen = block >= self.low
         reaching = int(np.count_nonzero(chosen))
         if self.low == self.high:

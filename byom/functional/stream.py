@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from byom.errors import CheckpointError
+from byom.functional.compiled import kernels, operand, plain
 
 Array = NDArray[Any]
 
@@ -28,11 +29,13 @@ class Part:
         read: Signed floating-point values, flat, at a slice or at ascending int64 positions. It may be
             called many times and must give the same bits each time.
         peek: The same for a few values out of all, where there is a cheaper way to them; None takes `read`.
+        pair: The two flat tensors whose difference `read` takes, for kernels; None where it is no such difference.
     """
 
     numel: int
     read: Callable[[slice | Tensor], Tensor]
     peek: Callable[[slice | Tensor], Tensor] | None = None
+    pair: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Part:
@@ -77,10 +80,9 @@ class Stream:
             owner = bisect_right(self.ends, done)
             part, end = self.parts[owner], self.ends[owner]
             size, first = min(stop, end) - done, done - (end - part.numel)
-            self.buffer[done - start : done - start + size].copy_(part.read(slice(first, first + size)))
+            _magnitudes(part, slice(first, first + size), self.buffer[done - start : done - start + size])
             done += size
-        values = self.buffer.numpy()[: stop - start]
-        return np.abs(values, out=values)
+        return self.buffer.numpy()[: stop - start]
 
     def at(self, positions: Array) -> Array:
         """Magnitudes at ascending flat positions."""
@@ -102,3 +104,14 @@ class Stream:
             f"the first at flat position {index * len(self.buffer) + bad[index][1]}; "
             "such a checkpoint cannot be merged: take an earlier one, or train again in a wider dtype"
         )
+
+
+def _magnitudes(part: Part, at: slice, into: Tensor) -> None:
+    found = kernels(0) if part.pair and into.dtype == torch.float32 else None
+    if found and part.pair and plain(*(pair := part.pair())):
+        left, right = (each[at] for each in pair)
+        spare = np.empty(0 if right.dtype == torch.float32 else len(into), dtype=np.float32)
+        values = into.numpy()
+        found.magnitudes(operand(found, left, values), operand(found, right, spare), values)
+    else:
+        into.copy_(part.read(at)).abs_()

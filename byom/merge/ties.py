@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from byom.errors import OptionError, fraction, one_of
+from byom.functional.compiled import kernels
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total, weighted
+from byom.functional.election import MOST, Election
 from byom.merge.base import Group, PlannedMethod, Problem, blockwise
 from byom.merge.base.checks import fractions, signed_weights
 from byom.weights.cuts import Cuts, Scope, cuts_of_each, require_scope
@@ -23,6 +25,12 @@ class Trimming:
     cuts: Sequence[Cuts]
     majority: float
     weights: tuple[float, ...] = ()
+    elements: int = 0  # of all models, which decides whether kernels are worth their while
+
+    def election(self, group: Group) -> Election | None:
+        """Return a parameter's election by compiled kernels; None where it takes torch's road, to the same bits."""
+        located = [cut[group.name] for cut in self.cuts]
+        return Election.of(kernels(self.elements), group.pretrained, group.experts, located, self.weights)
 
     def agreeing(self, piece: Group, start: int) -> Tensor:
         """Return what trimming and sign election leave of the task vectors.
@@ -39,6 +47,8 @@ class Trimming:
 
     def votes(self, group: Group) -> int:
         """Return how many coordinates of a parameter elect a plus, less those that elect a minus."""
+        if election := self.election(group):
+            return election.votes()
         signs = (elect_sign(self._trimmed(piece, start)) for start, piece in group.blocks())
         return sum(int(sign.sum(dtype=torch.float64)) for sign in signs)
 
@@ -99,6 +109,7 @@ class Ties(PlannedMethod):
     densities: tuple[float, ...] = ()
 
     title = "TIES"
+    exposing: ClassVar[bool] = True
     passes: ClassVar[int] = 2
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
 
@@ -120,8 +131,10 @@ class Ties(PlannedMethod):
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
-        undecided = Trimming(self._cuts(problem), 0.0, self.weights)
-        votes = sum(undecided.votes(problem.group(name)) for name in problem.pretrained.mergeable())
+        elements = len(problem.tasks) * problem.pretrained.numel
+        undecided = Trimming(self._cuts(problem), 0.0, self.weights, elements)
+        names = problem.pretrained.mergeable()
+        votes = sum(undecided.votes(problem.group(name, checked=False)) for name in names)  # finding cuts has looked
         return replace(undecided, majority=float((votes > 0) - (votes < 0)))
 
     def _cuts(self, problem: Problem) -> list[Cuts]:
@@ -133,6 +146,9 @@ class Ties(PlannedMethod):
 
     def merge(self, group: Group, plan: Trimming) -> Tensor:
         """Return the merged parameter, block by block."""
+        if abs(self.scale) <= MOST and (election := plan.election(group)):
+            flat = election.merge(plan.majority, self.scale, self.combine == "mean", group.dtype)
+            return flat.reshape(group.pretrained.shape)
 
         def merged(start: int, piece: Group) -> Tensor:
             agreed = plan.agreeing(piece, start)

@@ -160,7 +160,10 @@ def _difference(target: Weights, reference: Weights, name: str, latest: _Latest)
         left, right = (wide(source[name].reshape(-1)[at]) for source in sources)
         return left - right
 
-    return Part(torch.Size(target.shape(name)).numel(), read, peek)
+    def pair() -> tuple[Tensor, Tensor]:
+        return latest.read(target, name), latest.read(reference, name)
+
+    return Part(torch.Size(target.shape(name)).numel(), read, peek, pair)
 
 
 class _Latest:

@@ -29,6 +29,7 @@ LIBRARIES = {
     "prometheus_client": {"serving"},
     "datasets": {"data"},
     "matplotlib": {"report"},
+    "numba": {"functional"},
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 

@@ -137,6 +137,8 @@ class PlannedMethod(MergeMethod):
 
     passes: ClassVar[int] = 1
     """How often `plan` reads all models; for showing how far it is."""
+    exposing: ClassVar[bool] = False
+    """See `TensorwiseMethod.exposing`."""
 
     @abstractmethod
     def plan(self, problem: Problem) -> Any:
@@ -159,7 +161,7 @@ class PlannedMethod(MergeMethod):
         self.check(problem)
         problem = problem.settled()
         plan = self.plan(problem)
-        return lazily(problem, lambda group: self.merge(group, plan))
+        return lazily(problem, lambda group: self.merge(group, plan), exposing=self.exposing)
 
 
 def lazily(problem: Problem, merge: Callable[[Group], Tensor], *, exposing: bool = False) -> Weights:

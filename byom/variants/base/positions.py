@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from byom.errors import CheckpointError, suggest
+from byom.functional.compiled import kernels
 
 Array = NDArray[Any]
 
@@ -35,10 +36,13 @@ def encode(indices: Tensor, numel: int) -> tuple[str, Tensor]:
         ValueError: If the positions are not strictly ascending or not in [0, numel).
     """
     places = indices.detach().cpu().numpy().astype(np.int64, copy=False).reshape(-1)
+    if len(places) and (found := kernels(numel)):
+        kind, data = _compiled(found, np.ascontiguousarray(places), numel)
+        return kind, torch.from_numpy(data)
     gaps = np.diff(places, prepend=-1) - 1
     if len(places) and (gaps.min() < 0 or places[-1] >= numel):
-        raise ValueError(f"positions must be strictly ascending in [0, {numel}); sort them first")
-    kind = _smallest(gaps, numel)
+        raise _unsorted(numel)
+    kind = _smallest(len(gaps), int((gaps // ESCAPE).sum()), numel)
     write: dict[str, Callable[[], Array]] = {
         "gap8": lambda: _to_gaps(gaps),
         "bitmap": lambda: _to_bitmap(places, numel),
@@ -77,10 +81,31 @@ def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
     return torch.from_numpy(places)
 
 
-def _smallest(gaps: Array, numel: int) -> str:
-    if len(gaps) in (0, numel):
-        return "all" if len(gaps) else "none"
-    return "gap8" if len(gaps) + int((gaps // ESCAPE).sum()) <= -(-numel // 8) else "bitmap"
+def _smallest(count: int, escapes: int, numel: int) -> str:
+    if count in (0, numel):
+        return "all" if count else "none"
+    return "gap8" if count + escapes <= -(-numel // 8) else "bitmap"
+
+
+def _compiled(found: Any, places: Array, numel: int) -> tuple[str, Array]:
+    """Return what `encode` returns, by kernels that make neither gaps nor bits in wider types."""
+    escapes = found.escapes(places)
+    if escapes < 0 or places[-1] >= numel:
+        raise _unsorted(numel)
+    kind = _smallest(len(places), escapes, numel)
+    if kind == "gap8":
+        data = np.empty(len(places) + escapes, dtype=np.uint8)
+        found.write_gaps(places, data)
+    elif kind == "bitmap":
+        data = np.zeros(-(-numel // 8), dtype=np.uint8)
+        found.write_bits(places, data)
+    else:
+        data = _nothing()
+    return kind, data
+
+
+def _unsorted(numel: int) -> ValueError:
+    return ValueError(f"positions must be strictly ascending in [0, {numel}); sort them first")
 
 
 def _nothing() -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, fraction
+from byom.functional.compiled import kernels
+from byom.functional.election import Election
 from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
@@ -17,7 +20,7 @@ from byom.variants.base import positions as encoding
 from byom.variants.base.delta import Entries, Parts, Shared
 from byom.variants.base.variant import PackingVariant
 from byom.weights import Weights
-from byom.weights.cuts import Cuts, Scope, cuts, require_scope
+from byom.weights.cuts import Cuts, Scope, cuts, cuts_of_each, require_scope
 
 PIECE = 1 << 18  # elements of a difference formed at a time: a whole one would be a copy of the tensor
 
@@ -106,6 +109,19 @@ class TopMagnitude(SparseVariant):
         cut, offset = plan[name]
         return survivors(cut, target, reference, offset)
 
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: Cuts) -> Parts:
+        """Store the target's values at the kept positions, and the positions, without a mask where kernels do it."""
+        election = Election.of(kernels(target.numel()), shared.reference, [target], [plan[name]], ())
+        if election and type(self).mask is TopMagnitude.mask:
+            return _stored(target, election.survivors())
+        return super().pack(name, target, shared, plan)
+
+    def foresee(self, targets: Sequence[Weights], reference: Weights) -> None:
+        """Find the cuts of as many tasks side by side as there are threads, for `plan` to find."""
+        together = torch.get_num_threads()
+        for start in range(0, len(targets), together):
+            cuts_of_each(targets[start : start + together], reference, self.density, self.scope)
+
 
 def survivors(cut: Cut | RowCut, target: Tensor, reference: Tensor, offset: int) -> Tensor:
     """Say which entries of ``target - reference`` a cut keeps, forming `PIECE` of the difference at a time.
@@ -137,7 +153,10 @@ def gather(values: Tensor, mask: Tensor) -> Parts:
     Returns:
         The kept values and their positions (`encoding`), nothing if none is kept.
     """
-    positions = mask.reshape(-1).nonzero().reshape(-1)
+    return _stored(values, mask.reshape(-1).nonzero().reshape(-1))
+
+
+def _stored(values: Tensor, positions: Tensor) -> Parts:
     if not len(positions):
         return {}
     kind, data = encoding.encode(positions, values.numel())
