@@ -1,0 +1,204 @@
+"""A simulated accelerator: tensors that say they are on a device, hold their values on the CPU, and mix as CUDA's do.
+
+With it, a law over devices runs on a machine that has none: what would stop on a card because tensors, indices or
+generators are on different devices stops here, with the same kind of error. Values are computed by the CPU's kernels,
+so that results have the CPU's bits wherever the code is the same. It says nothing of speed, memory, rounding,
+determinism, or kernels that only one side has.
+
+The rules:
+
+- Tensors of an operation are on one device, but for tensors of the CPU without axes, which count as numbers; not where
+  they are written to, and not in `STRICT` operations (products of matrices, joins, gathers), which take none.
+- An index of the CPU may index a tensor of the device, and not the other way round.
+- ``copy_``, ``to``, ``item`` and ``tolist`` cross, ``numpy`` does not.
+- A generator is on the device of the tensor that is drawn.
+- What is made without a device is on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from byom.functional import tensors as kinds
+
+NAME = "simulated"
+CROSSING = {"_local_scalar_dense", "_to_copy", "copy", "copy_"}
+INDEXED = {"_index_put_impl_", "_unsafe_index", "_unsafe_index_put", "index", "index_put", "index_put_"}
+STRICT = {
+    "addbmm", "addmm", "addmv", "baddbmm", "bmm", "bucketize", "cat", "convolution", "dot", "embedding", "equal",
+    "gather", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill_", "index_select", "isin",
+    "linalg_eigh", "linalg_solve_ex", "masked_scatter", "masked_scatter_", "masked_select", "mm", "mv",
+    "native_batch_norm", "native_layer_norm", "put_", "scatter", "scatter_", "scatter_add", "scatter_add_",
+    "searchsorted", "stack", "take", "vdot",
+}  # fmt: skip
+
+
+class Simulated(Tensor):
+    """A tensor of the simulated device, around one of the CPU that holds its values."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Simulated:
+        """Wrap a tensor of the CPU, without copying it."""
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=device(),
+            requires_grad=held.requires_grad,
+        )
+        made.held = held.detach()
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+    def data_ptr(self) -> int:
+        """Return the address of the first value."""
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage that holds the values."""
+        return self.held.untyped_storage()
+
+    def tolist(self) -> Any:
+        """Return the values as nested lists."""
+        return self.held.tolist()
+
+    def numpy(self, *args: Any, **named: Any) -> Any:
+        """Refuse, as tensors of any accelerator do."""
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+
+    def __array__(self, *args: Any, **named: Any) -> Any:
+        return self.numpy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Simulated:
+        if id(self) not in memo:
+            memo[id(self)] = Simulated(self.held.clone()).requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"Simulated({self.held!r})"
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees what is made on the device, or sent to it, before any tensor of it takes part."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+@cache
+def device() -> torch.device:
+    """Register the device with PyTorch, which can be done once a process, and return it."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"PyTorch {torch.__version__} cannot register a device from Python")
+
+    class Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self) -> bool:
+            return False  # for libraries that look for an accelerator of their own accord
+
+        def has_primary_context(self, dev_id: int) -> bool:
+            return True
+
+        def is_built(self) -> bool:
+            return True
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, hook=Hooks())
+    return torch.device(NAME, 0)
+
+
+@contextmanager
+def simulation() -> Iterator[torch.device]:
+    """Give the simulated device to what runs inside."""
+    place, special = device(), kinds.special
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kinds, "special", lambda t: None if isinstance(t, Simulated) else special(t))
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # torch.tensor(..., device=) makes its tensor on the CPU, and sends it
+        try:
+            with Dispatch(), torch.autograd.set_multithreading_enabled(False):  # no thread of this device was started
+                yield place
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+
+
+def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run one operation of PyTorch on the values, after its devices were checked."""
+    flat, spec = tree_flatten((args, kwargs))
+    ours, asked = [each for each in flat if isinstance(each, Simulated)], kwargs.get("device")
+    if not ours and not _simulates(asked):
+        return func(*args, **kwargs)
+    name = func.overloadpacket.__name__
+    written = args[0] if name == "copy_" or name in INDEXED else None
+    here = isinstance(written, Simulated) if written is not None else bool(ours) if asked is None else _simulates(asked)
+    _check(func, name, args, kwargs)
+    if here and any(isinstance(each, torch.Generator) for each in flat):
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    inner, named = tree_unflatten([each.held if isinstance(each, Simulated) else each for each in flat], spec)
+    if asked is not None:
+        named = named | {"device": torch.device("cpu")}
+    if named.get("pin_memory"):
+        named = named | {"pin_memory": False}
+    back = {id(each.held): each for each in ours}
+    parts, shape = tree_flatten(func(*inner, **named))
+    wrapped = [_wrapped(part, back) if here and isinstance(part, Tensor) else part for part in parts]
+    return tree_unflatten(wrapped, shape)
+
+
+def _wrapped(part: Tensor, back: dict[int, Simulated]) -> Simulated:
+    return back[id(part)] if id(part) in back else Simulated(part)
+
+
+def _simulates(asked: Any) -> bool:
+    return asked is not None and torch.device(asked).type == NAME
+
+
+def _check(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    plain = [each for each in tensors if not isinstance(each, Simulated)]
+    if name in CROSSING or not plain or len(plain) == len(tensors):
+        return
+    if name in INDEXED:
+        _check_index(name, args)
+    elif name in STRICT or any(each.ndim for each in plain) or _writes(func, plain, args, kwargs):
+        _refuse(name, tensors)
+
+
+def _check_index(name: str, args: Sequence[Any]) -> None:
+    whole, indices = args[0], [index for index in args[1] if index is not None]
+    if not isinstance(whole, Simulated) and any(isinstance(index, Simulated) for index in indices):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+    if len(args) > 2 and isinstance(args[2], Simulated) != isinstance(whole, Simulated) and args[2].ndim:
+        _refuse(name, [whole, args[2]])
+
+
+def _writes(func: Any, plain: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    written = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return any(given.get(name) is each for name in written for each in plain)
+
+
+def _refuse(name: str, tensors: Sequence[Tensor]) -> None:
+    where = " and ".join(sorted({str(each.device) for each in tensors}))
+    shapes = [(each.device.type, tuple(each.shape)) for each in tensors]
+    raise RuntimeError(
+        f"Expected all tensors to be on the same device, but found at least two devices, {where}! ({name} of {shapes})"
+    )
