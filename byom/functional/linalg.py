@@ -148,7 +148,7 @@ def ridge_solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     """
     gram, right = gram.double(), right.double()
     shift = ridge * gram.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     if shift > 0 and not failed:
         return torch.cholesky_solve(right.T, factor).T
     values, vectors = torch.linalg.eigh(gram)
@@ -206,11 +206,11 @@ def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float, eps:
         ``[m, n]`` in fp64.
     """
     mean = matrices.mean(0, dtype=torch.float64)
-    gram = torch.zeros(matrices.shape[-1], matrices.shape[-1], dtype=torch.float64)
+    gram = mean.new_zeros(matrices.shape[-1], matrices.shape[-1])
     right = torch.zeros_like(mean)
     for weight, matrix in zip(grams, matrices, strict=True):
-        gram += weight
-        right += (matrix.double() - mean) @ weight.double()
+        gram += weight.to(gram)  # from the encoder's device, which may be another
+        right += (matrix.double() - mean) @ weight.to(gram)
     if eps:
         gram, right = without_rounding(gram, right, eps)
     return mean + ridge_solve(gram, right, ridge)

@@ -129,7 +129,7 @@ def descend(deltas: Tensor, steps: int, learning_rate: float) -> Tensor:
     Returns:
         ``[m, n]`` in the dtype given.
     """
-    start, curvature = total(deltas), torch.zeros(deltas.shape[-1], deltas.shape[-1], dtype=deltas.dtype)
+    start, curvature = total(deltas), deltas.new_zeros(deltas.shape[-1], deltas.shape[-1])
     slope, moved = torch.zeros_like(start), torch.zeros_like(start)
     for delta in deltas:
         weight = gram(delta).to(delta.dtype)

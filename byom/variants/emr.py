@@ -73,7 +73,7 @@ class ElectMaskRescale(Variant):
                 packed = {task: parts | ({name: kept[task]} if kept[task] else {}) for task, parts in packed.items()}
                 continue
             for task, (mask, size) in zip(packed, self._masked(problem, name), strict=True):
-                sizes[task] = sizes[task] + size
+                sizes[task] = sizes[task] + size.cpu()
                 packed[task] |= {name: {"mask": bits.pack(mask)}} if mask.any() else {}
         deltas = {task: self._delta(parts, _ratio(*sizes[task]), reference) for task, parts in packed.items()}
         return Served(reference, deltas, unified(problem))

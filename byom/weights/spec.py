@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Reader = Callable[[str], Tensor]
+Place = Callable[[str], torch.device | None]  # of a canonical name
 
 
 class Spec(NamedTuple):
@@ -101,6 +102,10 @@ class Tensors(Protocol):
 
     def raw(self, name: str) -> Tensor:
         """Return a tensor as it was computed, before it is rounded to its dtype."""
+        ...
+
+    def place(self, name: str) -> torch.device | None:
+        """Return the device on which a tensor is when it is read; None if that is not known."""
         ...
 
     def __getitem__(self, name: str) -> Tensor: ...

@@ -15,7 +15,7 @@ from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
 from byom.weights.match import matched, not_finite
-from byom.weights.spec import Reader, Spec, Specs, rounded
+from byom.weights.spec import Place, Reader, Spec, Specs, rounded
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
@@ -42,11 +42,12 @@ class Weights:
         checksum: Callable[[str], str] | None = None,
         doubled: Iterable[str] = (),
         carried: Iterable[str] = (),
+        place: Place | None = None,
     ) -> None:
         self._specs, self._read = dict(specs), read
         self._ties = dict(ties or {})
         self._doubled, self._carried = frozenset(doubled), frozenset(carried)
-        self._checksum, self.origin = checksum, origin
+        self._checksum, self._place, self.origin = checksum, place, origin
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], origin: str = "memory") -> Weights:
@@ -62,7 +63,8 @@ class Weights:
         tensors = {name: tensor.detach() for name, tensor in state.items()}
         require_values(tensors, origin)
         specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin)
+        place: Place = lambda name: tensors[name].device  # noqa: E731
+        return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin, place=place)
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
@@ -83,7 +85,9 @@ class Weights:
         tied = file_ties(file)
         specs |= {name: specs[stored] for name, stored in tied.stored.items()}
         read, checksum = tied.renamed(file.read), tied.renamed(file.checksum)
-        return cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled)
+        made = cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled)
+        made._place = lambda name: torch.device("cpu")
+        return made
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor in its declared dtype. Do not modify it: it may be the stored one.
@@ -118,6 +122,10 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
         return self._spec(name).dtype
+
+    def place(self, name: str) -> torch.device | None:
+        """Return the device on which a tensor is when it is read, without reading it; None if that is not known."""
+        return self._place(self._ties.get(name, name)) if self._place else None
 
     def canonical(self) -> list[str]:
         """Return one name for each distinct tensor, sorted."""
@@ -279,7 +287,8 @@ class Weights:
     ) -> Weights:
         specs, ties = self._specs if specs is None else specs, self._ties if ties is None else ties
         origin, doubled, carried = origin or self.origin, self._doubled, self._carried
-        return Weights(specs, read, ties=ties, origin=origin, doubled=doubled, carried=carried)
+        place = self._place
+        return Weights(specs, read, ties=ties, origin=origin, doubled=doubled, carried=carried, place=place)
 
     def _spec(self, name: str) -> Spec:
         if name not in self._specs:

@@ -26,7 +26,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from byom.functional import tensors as kinds
@@ -41,6 +40,9 @@ STRICT = {
     "native_batch_norm", "native_layer_norm", "put_", "scatter", "scatter_", "scatter_add", "scatter_add_",
     "searchsorted", "stack", "take", "vdot",
 }  # fmt: skip
+
+
+MADE = torch.library.Library("aten", "IMPL")  # what makes tensors on the device, from which all other ways are made
 
 
 class Simulated(Tensor):
@@ -97,13 +99,6 @@ class Simulated(Tensor):
         return f"Simulated({self.held!r})"
 
 
-class Dispatch(TorchDispatchMode):
-    """Sees what is made on the device, or sent to it, before any tensor of it takes part."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return run(func, args, kwargs or {})
-
-
 @cache
 def device() -> torch.device:
     """Register the device with PyTorch, which can be done once a process, and return it."""
@@ -121,7 +116,17 @@ def device() -> torch.device:
             return True
 
     backend_registration._setup_privateuseone_for_python_backend(NAME, hook=Hooks())
+    MADE.impl("empty.memory_format", _empty, "PrivateUse1")
+    MADE.impl("empty_strided", _empty_strided, "PrivateUse1")
     return torch.device(NAME, 0)
+
+
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return Simulated(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+
+
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return Simulated(torch.empty_strided(size, stride, dtype=dtype))
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def simulation() -> Iterator[torch.device]:
             True
         )  # torch.tensor(..., device=) makes its tensor on the CPU, and sends it
         try:
-            with Dispatch(), torch.autograd.set_multithreading_enabled(False):  # no thread of this device was started
+            with torch.autograd.set_multithreading_enabled(False):  # no thread of this device was started
                 yield place
         finally:
             torch._C._set_only_lift_cpu_tensors(False)

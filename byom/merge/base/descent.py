@@ -84,7 +84,7 @@ def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) ->
 
     def merge(start: int, piece: Group) -> Tensor:
         deltas = vectors(piece, start)
-        return piece.pretrained + total(deltas * coefficients.to(deltas.dtype)[:, None])
+        return piece.pretrained + total(deltas * coefficients.to(deltas)[:, None])
 
     return blockwise(group, merge)
 

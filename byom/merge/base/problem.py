@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError
+from byom.errors import CheckpointError, OptionError, WeightsMismatch
 from byom.functional.tensors import wide, widened
 from byom.merge.base.probe import Probe
 from byom.merge.base.running import averaged
 from byom.weights import Weights
 from byom.weights.align import aligned
+from byom.weights.match import apart
 from byom.weights.watched import watched
 
 BLOCK = 1 << 18  # elements of one parameter merged at a time: bounds temporaries, and stays near the caches
+FAR_BLOCK = 1 << 24  # the same on an accelerator, whose kernels take longer to start than to run on less
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Group:
         Statistics of the parameter's shape are cut with it, others are left out.
 
         Args:
-            size: Elements of a piece; None takes `BLOCK`.
+            size: Elements of a piece; None takes `BLOCK`, or `FAR_BLOCK` on an accelerator.
         """
-        size, shape = size or BLOCK, self.pretrained.shape
+        size, shape = size or _block(self.pretrained), self.pretrained.shape
         flat = [tensor.reshape(-1) for tensor in (self.pretrained, *self.experts)]
         fitting = {kind: rows for kind, rows in self.statistics.items() if rows.shape[1:] == shape}
         rows = {kind: rows.reshape(len(rows), flat[0].numel()) for kind, rows in fitting.items()}
@@ -149,7 +151,7 @@ class Problem:
     every model are one, so that they stay equal.
 
     Raises:
-        CheckpointError: If `finetuned` is empty, or names or shapes differ.
+        CheckpointError: If `finetuned` is empty, or names, shapes or devices differ.
     """
 
     pretrained: Weights
@@ -214,19 +216,27 @@ class Problem:
         """
         pretrained = self.pretrained.read_finite(name)
         experts = tuple(each.read_finite(name) if checked else each[name] for each in self.finetuned.values())
-        return Group(name, pretrained, experts, self._statistics(name))
+        for task, expert in zip(self.tasks, experts, strict=True):
+            if expert.device != pretrained.device:
+                here, there = (self.pretrained.origin, pretrained), (self.finetuned[task].origin, expert)
+                raise WeightsMismatch(apart(name, *((origin, value.device) for origin, value in (here, there))))
+        return Group(name, pretrained, experts, self._statistics(name, pretrained.device))
 
     def uncovered(self, statistic: str) -> list[str]:
         """Name the mergeable parameters for which some task lacks a statistic, such as floating-point buffers."""
         by_task = self.statistics[statistic]
         return [name for name in self.pretrained.mergeable() if any(name not in by_task[task] for task in self.tasks)]
 
-    def _statistics(self, name: str) -> dict[str, Tensor]:
+    def _statistics(self, name: str, device: torch.device) -> dict[str, Tensor]:
         return {
-            kind: torch.stack([by_task[task].read_finite(name) for task in self.tasks])
+            kind: torch.stack([by_task[task].read_finite(name) for task in self.tasks]).to(device)
             for kind, by_task in self.statistics.items()
             if all(name in by_task[task] for task in self.tasks)
         }
+
+
+def _block(tensor: Tensor) -> int:
+    return BLOCK if tensor.device.type == "cpu" else FAR_BLOCK
 
 
 def blockwise(group: Group, merge: Any, *, final: bool = False) -> Tensor:
@@ -242,7 +252,7 @@ def blockwise(group: Group, merge: Any, *, final: bool = False) -> Tensor:
         ``[*shape]`` merged values.
     """
     dtype = (group.dtype if final else None) or widened(group.pretrained.dtype)
-    merged = torch.empty(group.pretrained.numel(), dtype=dtype)
+    merged = torch.empty(group.pretrained.numel(), dtype=dtype, device=group.pretrained.device)
     for start, piece in group.blocks():
         merged[start : start + piece.pretrained.numel()] = merge(start, piece)
     return merged.reshape(group.pretrained.shape)
@@ -259,11 +269,11 @@ def rowwise(group: Group, merge: Callable[[Group], Tensor]) -> Tensor:
         ``[*shape]`` merged values.
     """
     shape = group.pretrained.shape
-    merged = torch.empty(shape, dtype=widened(group.pretrained.dtype))
+    merged = torch.empty(shape, dtype=widened(group.pretrained.dtype), device=group.pretrained.device)
     if not merged.numel():
         return merged
     models = [tensor.reshape(-1, shape[-1]) for tensor in (group.pretrained, *group.experts)]
-    rows, step = merged.reshape(-1, shape[-1]), max(1, BLOCK // shape[-1])
+    rows, step = merged.reshape(-1, shape[-1]), max(1, _block(group.pretrained) // shape[-1])
     for start in range(0, len(rows), step):
         pretrained, *experts = (model[start : start + step] for model in models)
         rows[start : start + step] = merge(Group(group.name, pretrained, tuple(experts)))
