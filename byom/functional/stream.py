@@ -28,16 +28,18 @@ class Part:
         read: Signed floating-point values, flat, at a slice or at ascending int64 positions. It may be
             called many times and must give the same bits each time.
         peek: The same for a few values out of all, where there is a cheaper way to them; None takes `read`.
+        device: Where `read` gives values; None where that is not known.
     """
 
     numel: int
     read: Callable[[slice | Tensor], Tensor]
     peek: Callable[[slice | Tensor], Tensor] | None = None
+    device: torch.device | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Part:
         """Wrap a tensor of any shape, 0-d and empty included; a non-contiguous one is copied."""
-        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__)
+        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__, device=tensor.device)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from byom.errors import CheckpointError, one_of
 from byom.functional.rows import RowCut, row_cuts
 from byom.functional.selection import Cut, Part, kept, locate_each
 from byom.functional.tensors import wide
+from byom.weights.placed import home
 from byom.weights.watched import unwatched
 from byom.weights.weights import Weights
 
@@ -92,7 +93,7 @@ def cuts_of_each(
     """Find the cuts of several targets side by side, reading the reference once for all of them; see `cuts`."""
     require_scope("scope", scope)
     key = (reference.fingerprint(), scope)
-    every = [_HELD.setdefault(target, {}).setdefault(key, {}) for target in targets]
+    every = [_HELD.setdefault(home(target), {}).setdefault(key, {}) for target in targets]
     if lacking := [index for index, held in enumerate(every) if density not in held]:
         wanted = sorted({density, *densities, *_SWEEP.get()})
         found = _each([targets[index] for index in lacking], reference, wanted, scope)
@@ -148,7 +149,7 @@ def differences(target: Weights, reference: Weights) -> list[Part]:
 
 
 def _difference(target: Weights, reference: Weights, name: str, latest: _Latest) -> Part:
-    sources = unwatched(target), unwatched(reference)
+    sources = home(unwatched(target)), home(unwatched(reference))
 
     def read(at: slice | Tensor) -> Tensor:
         left, right = wide(latest.read(target, name)[at]), latest.read(reference, name)[at]
@@ -158,7 +159,7 @@ def _difference(target: Weights, reference: Weights, name: str, latest: _Latest)
         left, right = (wide(source[name].reshape(-1)[at]) for source in sources)
         return left - right
 
-    return Part(torch.Size(target.shape(name)).numel(), read, peek)
+    return Part(torch.Size(target.shape(name)).numel(), read, peek, target.place(name))
 
 
 class _Latest:

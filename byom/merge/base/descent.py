@@ -11,7 +11,8 @@ from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
 from byom.merge.base.probe import Batch, Probe
-from byom.merge.base.problem import Group, Problem, blockwise
+from byom.merge.base.group import Group, blockwise
+from byom.merge.base.problem import Problem
 from byom.weights import Weights
 
 JOINED = 64  # examples encoded in one pass: fills two cores, and its activations stay well below the task vectors

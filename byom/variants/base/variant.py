@@ -112,8 +112,8 @@ class PackingVariant(Variant):
         Saving that as a bundle holds one packed difference at a time, whatever the number of tasks.
         """
         base = problem.pretrained if self.shares_base else None
-        packing = Packing(self.suited(problem, reference), problem.finetuned, reference, base)
-        return Served(reference, packing, base)
+        packing = Packing(self.suited(problem, reference), problem.finetuned, problem.here(reference), base)
+        return Served(problem.back(reference), packing, base and problem.back(base))
 
     def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
         """Pack one task's difference.
