@@ -1,8 +1,8 @@
 """Exact order statistics of streams that lie on an accelerator: histograms of the bits of magnitudes, level by level.
 
-The bits of a magnitude, read as a whole number, are ordered as magnitudes are. A first pass counts their leading 16 bits,
-which says in which of 65,536 intervals every wanted rank lies; further ones, of that interval alone, count the next bits.
-fp32 takes two passes, fp64 four, however many ranks are wanted.
+The bits of a magnitude, read as a whole number, are ordered as magnitudes are. A first pass counts their leading 16
+bits, which says in which of 65,536 intervals every wanted rank lies; further ones, of that interval alone, count the
+next bits. fp32 takes two passes, fp64 four, however many ranks are wanted.
 """
 
 from __future__ import annotations

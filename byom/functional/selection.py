@@ -105,7 +105,7 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
     result does not depend on how the stream is split in parts.
 
     Args:
-        parts: The tensors of the stream, in order; those on an accelerator are counted there (`byom.functional.histogram`).
+        parts: The tensors of the stream, in order; those on an accelerator are counted there (`histogram`).
         counts: Wanted numbers of survivors, in [0, n] with n the stream's length; up to 8 share a pass.
 
     Returns:

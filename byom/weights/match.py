@@ -99,8 +99,8 @@ def require_one_place(a: Tensors, b: Tensors) -> None:
 def apart(name: str, one: tuple[str, torch.device], other: tuple[str, torch.device]) -> str:
     """Say that two models have a tensor on different devices, and what to do."""
     return (
-        f"'{name}' lies on {one[1]} in {one[0]} and on {other[1]} in {other[0]}; models that are computed with together "
-        f"lie on one device. Load both onto one, or move one: byom.weights.placed(weights, '{one[1]}')"
+        f"'{name}' lies on {one[1]} in {one[0]} and on {other[1]} in {other[0]}; models that are computed with lie on "
+        f"one device. Load both onto one, or move one: byom.weights.placed(weights, '{one[1]}')"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from functools import cache
+from itertools import pairwise
 from threading import local
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -85,9 +86,7 @@ class _Ahead:
 
     def __init__(self, source: Weights, chosen: Chosen) -> None:
         self._source, self._chosen = source, chosen
-        self._order: dict[str, str] = {}
-        names = source.mergeable()
-        self._order = dict(zip(names, names[1:], strict=False))
+        self._order = dict(pairwise(source.mergeable()))
         self._last = ""
         self._next: tuple[str, Future[_Sent]] | None = None
 

@@ -1,6 +1,6 @@
 """Every merge method and variant on a device: it computes there, returns what it does on the CPU, and mixes nothing."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -8,12 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from byom.checkpoint.bundle import Bundle
-from byom.errors import WeightsMismatch
-from byom.merge.base import Member, Problem
+from byom.errors import CheckpointError, OptionError, WeightsMismatch
+from byom.functional import histogram
+from byom.functional.selection import Part, locate, locate_each, top_mask
+from byom.merge.base import Member, Problem, TensorwiseMethod
+from byom.merge.base import problem as merging
 from byom.merge.base.probe import Features
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.weights import Weights
-from tests.problems import FLOATS, DrawnProbe, bits, grams, members_of, models, options, precisions
+from byom.weights import Weights, placed
+from tests.problems import FLOATS, TIED, DrawnProbe, bits, counted, grams, members_of, models, options, precisions
 
 METHODS = options("merge")
 VARIANTS = options("byom")
@@ -115,7 +118,9 @@ def test_models_on_a_device_are_merged_there(name, device):
     near(state, merged_here(name), **TOLERANCE.get(name, NEAR))
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs.inputs or method.needs.statistics])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.needs.inputs or method.needs.statistics]
+)
 def test_an_encoder_on_a_device_serves_models_on_the_cpu(name, device):
     state = METHODS[name](posed(CPU, device)).state()
     assert lie(state) == {CPU}
@@ -140,3 +145,123 @@ def test_an_encoder_on_a_device_serves_variants_on_the_cpu(name, device):
     for task, state in states(found).items():
         assert lie(state) == {CPU}
         near(state, served_here(name)[task], **TOLERANCE.get(name, NEAR))
+
+
+# where merging computes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_models_on_the_cpu_are_merged_on_a_device_and_come_back(name, device):
+    merged = METHODS[name](posed(CPU, device).on(device))
+    assert set(merged) == set(merged_here(name)) and merged.ties == TIED
+    state = merged.state()
+    assert lie(state) == {CPU} and {merged.place(each) for each in merged} == {CPU}
+    near(state, merged_here(name), **TOLERANCE.get(name, NEAR))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_models_on_the_cpu_are_packed_on_a_device_and_come_back(name, device):
+    found = served(VARIANTS[name], posed(CPU, device).on(device))
+    for task, state in states(found).items():
+        assert lie(state) == {CPU}
+        near(state, served_here(name)[task], **TOLERANCE.get(name, NEAR))
+
+
+def test_where_the_models_lie_nothing_is_moved(device):
+    given, there = posed(CPU, CPU), posed(device, CPU)
+    assert given.on("cpu") is given and there.on(device) is there
+
+
+def test_merging_elsewhere_computes_there(device):
+    @dataclass(frozen=True)
+    class Asks(TensorwiseMethod):
+        title, elementwise = "Asks", False
+
+        def merge(self, group):
+            assert {tensor.device for tensor in (group.pretrained, *group.experts)} == {device}
+            assert all(rows.device == device for rows in group.statistics.values())
+            assert group.statistics or group.name == "one"
+            return group.finetuned.mean(0)
+
+    near(Asks()(posed(CPU, CPU).on(device)).state(), merged_here("average"), **NEAR)
+
+
+def test_a_tensor_that_does_not_fit_is_merged_where_it_lies(device, monkeypatch):
+    size = 11 * 4 * 35  # that of `embed` in all models, twice, with differences
+    monkeypatch.setattr(merging, "room", lambda place: size - 1)
+    whole = posed(CPU, CPU)
+    whole = Problem(whole.pretrained, whole.finetuned, whole.statistics)
+    given = whole.on(device)
+    assert {name: given.pretrained.place(name) for name in FLOATS} == {
+        name: CPU if name == "embed" else device for name in FLOATS
+    }
+    for name in ("ties", "average", "fisher"):
+        near(METHODS[name](given).state(), merged_here(name), **NEAR)
+    monkeypatch.setattr(merging, "room", lambda place: size)
+    assert whole.on(device).pretrained.place("embed") == device
+
+
+def test_the_next_tensor_is_read_while_one_is_merged(device):
+    weights, reads = counted(Weights.of(models()[0]))
+    there = placed(weights, device)
+    first, second, third, *_ = weights.mergeable()
+    assert there[first].device == device and reads == [first]
+    there[second]
+    there[third]
+    assert reads[:3] == [first, second, third] and reads.count(third) == 1
+
+
+# refusals
+
+
+@pytest.mark.parametrize("where", ["pre-trained", "task2"])
+def test_a_mix_is_refused_by_name(where, device):
+    base, tuned = models()
+    held = {"pre-trained": Weights.of(base, "pre-trained")} | {t: Weights.of(s, t) for t, s in tuned.items()}
+    held[where] = moved(held[where], device)
+    with pytest.raises(WeightsMismatch, match=r"'embed' lies on .* in pre-trained and on .* in task[12]; .*placed\("):
+        Problem(held["pre-trained"], {task: held[task] for task in tuned})
+    with pytest.raises(WeightsMismatch, match="'embed' lies on"):
+        held["pre-trained"] + held["task2"]
+    with pytest.raises(WeightsMismatch, match="'embed' lies on"):
+        Bundle.pack(VARIANTS["fft"], {"task2": held["task2"]}, held["pre-trained"])
+    one = placed(held[where], "cpu")
+    assert lie((one - held["task1" if where == "task2" else "task2"]).state()) == {CPU}
+
+
+def test_a_mix_that_only_reading_shows_is_refused_by_name(device):
+    base, tuned = models(1)
+    there, _ = counted(moved(Weights.of(tuned["task1"], "task1"), device))
+    with pytest.raises(WeightsMismatch, match="'one' lies on cpu in pre-trained and on .* in task1"):
+        METHODS["average"](Problem(Weights.of(base, "pre-trained"), {"task1": there}))["one"]
+
+
+# selection
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_selection_on_a_device_is_that_of_the_cpu(dtype, device):
+    draw = torch.Generator().manual_seed(0)
+    rough = [torch.randn(n, generator=draw).mul(8).round().div(4) for n in (7, 1, 0, 400, 33)]
+    fine = [torch.randn(n, generator=draw, dtype=torch.float64) for n in (7, 1, 0, 400, 33)]
+    streams = [[each.to(dtype) for each in every] for every in (rough, fine, [torch.zeros_like(r) for r in rough])]
+    counts = [0, 1, 2, 40, 41, 200, 439, 440, 441]
+    here = locate_each([[Part.of(each) for each in every] for every in streams], counts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(histogram, "CHUNK", 64)
+        there = locate_each([[Part.of(each.to(device)) for each in every] for every in streams], counts)
+    assert there == here
+    for every in streams[:2]:
+        assert top_mask(every[3].to(device), 0.3).tolist() == top_mask(every[3], 0.3).tolist()
+
+
+def test_selection_on_a_device_refuses_what_the_cpu_refuses(device):
+    for bad in (float("nan"), float("-inf")):
+        values = torch.ones(9)
+        values[4] = bad
+        with pytest.raises(CheckpointError, match="1 of 9 values are NaN or infinite, the first at flat position 4"):
+            locate([Part.of(values.to(device))], [3])
+        with pytest.raises(CheckpointError, match="1 of 9 values"):
+            locate([Part.of(values.to(device))], [])
+    with pytest.raises(OptionError, match=r"count=10 is not in \[0, 9\]"):
+        locate([Part.of(torch.ones(9, device=device))], [10])

@@ -172,9 +172,7 @@ def low_rank_result(
     return Adapted(base, pieces, {name: rest(name) for name in others if rest}, "merged")
 
 
-def stacked(
-    pieces: Sequence[Piece], shape: Sequence[int], place: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def stacked(pieces: Sequence[Piece], shape: Sequence[int], place: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Write the differences of a matrix as one product.
 
     Args:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import isfinite
 
 from byom.errors import CheckpointError, OptionError, fraction
-from byom.merge.base.method import MergeMethod
 from byom.merge.base.group import Group
+from byom.merge.base.method import MergeMethod
 from byom.merge.base.problem import Problem
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
-from byom.merge.base.probe import Batch, Probe
 from byom.merge.base.group import Group, blockwise
+from byom.merge.base.probe import Batch, Probe
 from byom.merge.base.problem import Problem
 from byom.weights import Weights
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.tensors import finite
-from byom.merge.base.needs import Needs
 from byom.merge.base.group import Group, blockwise
+from byom.merge.base.needs import Needs
 from byom.merge.base.problem import Problem
 from byom.merge.base.running import running
 from byom.weights import Weights

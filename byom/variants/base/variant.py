@@ -104,7 +104,7 @@ class PackingVariant(Variant):
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Pack every task; see `Variant.serve`."""
         lazy = self.streamed(problem, reference)
-        return Served(reference, dict(lazy.deltas), lazy.base)
+        return Served(lazy.reference, dict(lazy.deltas), lazy.base)
 
     def streamed(self, problem: Problem, reference: Weights) -> Served:
         """Pack a task each time its difference is asked for; see `Variant.streamed`.
