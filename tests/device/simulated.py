@@ -26,7 +26,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from byom.functional import tensors as kinds
 
@@ -147,44 +146,55 @@ def simulation() -> Iterator[torch.device]:
 
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run one operation of PyTorch on the values, after its devices were checked."""
-    flat, spec = tree_flatten((args, kwargs))
-    ours, asked = [each for each in flat if isinstance(each, Simulated)], kwargs.get("device")
-    if not ours and not _simulates(asked):
-        return func(*args, **kwargs)
-    name = func.overloadpacket.__name__
+    ours: dict[int, Simulated] = {}
+    plain: list[Any] = []
+    inner = tuple(_opened(each, ours, plain) for each in args)
+    named = {name: _opened(each, ours, plain) for name, each in kwargs.items()}
+    name, asked = func.overloadpacket.__name__, named.get("device")
     written = args[0] if name == "copy_" or name in INDEXED else None
-    here = isinstance(written, Simulated) if written is not None else bool(ours) if asked is None else _simulates(asked)
-    _check(func, name, args, kwargs)
-    if here and any(isinstance(each, torch.Generator) for each in flat):
+    here = isinstance(written, Simulated) if written is not None else asked is None or _simulates(asked)
+    tensors = [each for each in plain if isinstance(each, Tensor)]
+    if ours and tensors and name not in CROSSING:
+        _check(func, name, args, kwargs, tensors)
+    if here and len(tensors) < len(plain):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    inner, named = tree_unflatten([each.held if isinstance(each, Simulated) else each for each in flat], spec)
     if asked is not None:
-        named = named | {"device": torch.device("cpu")}
+        named["device"] = torch.device("cpu")
     if named.get("pin_memory"):
-        named = named | {"pin_memory": False}
-    back = {id(each.held): each for each in ours}
-    parts, shape = tree_flatten(func(*inner, **named))
-    wrapped = [_wrapped(part, back) if here and isinstance(part, Tensor) else part for part in parts]
-    return tree_unflatten(wrapped, shape)
+        named["pin_memory"] = False
+    result = func(*inner, **named)
+    return _wrapped(result, ours) if here else result
 
 
-def _wrapped(part: Tensor, back: dict[int, Simulated]) -> Simulated:
-    return back[id(part)] if id(part) in back else Simulated(part)
+def _opened(value: Any, ours: dict[int, Simulated], plain: list[Any]) -> Any:
+    """Return an argument with the tensors that hold the values, having noted tensors and generators on the way."""
+    if isinstance(value, Simulated):
+        ours[id(value.held)] = value
+        return value.held
+    if isinstance(value, Tensor | torch.Generator):
+        plain.append(value)
+    elif isinstance(value, list | tuple):
+        return [_opened(each, ours, plain) for each in value]
+    return value
+
+
+def _wrapped(result: Any, ours: dict[int, Simulated]) -> Any:
+    if isinstance(result, Tensor):
+        return ours[id(result)] if id(result) in ours else Simulated(result)
+    if isinstance(result, list | tuple):
+        return type(result)([_wrapped(each, ours) for each in result])
+    return result
 
 
 def _simulates(asked: Any) -> bool:
     return asked is not None and torch.device(asked).type == NAME
 
 
-def _check(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-    plain = [each for each in tensors if not isinstance(each, Simulated)]
-    if name in CROSSING or not plain or len(plain) == len(tensors):
-        return
+def _check(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], plain: Sequence[Tensor]) -> None:
     if name in INDEXED:
         _check_index(name, args)
     elif name in STRICT or any(each.ndim for each in plain) or _writes(func, plain, args, kwargs):
-        _refuse(name, tensors)
+        _refuse(name, plain)
 
 
 def _check_index(name: str, args: Sequence[Any]) -> None:
@@ -192,7 +202,7 @@ def _check_index(name: str, args: Sequence[Any]) -> None:
     if not isinstance(whole, Simulated) and any(isinstance(index, Simulated) for index in indices):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     if len(args) > 2 and isinstance(args[2], Simulated) != isinstance(whole, Simulated) and args[2].ndim:
-        _refuse(name, [whole, args[2]])
+        _refuse(name, [each for each in (whole, args[2]) if not isinstance(each, Simulated)])
 
 
 def _writes(func: Any, plain: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -201,9 +211,8 @@ def _writes(func: Any, plain: Sequence[Tensor], args: Sequence[Any], kwargs: dic
     return any(given.get(name) is each for name in written for each in plain)
 
 
-def _refuse(name: str, tensors: Sequence[Tensor]) -> None:
-    where = " and ".join(sorted({str(each.device) for each in tensors}))
-    shapes = [(each.device.type, tuple(each.shape)) for each in tensors]
+def _refuse(name: str, plain: Sequence[Tensor]) -> None:
     raise RuntimeError(
-        f"Expected all tensors to be on the same device, but found at least two devices, {where}! ({name} of {shapes})"
+        "Expected all tensors to be on the same device, but found at least two devices, "
+        f"{device()} and cpu! ({name} with {[tuple(each.shape) for each in plain]} of the CPU)"
     )

@@ -58,23 +58,37 @@ def moved(weights, place):
     return Weights.of({name: state[weights.ties.get(name, name)] for name in weights}, weights.origin)
 
 
-def posed(place, probed):
-    """Return the usual problem of three tasks with its models on one device, and its encoder on another."""
+@cache
+def tensors(place):
+    """Return the usual models of three tasks with statistics and members, whose tensors are on a device."""
     base, tuned = models()
     held, experts = Weights.of(base, "pre-trained"), {task: Weights.of(state, task) for task, state in tuned.items()}
-    here = probed.type == "cpu"
-    probe = DrawnProbe(held, experts) if here else FarProbe(held, experts, probed)
     kinds = {kind: {task: precisions(held, task, kind) for task in experts} for kind in ("fisher", "ivon")}
     kinds["gram"] = {task: Weights.of(grams(held, task)) for task in experts}
-    statistics = {k: {task: moved(each, place) for task, each in found.items()} for k, found in kinds.items()}
-    members = {task: [_moved(member, place) for member in members_of(held, task, experts[task])] for task in experts}
-    return Problem(
-        moved(held, place), {task: moved(each, place) for task, each in experts.items()}, statistics, members, probe
+    members = {task: members_of(held, task, experts[task]) for task in experts}
+    return (
+        moved(held, place).state(),
+        {task: moved(each, place).state() for task, each in experts.items()},
+        {kind: {task: moved(each, place) for task, each in found.items()} for kind, found in kinds.items()},
+        {
+            task: [Member(moved(m.weights, place), _all(m.statistics, place)) for m in each]
+            for task, each in members.items()
+        },
     )
 
 
-def _moved(member, place):
-    return Member(moved(member.weights, place), {kind: moved(each, place) for kind, each in member.statistics.items()})
+def _all(statistics, place):
+    return {kind: moved(each, place) for kind, each in statistics.items()}
+
+
+def posed(place, probed):
+    """Return the usual problem with its models on one device, and its encoder on another, as if new."""
+    base, tuned = models()
+    held, experts = Weights.of(base, "pre-trained"), {task: Weights.of(state, task) for task, state in tuned.items()}
+    probe = DrawnProbe(held, experts) if probed.type == "cpu" else FarProbe(held, experts, probed)
+    base, tuned, statistics, members = tensors(place)
+    experts = {task: Weights.of(state, task) for task, state in tuned.items()}
+    return Problem(Weights.of(base, "pre-trained"), experts, statistics, members, probe)
 
 
 CPU = torch.device("cpu")
