@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,13 @@ class Keys:
         return signature(self.experts, method, *self.extras, variant)
 
 
-def once(folder: Path, make: Callable[[], object]) -> None:
+def once(folder: Path, make: Callable[[], object], notes: Mapping[str, Any] | None = None) -> None:
     """Make a cached folder if it is not there, and note next to it what that took; without a note, make it again.
 
     Args:
         folder: Where it belongs; of several processes that want it, one makes it and the others wait.
         make: Makes it.
+        notes: What else is noted.
     """
     if folder.is_dir() and note(folder).is_file():
         return
@@ -67,7 +68,7 @@ def once(folder: Path, make: Callable[[], object]) -> None:
         stages = Stages()
         with stages.stage("made"):
             make()
-        write_json(note(folder), stages.taken["made"])
+        write_json(note(folder), {**stages.taken["made"], **(notes or {})})
 
 
 def note(folder: Path) -> Path:

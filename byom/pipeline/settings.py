@@ -74,6 +74,7 @@ class Settings:
         resolved: The configuration as plain containers.
         note: Shown above every table made of this run's record.
         overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
+        merge_device: Where merging and packing compute: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
 
     Raises:
         OptionError: If the seed is not a whole number.
@@ -98,6 +99,7 @@ class Settings:
     resolved: Mapping[str, Any]
     note: str = ""
     overrides: tuple[str, ...] = ()
+    merge_device: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from byom.weights.spec import Rounding, rounded
+from byom.errors import OptionError
+from byom.weights.spec import CPU, Rounding, rounded
 from byom.weights.weights import Weights
 
 Chosen = Callable[[str], torch.device]
@@ -59,6 +60,35 @@ def brought(weights: Weights, place: Chosen) -> Weights:
 
     seen._read, seen._place = Rounding(lambda name: weights.raw(name).to(place(name)), cast), place
     return seen
+
+
+def chosen(name: str, auto: torch.device | None = None) -> torch.device:
+    """Return the device that ``merge.device`` names.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+        auto: What ``auto`` takes; None takes a GPU if there is one.
+
+    Raises:
+        OptionError: If there is no such device here.
+    """
+    if name == "auto":
+        return auto or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(
+            f"merge.device={name} cannot be used here ({reason}); use merge.device=auto or merge.device=cpu"
+        ) from error
+    return torch.device(name)
+
+
+def follow(seen: Weights, weights: Weights) -> None:
+    """Let `home` find of weights that only watch others what it finds of these."""
+    if weights in _SOURCES:
+        _SOURCES[seen] = _SOURCES[weights]
 
 
 def home(weights: Weights) -> Weights:
@@ -174,11 +204,10 @@ def fitting(models: Iterable[Weights], device: torch.device, room: int | None) -
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     copies = 2 * len(every) + 3  # those that are merged and the next ones, their differences, and the result
-    cpu = torch.device("cpu")
 
     def bytes_of(name: str) -> int:
         width = 8 if any(name in each and each.dtype(name) == torch.float64 for each in every) else 4
         return copies * width * torch.Size(first.shape(name)).numel()
 
     beyond = {name for name in first.canonical() if room is not None and bytes_of(name) > room}
-    return lambda name: cpu if name in beyond else device
+    return lambda name: CPU if name in beyond else device

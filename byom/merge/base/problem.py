@@ -17,9 +17,8 @@ from byom.weights import Weights
 from byom.weights.align import aligned
 from byom.weights.match import apart
 from byom.weights.placed import brought, fitting, home, placed, room
+from byom.weights.spec import CPU
 from byom.weights.watched import watched
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
