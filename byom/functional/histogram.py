@@ -146,6 +146,6 @@ class _Search:
 
     def _require_finite(self) -> None:
         """Refuse NaN and infinity, whose leading bits are those of infinity or above."""
-        infinite = torch.tensor(torch.inf, dtype=self.dtype).view(BITS[self.dtype]).item()
+        infinite = int(torch.tensor(torch.inf, dtype=self.dtype).view(BITS[self.dtype]))
         if 0 in self.sums and self.sums[0][infinite >> sum(self.levels[1:]) :].any():
             Stream.of(self.parts).refuse()

@@ -71,7 +71,7 @@ class Adapted(Weights):
 
     def _moved(self, name: str) -> Tensor:
         value = self.replaced.get(name)
-        value = self.base[name] if value is None else value
+        value = self.base[name] if value is None else value.to(self.base.place(name))
         return add(value, self.factored[name]) if name in self.factored else value
 
 

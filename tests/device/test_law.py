@@ -16,6 +16,7 @@ from byom.merge.base import problem as merging
 from byom.merge.base.probe import Features
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights, placed
+from byom.weights.lowrank import Adapted, Piece
 from tests.problems import FLOATS, TIED, DrawnProbe, bits, counted, grams, members_of, models, options, precisions
 
 METHODS = options("merge")
@@ -223,6 +224,59 @@ def test_the_next_tensor_is_read_while_one_is_merged(device):
     there[second]
     there[third]
     assert reads[:3] == [first, second, third] and reads.count(third) == 1
+
+
+# adapters
+
+
+def adapted(base, place):
+    """Return two experts as low-rank differences to theta_0, whose factors are on a device."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"embed": (7, 5), "layer.weight": (6, 4)}
+    pairs = [
+        {n: [torch.randn(m, 2, generator=draw), torch.randn(2, k, generator=draw)] for n, (m, k) in shapes.items()}
+    ]
+    pairs += [{"embed": [torch.randn(7, 2, generator=draw), torch.randn(2, 5, generator=draw)]}]
+    own = {"layer.bias": torch.randn(6, generator=draw)}
+    return {
+        f"task{t}": Adapted(
+            base,
+            {name: [Piece(0, *(factor.to(place) for factor in pair))] for name, pair in factors.items()},
+            {name: value.to(place) for name, value in own.items()},
+            f"task{t}",
+        )
+        for t, factors in enumerate(pairs, 1)
+    }
+
+
+@pytest.mark.parametrize("name", ["knots", "knots-concat=input", "core_space", "task_arithmetic", "ties"])
+def test_adapters_are_merged_on_a_device(name, device):
+    base = Weights.of(models()[0], "pre-trained")
+    expected = METHODS[name](Problem(base, adapted(base, CPU))).state()
+    there = moved(base, device)
+    for factors in (CPU, device):
+        state = METHODS[name](Problem(there, adapted(there, factors))).state()
+        assert lie(state) == {device}
+        near(state, expected, **NEAR)
+    state = METHODS[name](Problem(base, adapted(base, CPU)).on(device)).state()
+    assert lie(state) == {CPU}
+    near(state, expected, **NEAR)
+
+
+@pytest.mark.parametrize("name", ["lora", "single_task", "tsv_compress"])
+def test_adapters_are_packed_on_a_device(name, device):
+    base = Weights.of(models()[0], "pre-trained")
+    expected = states(served(VARIANTS[name], Problem(base, adapted(base, CPU))))
+    there = moved(base, device)
+    for factors in (CPU, device):
+        found = served(VARIANTS[name], Problem(there, adapted(there, factors)))
+        assert all(lie(parts) == {CPU} for delta in found.deltas.values() for parts in delta.parts.values())
+        for task, state in states(found).items():
+            assert lie(state) == {device}
+            near(state, expected[task], **NEAR)
+    for task, state in states(served(VARIANTS[name], Problem(base, adapted(base, CPU)).on(device))).items():
+        assert lie(state) == {CPU}
+        near(state, expected[task], **NEAR)
 
 
 # refusals

@@ -38,7 +38,7 @@ class MergeMethod(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__call__" in cls.__dict__:
-            cls.__call__ = _returning(cls.__call__)
+            cls.__call__ = _returning(cls.__call__)  # pyright: ignore[reportAttributeAccessIssue]
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:
