@@ -157,7 +157,7 @@ def _difference(target: Weights, reference: Weights, name: str, latest: _Latest)
 
     def peek(at: slice | Tensor) -> Tensor:
         left, right = (wide(source[name].reshape(-1)[at]) for source in sources)
-        return left - right
+        return left - right.to(left.device)
 
     return Part(torch.Size(target.shape(name)).numel(), read, peek, target.place(name))
 

@@ -45,6 +45,21 @@ def placed(weights: Weights, device: torch.device | str | Chosen) -> Weights:
     return seen
 
 
+def beside(weights: Weights, others: Weights) -> Weights:
+    """Return the same weights, whose tensors come to where those of others lie, as far as that is known.
+
+    Args:
+        weights: What is read.
+        others: Weights with these names.
+    """
+
+    def place(name: str) -> torch.device:
+        return (others.place(name) if name in others else None) or weights.place(name) or CPU
+
+    apart = any(weights.place(name) not in (None, place(name)) for name in weights.canonical())
+    return placed(weights, place) if apart else weights
+
+
 def brought(weights: Weights, place: Chosen) -> Weights:
     """Return the same weights, whose tensors come to a place once they were computed; nothing is computed ahead.
 

@@ -16,7 +16,7 @@ from byom.merge.base.running import averaged
 from byom.weights import Weights
 from byom.weights.align import aligned
 from byom.weights.match import apart
-from byom.weights.placed import brought, fitting, home, placed, room
+from byom.weights.placed import beside, brought, fitting, home, placed, room
 from byom.weights.spec import CPU
 from byom.weights.watched import watched
 
@@ -119,8 +119,7 @@ class Problem:
 
     def here(self, weights: Weights) -> Weights:
         """Return weights whose tensors come to where those of the problem's models are computed with; see `on`."""
-        moved = home(self.pretrained) is not self.pretrained
-        return placed(weights, lambda name: self.pretrained.place(name) or CPU) if moved else weights
+        return weights if home(self.pretrained) is self.pretrained else beside(weights, self.pretrained)
 
     def back(self, weights: Weights) -> Weights:
         """Return weights whose tensors come back to where the models lay before `on`."""

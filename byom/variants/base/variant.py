@@ -16,6 +16,8 @@ from byom.merge.base.running import is_running
 from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, own, require_base
 from byom.weights import Weights, matched
 from byom.weights.lowrank import Adapted
+from byom.weights.match import require_one_place
+from byom.weights.placed import beside
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,9 @@ class PackingVariant(Variant):
 
         Saving that as a bundle holds one packed difference at a time, whatever the number of tasks.
         """
-        base = problem.pretrained if self.shares_base else None
-        packing = Packing(self.suited(problem, reference), problem.finetuned, problem.here(reference), base)
+        base, there = problem.pretrained if self.shares_base else None, problem.here(reference)
+        require_one_place(problem.pretrained, there)
+        packing = Packing(self.suited(problem, reference), problem.finetuned, there, base)
         return Served(problem.back(reference), packing, base and problem.back(base))
 
     def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
@@ -184,7 +187,9 @@ class Packing(Mapping[str, Delta]):
     base: Weights | None = None
 
     def __getitem__(self, task: str) -> Delta:
-        return self.variant.delta(self.finetuned[task], self.reference, self.base)
+        target = self.finetuned[task]
+        reference = beside(self.reference, target)  # also what was written meanwhile, and is read from a file
+        return self.variant.delta(target, reference, self.base and beside(self.base, target))
 
     def __contains__(self, task: object) -> bool:
         return task in self.finetuned  # the inherited one would pack the task
