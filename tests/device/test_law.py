@@ -23,7 +23,16 @@ METHODS = options("merge")
 VARIANTS = options("byom")
 NEAR = {"rtol": 1e-5, "atol": 1e-7}
 """How near a device comes to the CPU in fp32, where a method is not in `TOLERANCE`."""
-TOLERANCE = {}
+FACTORED = {"rtol": 1e-4, "atol": 1e-6}
+LEARNT = {"rtol": 1e-3, "atol": 1e-4}
+TOLERANCE = {
+    **dict.fromkeys(("tsv", "iso_c", "iso_cts", "knots", "core_space", "regmean", "regmean_plus_plus"), FACTORED),
+    **dict.fromkeys(("lora", "tsv_compress", "twin", "model_stock", "awd", "mixture"), FACTORED),
+    **dict.fromkeys(("adamerging", "tinting", "surgery", "localize_and_stitch", "wudi"), LEARNT),
+}
+"""How near a card comes to the CPU where it factors matrices by other algorithms, or where what is learnt takes steps
+whose size does not shrink with the gradient's. On the simulated device, which computes as the CPU does, `NEAR` is it."""
+CARD = torch.cuda.is_available()
 
 
 class FarProbe(DrawnProbe):
@@ -117,7 +126,8 @@ def states(served):
     return {task: served.weights(task).state() for task in served.deltas}
 
 
-def near(found, expected, **tolerance):
+def near(found, expected, option=""):
+    tolerance = TOLERANCE.get(option.partition("-")[0], NEAR) if CARD else NEAR
     for name in FLOATS:
         assert_close(found[name].cpu(), expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
@@ -130,7 +140,7 @@ def lie(state):
 def test_models_on_a_device_are_merged_there(name, device):
     state = METHODS[name](posed(device, device)).state()
     assert lie(state) == {device}
-    near(state, merged_here(name), **TOLERANCE.get(name, NEAR))
+    near(state, merged_here(name), name)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +149,14 @@ def test_models_on_a_device_are_merged_there(name, device):
 def test_an_encoder_on_a_device_serves_models_on_the_cpu(name, device):
     state = METHODS[name](posed(CPU, device)).state()
     assert lie(state) == {CPU}
-    near(state, merged_here(name), **TOLERANCE.get(name, NEAR))
+    near(state, merged_here(name), name)
+
+
+@pytest.mark.skipif(not CARD, reason="only a card can compute twice in another order")
+def test_a_card_gives_the_same_bits_twice(device):
+    for name, method in METHODS.items():
+        once, twice = (method(posed(device, device)).state() for _ in range(2))
+        assert all(bits(once[each].cpu()) == bits(twice[each].cpu()) for each in FLOATS), name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -150,7 +167,7 @@ def test_models_on_a_device_are_served_there(name, device, tmp_path):
     assert all(lie(state) == {device} for state in every.values())
     opened = Bundle.open(Bundle(found.reference, found.deltas, found.base).save(tmp_path / "bundle"))
     for task, state in every.items():
-        near(state, served_here(name)[task], **TOLERANCE.get(name, NEAR))
+        near(state, served_here(name)[task], name)
         assert all(bits(opened.weights(task)[each]) == bits(state[each].cpu()) for each in FLOATS)
 
 
@@ -159,7 +176,7 @@ def test_an_encoder_on_a_device_serves_variants_on_the_cpu(name, device):
     found = served(VARIANTS[name], posed(CPU, device))
     for task, state in states(found).items():
         assert lie(state) == {CPU}
-        near(state, served_here(name)[task], **TOLERANCE.get(name, NEAR))
+        near(state, served_here(name)[task], name)
 
 
 # where merging computes
@@ -171,7 +188,7 @@ def test_models_on_the_cpu_are_merged_on_a_device_and_come_back(name, device):
     assert set(merged) == set(merged_here(name)) and merged.ties == TIED
     state = merged.state()
     assert lie(state) == {CPU} and {merged.place(each) for each in merged} == {CPU}
-    near(state, merged_here(name), **TOLERANCE.get(name, NEAR))
+    near(state, merged_here(name), name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -179,7 +196,7 @@ def test_models_on_the_cpu_are_packed_on_a_device_and_come_back(name, device):
     found = served(VARIANTS[name], posed(CPU, device).on(device))
     for task, state in states(found).items():
         assert lie(state) == {CPU}
-        near(state, served_here(name)[task], **TOLERANCE.get(name, NEAR))
+        near(state, served_here(name)[task], name)
 
 
 def test_where_the_models_lie_nothing_is_moved(device):
@@ -198,7 +215,7 @@ def test_merging_elsewhere_computes_there(device):
             assert group.statistics or group.name == "one"
             return group.finetuned.mean(0)
 
-    near(Asks()(posed(CPU, CPU).on(device)).state(), merged_here("average"), **NEAR)
+    near(Asks()(posed(CPU, CPU).on(device)).state(), merged_here("average"))
 
 
 def test_a_tensor_that_does_not_fit_is_merged_where_it_lies(device, monkeypatch):
@@ -206,12 +223,13 @@ def test_a_tensor_that_does_not_fit_is_merged_where_it_lies(device, monkeypatch)
     monkeypatch.setattr(merging, "room", lambda place: size - 1)
     whole = posed(CPU, CPU)
     whole = Problem(whole.pretrained, whole.finetuned, whole.statistics)
-    given = whole.on(device)
+    with pytest.warns(UserWarning, match=r"1 of 6 tensors do not fit on .* merged on the CPU: embed"):
+        given = whole.on(device)
     assert {name: given.pretrained.place(name) for name in FLOATS} == {
         name: CPU if name == "embed" else device for name in FLOATS
     }
     for name in ("ties", "average", "fisher"):
-        near(METHODS[name](given).state(), merged_here(name), **NEAR)
+        near(METHODS[name](given).state(), merged_here(name), name)
     monkeypatch.setattr(merging, "room", lambda place: size)
     assert whole.on(device).pretrained.place("embed") == device
 
@@ -257,10 +275,10 @@ def test_adapters_are_merged_on_a_device(name, device):
     for factors in (CPU, device):
         state = METHODS[name](Problem(there, adapted(there, factors))).state()
         assert lie(state) == {device}
-        near(state, expected, **NEAR)
+        near(state, expected, name)
     state = METHODS[name](Problem(base, adapted(base, CPU)).on(device)).state()
     assert lie(state) == {CPU}
-    near(state, expected, **NEAR)
+    near(state, expected, name)
 
 
 @pytest.mark.parametrize("name", ["lora", "single_task", "tsv_compress"])
@@ -273,10 +291,10 @@ def test_adapters_are_packed_on_a_device(name, device):
         assert all(lie(parts) == {CPU} for delta in found.deltas.values() for parts in delta.parts.values())
         for task, state in states(found).items():
             assert lie(state) == {device}
-            near(state, expected[task], **NEAR)
+            near(state, expected[task], name)
     for task, state in states(served(VARIANTS[name], Problem(base, adapted(base, CPU)).on(device))).items():
         assert lie(state) == {CPU}
-        near(state, expected[task], **NEAR)
+        near(state, expected[task], name)
 
 
 # refusals
@@ -295,6 +313,24 @@ def test_a_mix_is_refused_by_name(where, device):
         Bundle.pack(VARIANTS["fft"], {"task2": held["task2"]}, held["pre-trained"])
     one = placed(held[where], "cpu")
     assert lie((one - held["task1" if where == "task2" else "task2"]).state()) == {CPU}
+
+
+@pytest.mark.parametrize("name", ["fft", "tall_mask", "emr"])
+def test_a_reference_elsewhere_is_refused_by_name(name, device):
+    given = posed(device, CPU)
+    with pytest.raises(WeightsMismatch, match=r"'embed' lies on .* in pre-trained and on cpu in .*placed\("):
+        VARIANTS[name].serve(given, posed(CPU, CPU).pretrained)
+
+
+def test_what_is_packed_as_it_is_saved_is_packed_on_the_device(device, tmp_path):
+    given = posed(device, CPU)
+    reference = TaskArithmetic(0.5)(given)
+    for name in ("fft", "tall_mask"):
+        lazy = VARIANTS[name].streamed(given, reference)
+        Bundle(lazy.reference, lazy.deltas, lazy.base).save(tmp_path / name)
+        opened = Bundle.open(tmp_path / name)
+        for task in given.tasks:
+            near(opened.weights(task).state(), served_here(name)[task], name)
 
 
 def test_a_mix_that_only_reading_shows_is_refused_by_name(device):

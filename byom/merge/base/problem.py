@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError, WeightsMismatch
+from byom.errors import CheckpointError, OptionError, WeightsMismatch, listed
 from byom.merge.base.group import Group
 from byom.merge.base.probe import Probe
 from byom.merge.base.running import averaged
@@ -110,6 +111,12 @@ class Problem:
             return self
         models += [member.weights for each in self.members.values() for member in each]
         place = fitting(models, device, room(device))
+        if (beyond := [n for n in self.pretrained.mergeable() if place(n).type != device.type]) and device != CPU:
+            warnings.warn(
+                f"{len(beyond)} of {len(self.pretrained.mergeable())} tensors do not fit on {device} with those of all "
+                f"models and are merged on the CPU: {listed(beyond)}; fewer models at a time need less",
+                stacklevel=2,
+            )
         there = copy(self)  # not replace, which would compare the models again
         object.__setattr__(there, "pretrained", placed(self.pretrained, place))
         object.__setattr__(there, "finetuned", {t: placed(each, place) for t, each in self.finetuned.items()})
