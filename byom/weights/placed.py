@@ -19,6 +19,7 @@ from byom.weights.spec import CPU, Rounding, rounded
 from byom.weights.weights import Weights
 
 Chosen = Callable[[str], torch.device]
+PINNED = 1 << 28  # bytes of the largest tensor that is copied to pinned memory, which PyTorch keeps
 
 _SOURCES: WeakKeyDictionary[Weights, Weights] = WeakKeyDictionary()
 """Placed weights to those that were given."""
@@ -169,7 +170,8 @@ def _sent(source: Weights, name: str, device: torch.device) -> _Sent:
     if device.type != "cuda" or value.device.type != "cpu":
         return _Sent(value.to(device))
     with torch.cuda.device(device), torch.cuda.stream(stream := _stream(device)):
-        sent = value.pin_memory().to(device, non_blocking=True)
+        value = value.pin_memory() if value.nbytes <= PINNED else value  # from other memory the driver copies by pieces
+        sent = value.to(device, non_blocking=True)
         event = torch.cuda.Event()
         event.record(stream)
     return _Sent(sent, event)

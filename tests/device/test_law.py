@@ -31,7 +31,7 @@ TOLERANCE = {
     **dict.fromkeys(("adamerging", "tinting", "surgery", "localize_and_stitch", "wudi"), LEARNT),
 }
 """How near a card comes to the CPU where it factors matrices by other algorithms, or where what is learnt takes steps
-whose size does not shrink with the gradient's. On the simulated device, which computes as the CPU does, `NEAR` is it."""
+whose size does not shrink with the gradient's. The simulated device computes as the CPU does: there, `NEAR` holds."""
 CARD = torch.cuda.is_available()
 
 
