@@ -29,7 +29,7 @@ LONGEST = tuple(
         "contract/test_variants", "e2e/test_published_text", "e2e/test_launchers", "e2e/test_resume",
         "e2e/test_true_size", "e2e/test_accelerate", "e2e/test_methods", "e2e/test_preview", "docs/test_readme",
         "e2e/test_command", "e2e/test_new_options", "e2e/test_seq2seq", "serving/test_process",
-        "unit/test_preview_figures", "unit/test_statistics", "e2e/test_lora", "unit/test_lora_page",
+        "device/test_law", "unit/test_preview_figures", "unit/test_statistics", "e2e/test_lora", "unit/test_lora_page",
         "golden/test_signatures", "reliability/test_writers", "unit/test_record", "unit/test_backbone",
         "unit/test_report", "unit/test_selection",
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import hydra
 from hydra.core.override_parser.types import OverrideType
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["build", "compose", "folder", "made", "option", "options", "plain", "resolve", "settings", "shared"]
 
 PLACES = ("results", "cache")
+MERGING = "merge_device"  # what plain containers call ``merge.device``, which is no method's own field
 ALONE = ("merge", "byom", "router", "tune", "evaluate", "finetune")  # options that depend on no other option
 
 
@@ -51,7 +52,15 @@ def compose(overrides: Sequence[str], primary: str = "run") -> DictConfig:
 def plain(config: DictConfig) -> dict[str, Any]:
     """Resolve a configuration to plain containers, without Hydra's own part."""
     with explained():
-        return {str(key): _contained(config[key]) for key in config if key != "hydra"}
+        return _apart({str(key): _contained(config[key]) for key in config if key != "hydra"})
+
+
+def _apart(values: dict[str, Any]) -> dict[str, Any]:
+    """Take ``merge.device`` out of the method's own options."""
+    method = values.get("merge")
+    if not isinstance(method, dict) or "device" not in method:
+        return values
+    return values | {"merge": {k: v for k, v in method.items() if k != "device"}, MERGING: method["device"]}
 
 
 def _contained(node: Any) -> Any:
@@ -86,7 +95,7 @@ def resolve(overrides: Sequence[str], primary: str = "run") -> Resolved:
     overridden = parsed(overrides)
     values = [o for o in overridden if _sets_a_value(o)]
     base = _base(tuple(o.input_line for o in overridden if o not in values), primary, folder(), _environment())
-    changes = {o.key_or_group: o.value() for o in values}
+    changes = {MERGING if (key := o.key_or_group) == "merge.device" else key: o.value() for o in values}
     inside = any(key.startswith(f"{other}.") for key in changes for other in changes)
     if inside or not all(base.can_set(*change) for change in changes.items()) or not base.missing <= set(changes):
         return Resolved(plain(config := compose(overrides, primary)), _names(config))
@@ -175,7 +184,7 @@ def _whole(file: Path) -> str:
 
 
 def _based(own: DictConfig, names: dict[str, str]) -> _Base:
-    values: Any = OmegaConf.to_container(own, resolve=True)
+    values: Any = _apart(cast("dict[str, Any]", OmegaConf.to_container(own, resolve=True)))
     referred = frozenset(re.findall(r"\$\{\.*(\w+)", json.dumps(OmegaConf.to_container(own))))
     return _Base(Resolved(values, names), referred, frozenset(OmegaConf.missing_keys(own)))
 
@@ -228,7 +237,9 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     places: dict[str, Any] = {key: _place(key, values[key]) for key in PLACES}
     rest = {key: values[key] for key in ("seed", "device")} | {"note": values.get("note", "")}
     rest |= {"precision": values["precision"]} if "precision" in values else {}
-    return Settings(**groups, **places, **rest, names=chosen, resolved=dict(values), overrides=tuple(overrides))
+    rest |= {MERGING: values.get(MERGING, "auto")}
+    resolved = {key: value for key, value in values.items() if key != MERGING}
+    return Settings(**groups, **places, **rest, names=chosen, resolved=resolved, overrides=tuple(overrides))
 
 
 def _place(key: str, value: Any) -> Path:

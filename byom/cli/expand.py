@@ -70,7 +70,8 @@ def _fields(group: str, name: str) -> set[str] | None:
         return None
     option: Any = OmegaConf.load(file)
     nested = [str(key) for entry in option.get("defaults", ()) if isinstance(entry, DictConfig) for key in entry]
-    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested}
+    every = {"device"} if group == "merge" else set()
+    return {str(key) for key in option} | {key.rpartition("@")[2] for key in nested} | every
 
 
 def cells(rows: Sequence[str], common: Sequence[str]) -> list[list[str]]:

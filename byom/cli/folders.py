@@ -166,9 +166,11 @@ def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
     built = config.resolve([f"{name}={given.override(value)}" for name, value in groups.items()]).values
     own = {name: _read(name, options[name]) for name in NAMES if name in options}
     made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
-    recipe = own | {name: given.plain(value) for name, value in groups.items()}
+    recipe = own | {name: given.plain(value) for name, value in groups.items() if name != "merge.device"}
     variant = config.made(built["byom"]) if packs else None
-    return Request(**made, merge=config.made(built["merge"]), variant=variant, recipe=recipe)
+    return Request(
+        **made, merge=config.made(built["merge"]), variant=variant, recipe=recipe, device=built[config.MERGING]
+    )
 
 
 def _read(name: str, value: Any) -> Any:

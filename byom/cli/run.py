@@ -87,7 +87,10 @@ def print_config(values: Mapping[str, Any]) -> int:
     """Print a resolved configuration as yaml."""
     import yaml
 
-    sys.stdout.write(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+    values = dict(values)
+    if config.MERGING in values:
+        values["merge"] = {**values["merge"], "device": values.pop(config.MERGING)}
+    sys.stdout.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return 0
 
 

@@ -24,6 +24,7 @@ from byom.storage import manifest
 from byom.storage.atomic import replacing, require_own
 from byom.variants.base.variant import PackingVariant
 from byom.weights import Weights
+from byom.weights.placed import chosen
 
 KIND = "folders"
 FORMS = ("folder", "peft", "patch")
@@ -50,7 +51,7 @@ def pack(result: Result, out: Path, watch: Watch | None = None) -> Path:
     require_apart(out, every.values())
     require_own(out, own_files(out))
     require_space(out, nbytes(models.base))
-    problem = Problem(models.base, models.completed)
+    problem = Problem(models.base, models.completed).on(chosen(result.request.device))
     problem = problem if watch is None else problem.watched(watch)
     reference = result.merged(watch) if variant.on == "merged" else problem.pretrained
     served = variant.streamed(problem, _typed(reference, result.request.dtype))

@@ -35,6 +35,7 @@ class Request:
         files: Whose tokenizer and other files are copied: ``base``, or an expert's name.
         to: ``folder`` writes the merged model, ``peft`` its difference to the base as one adapter.
         recipe: The request as it was written, for the model card.
+        device: Where merging and packing compute: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one.
 
     Raises:
         OptionError: If the choices do not go together.
@@ -54,6 +55,7 @@ class Request:
     files: str = "base"
     to: Literal["folder", "peft"] = "folder"
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.experts:

@@ -18,6 +18,7 @@ from byom.merge.base import Problem
 from byom.storage.tensor_files import size
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
+from byom.weights.placed import chosen as chosen_device
 from byom.weights.spec import Rounding
 
 Watch = Callable[[int], None]
@@ -83,7 +84,8 @@ class Result:
             watch: Called with the bytes of every tensor that is read.
         """
         before = None if self.request.variant is None else self.request.variant.before
-        problem = self.problem if before is None else before(self.problem)
+        problem = self.problem.on(chosen_device(self.request.device))
+        problem = problem if before is None else before(problem)
         merged = self.request.merge(problem if watch is None else problem.watched(watch))
         return assembled(self.models, self.scaled(merged), self.kept)
 

@@ -119,12 +119,16 @@ def inner_products(deltas: Tensor) -> Tensor:
         deltas: ``[T, *shape]``.
 
     Returns:
-        ``[T, T]`` in fp64.
+        ``[T, T]`` in fp64, on the CPU.
     """
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64, device=deltas.device)
     for piece in deltas.reshape(len(deltas), -1).split(piece_length(len(deltas)), dim=1):
-        gram += products(room(*piece.shape).copy_(piece))
-    return gram
+        gram += products(_widened(piece))
+    return gram.cpu()
+
+
+def _widened(piece: Tensor) -> Tensor:
+    return room(*piece.shape).copy_(piece) if piece.device.type == "cpu" else piece.double()
 
 
 def piece_length(tasks: int) -> int:

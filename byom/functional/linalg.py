@@ -273,8 +273,8 @@ def weighted_solve(grams: Iterable[Tensor], matrices: Tensor, ridge: float, eps:
     gram = mean.new_zeros(matrices.shape[-1], matrices.shape[-1])
     right = torch.zeros_like(mean)
     for weight, matrix in zip(grams, matrices, strict=True):
-        gram += weight
-        right += (matrix.double() - mean) @ weight.double()
+        gram += weight.to(gram)  # from the encoder's device, which may be another
+        right += (matrix.double() - mean) @ weight.to(gram)
     if eps:
         gram, right = without_rounding(gram, right, eps)
     return mean + ridge_solve(gram, right, ridge)

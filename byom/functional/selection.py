@@ -13,6 +13,7 @@ from torch import Tensor
 
 from byom.errors import OptionError, fraction
 from byom.functional.compiled import kernels
+from byom.functional.histogram import far, places
 from byom.functional.rows import leading
 from byom.functional.stream import Array, Part, Stream
 
@@ -105,7 +106,7 @@ def locate(parts: Sequence[Part], counts: Sequence[int]) -> list[Cut]:
     result does not depend on how the stream is split in parts.
 
     Args:
-        parts: The tensors of the stream, in order; those on an accelerator are copied to the CPU by blocks.
+        parts: The tensors of the stream, in order; those on an accelerator are counted there (`histogram`).
         counts: Wanted numbers of survivors, in [0, n] with n the stream's length; up to 8 share a pass.
 
     Returns:
@@ -132,6 +133,8 @@ def locate_each(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> lis
     Returns:
         For each stream one `Cut` per count, in the order given.
     """
+    if any(map(far, streams)):
+        return _there(streams, counts)
     kernels(sum(part.numel for parts in streams for part in parts))  # loaded here, or not at all
     with ThreadPoolExecutor(max(1, min(len(streams), torch.get_num_threads()))) as pool:
         first = [_Search.of(parts, counts) for parts in streams[:1]]  # what all have in common is read, and checked
@@ -147,6 +150,23 @@ def locate_each(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> lis
     return [[search.cuts[count] for count in counts] for search in searches]
 
 
+def _there(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> list[list[Cut]]:
+    """Find the cuts of streams on an accelerator, where they lie."""
+    n = sum(part.numel for part in streams[0])
+    ends = _ends(n, counts)
+    found = places(streams, sorted(set(counts) - set(ends)))
+    every = [ends | {count: Cut(*place, count) for count, place in each.items()} for each in found]
+    return [[cuts[count] for count in counts] for cuts in every]
+
+
+def _ends(n: int, counts: Sequence[int]) -> dict[int, Cut]:
+    """Return the cuts that keep all of a stream and nothing, having checked that all counts lie between."""
+    for count in counts:
+        if not 0 <= count <= n:
+            raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
+    return {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
+
+
 @dataclass
 class _Search:
     """The search for the cuts of one stream: those that are found, and the brackets that are still to be looked at."""
@@ -160,11 +180,7 @@ class _Search:
     @torch.no_grad()  # what holds in the caller's thread does not in those of a pool
     def of(parts: Sequence[Part], counts: Sequence[int]) -> _Search:
         stream = Stream.of(parts)
-        n = stream.numel
-        for count in counts:
-            if not 0 <= count <= n:
-                raise OptionError(f"count={count} is not in [0, {n}]; compute it with kept(density, n)")
-        cuts = {n: Cut(0.0, n - 1, n), 0: Cut(inf, -1, 0)}
+        cuts = _ends(stream.numel, counts)
         return _Search(stream, cuts, _brackets(stream, sorted(set(counts) - set(cuts))))
 
     def next(self) -> bool:

@@ -30,17 +30,19 @@ class Part:
             called many times and must give the same bits each time.
         peek: The same for a few values out of all, where there is a cheaper way to them; None takes `read`.
         pair: The two flat tensors whose difference `read` takes, for kernels; None where it is no such difference.
+        device: Where `read` gives values; None where that is not known.
     """
 
     numel: int
     read: Callable[[slice | Tensor], Tensor]
     peek: Callable[[slice | Tensor], Tensor] | None = None
     pair: Callable[[], tuple[Tensor, Tensor]] | None = None
+    device: torch.device | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Part:
         """Wrap a tensor of any shape, 0-d and empty included; a non-contiguous one is copied."""
-        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__)
+        return Part(tensor.numel(), tensor.detach().reshape(-1).__getitem__, device=tensor.device)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class AdaptiveWeightDisentanglement(MergeMethod):
         def read(name: str) -> Tensor:
             deltas = problem.group(name).deltas
             coefficients = self._coefficients(inner_products(deltas)) if whole is None else whole
-            return total(deltas * coefficients.to(deltas.dtype).reshape(-1, *[1] * (deltas.dim() - 1)))
+            return total(deltas * coefficients.to(deltas).reshape(-1, *[1] * (deltas.dim() - 1)))
 
         return lru_cache(maxsize=1)(read)  # every expert asks for the same parameter in turn
 

@@ -221,5 +221,4 @@ def _frame(problem: Problem, of: Changes, name: str, key: str) -> Frame:
 def _cores(problem: Problem, of: Changes, frames: Mapping[str, Frame]) -> Problem:
     """Return the problem of merging the M_t."""
     specs = {key: Spec((left.shape[1], len(right)), left.dtype) for key, (left, right) in frames.items()}
-    lefts = {key: left for key, (left, _) in frames.items()}
-    return coordinates(problem, specs, lambda task, key: core(of(task, key), frames[key]), lefts)
+    return coordinates(problem, specs, lambda task, key: core(of(task, key), frames[key]))

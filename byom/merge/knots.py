@@ -169,7 +169,7 @@ def _coordinates(problem: Problem, of: Changes, bases: Mapping[str, Tensor], wid
         chain = [factor.to(specs[name].dtype) for factor in of(task, name)]
         return reduce(torch.matmul, chain, bases[name].T)
 
-    return coordinates(problem, specs, read, bases)
+    return coordinates(problem, specs, read)
 
 
 def basis(chains: Sequence[Chain], rtol: float) -> Tensor:

@@ -269,4 +269,5 @@ def stitch(deltas: Tensor, masks: Tensor) -> Tensor:
     Returns:
         ``[*shape]``; 0 where no mask is set.
     """
+    masks = masks.to(deltas.device)
     return total(deltas * masks) / masks.sum(0).clamp_(min=1)

@@ -17,7 +17,9 @@ from byom.merge.base.needs import Needs
 from byom.merge.hessian_weighted import posterior_needs, previewed, require_posterior
 from byom.weights import Weights
 
-PIECE = 1 << 14  # elements compared at a time, near the caches; fixed, as the order of sums decides their last bits
+PIECE = (
+    1 << 14
+)  # elements compared at a time on the CPU, near the caches; fixed, as the order of sums decides their last bits
 TINY = 1e-30  # stands for no precision at all in a logarithm
 
 
@@ -120,8 +122,8 @@ class MixtureOfGaussians(PlannedMethod):
             if name not in uncovered:
                 group = everyone.group(name)
                 require_shape(group, self.posterior)
-                for _, piece in group.blocks(PIECE):
-                    evidence += self._density(piece, weights)
+                for _, piece in group.blocks(PIECE if group.pretrained.device.type == "cpu" else None):
+                    evidence += self._density(piece, weights).cpu()
         return evidence
 
     def _density(self, piece: Group, weights: list[float]) -> Tensor:

@@ -47,6 +47,8 @@ class ModelStock(TensorwiseMethod):
 
 def _inner_products(piece: Group) -> Tensor:
     """Return those of the task vectors of a piece, which are made in blocks that stay in the caches."""
+    if piece.pretrained.device.type != "cpu":
+        return products(piece.deltas.double()).cpu()
     rows = room(len(piece.experts), piece.pretrained.numel())
     for start, block in piece.blocks():
         rows[:, start : start + block.pretrained.numel()] = block.deltas

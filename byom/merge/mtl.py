@@ -8,6 +8,7 @@ from byom.merge.base import MergeMethod, Problem
 from byom.merge.base.checks import require_weights
 from byom.merge.base.needs import Needs
 from byom.weights import Weights
+from byom.weights.placed import beside
 
 
 @dataclass(frozen=True)
@@ -48,4 +49,5 @@ class JointFineTuning(MergeMethod):
         trained = problem.inputs().joint(dict(zip(tasks, weights, strict=True)))
         # masks are no parameters, of which training may diverge
         trained = trained.carrying(set(trained.mergeable()) - set(problem.pretrained.mergeable()))
-        return trained.derived(trained.read_finite, trained.origin)
+        there = beside(trained, problem.pretrained)
+        return there.derived(there.read_finite, there.origin)

@@ -62,12 +62,13 @@ class Keys:
         return signature(self.experts, method, *self.extras, variant, *self.scored)
 
 
-def once(folder: Path, make: Callable[[], object]) -> None:
+def once(folder: Path, make: Callable[[], object], notes: Mapping[str, Any] | None = None) -> None:
     """Make a cached folder if it is not there, and note next to it what that took; without a note, make it again.
 
     Args:
         folder: Where it belongs; of several processes that want it, one makes it and the others wait.
         make: Makes it.
+        notes: What else is noted.
     """
     if folder.is_dir() and note(folder).is_file():
         return
@@ -77,7 +78,7 @@ def once(folder: Path, make: Callable[[], object]) -> None:
         stages = Stages()
         with stages.stage("made"):
             make()
-        write_json(note(folder), stages.taken["made"])
+        write_json(note(folder), {**stages.taken["made"], **(notes or {})})
 
 
 def note(folder: Path) -> Path:

@@ -29,6 +29,7 @@ from byom.storage.lock import alone, held
 from byom.storage.signature import describe
 from byom.variants.base.delta import Served
 from byom.weights import Weights
+from byom.weights.placed import chosen
 
 
 class Scores(NamedTuple):
@@ -54,6 +55,8 @@ class Cell:
         self.settings = settings
         self.lab = laboratory(settings) if lab is None else lab
         self.training: dict[str, float] = {}  # what it took to fine-tune the experts that were missing
+        self.device = chosen(settings.merge_device, self.lab.device)  # where merging computes
+        self._merged_on = {} if self.device.type == "cpu" else {"device": str(self.device)}
 
     @cached_property
     def experts(self) -> dict[str, Weights]:
@@ -94,10 +97,15 @@ class Cell:
         return Problem(lab.pretrained, self.experts, statistics, members, LabProbe(lab))
 
     @cached_property
+    def merging(self) -> Problem:
+        """The problem, whose models are computed with on the device that ``merge.device`` says."""
+        return self.problem.on(self.device)
+
+    @cached_property
     def prepared(self) -> Problem:
         """The problem that is merged: the variant may change experts first, lazily."""
         before = self.settings.byom.before
-        return before(self.problem) if before else self.problem
+        return before(self.merging) if before else self.merging
 
     @cached_property
     def keys(self) -> Keys:
@@ -152,7 +160,7 @@ class Cell:
         """The merged model, on disk; theta_0 where nothing is merged."""
         if (folder := self.folders.get("merge")) is None:
             return self.problem.pretrained
-        once(folder, lambda: self.method(self.prepared).save(folder))
+        once(folder, lambda: self.method(self.prepared).save(folder), self._merged_on)
         return self.lab.opened(folder)
 
     @cached_property
@@ -163,15 +171,15 @@ class Cell:
         """
         variant = self.settings.byom
         if (folder := self.folders.get("variant")) is None:
-            packed = variant.serve(self.problem, self.reference)
+            packed = variant.serve(self.merging, self.reference)
             base = packed.base and packed.base.materialise()  # every task's model reads all of it
             return replace(packed, base=base)
 
         def make() -> None:
-            trained = variant.serve(self.problem, self.reference)
+            trained = variant.serve(self.merging, self.reference)
             Bundle(trained.reference, trained.deltas, trained.base).save(folder)
 
-        once(folder, make)
+        once(folder, make, self._merged_on)
         return Bundle.open(folder)
 
     @property
@@ -179,7 +187,7 @@ class Cell:
         """The same as `served`, each task packed whenever its difference is asked for, as saving does once."""
         if "variant" in self.folders:
             return self.served
-        return self.settings.byom.streamed(self.problem, self.reference)
+        return self.settings.byom.streamed(self.merging, self.reference)
 
     @cached_property
     def routing(self) -> Routing | None:
@@ -212,7 +220,8 @@ class Cell:
         notes = {stage: note(folder) for stage, folder in self.folders.items()}
         there = {stage: file for stage, file in notes.items() if file.is_file()}
         earlier = {stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in there.items()}
-        cost: dict[str, Any] = {stage: earlier.get(stage, stages.taken[stage]) for stage in ("merge", "variant")}
+        taken = {stage: {**stages.taken[stage], **self._merged_on} for stage in ("merge", "variant")}
+        cost: dict[str, Any] = {stage: earlier.get(stage, own) for stage, own in taken.items()}
         if self.training:
             cost["training"] = self.training
         if wanted := self.settings.wanted():

@@ -183,7 +183,7 @@ def execute(preview: Preview, settings: Mapping[str, Settings]) -> dict[str, Any
     with stages.stage("experts"):
         experts = {task: lab.expert(task) for task in lab.tasks}
     with stages.stage("statistics"):
-        problems = {name: Cell(one, lab).problem for name, one in settings.items()}
+        problems = {name: Cell(one, lab).merging for name, one in settings.items()}
     chosen = trained(len(experts), preview.joint)
     grid = list(dict.fromkeys([*preview.grid(len(experts)), *chosen]))
     with stages.stage("preview"):

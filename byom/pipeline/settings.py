@@ -80,6 +80,7 @@ class Settings:
         note: Shown above every table made of this run's record.
         overrides: What the configuration was composed of; with them, ``byom run`` runs this cell again.
         precision: That of training, evaluation and features; fp32 on every device, so that a record has one name.
+        merge_device: Where merging and packing compute: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
 
     Raises:
         OptionError: If the seed is not a whole number, or the precision unknown.
@@ -105,6 +106,7 @@ class Settings:
     note: str = ""
     overrides: tuple[str, ...] = ()
     precision: str = DEFAULT
+    merge_device: str = "auto"
 
     def __post_init__(self) -> None:
         require_precision(self.precision)

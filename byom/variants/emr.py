@@ -58,7 +58,7 @@ class ElectMaskRescale(Variant):
 
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Mask and rescale every task in one pass over the models; see `Variant.serve`."""
-        tied, reference = matched(problem.pretrained, reference)
+        tied, reference = matched(problem.pretrained, problem.here(reference))
         if tied is not problem.pretrained:
             raise WeightsMismatch(
                 f"{problem.pretrained.origin} and {reference.origin} tie different tensors; give the merged model of "
@@ -73,10 +73,10 @@ class ElectMaskRescale(Variant):
                 packed = {task: parts | ({name: kept[task]} if kept[task] else {}) for task, parts in packed.items()}
                 continue
             for task, (mask, size) in zip(packed, self._masked(problem, name), strict=True):
-                sizes[task] = sizes[task] + size
+                sizes[task] = sizes[task] + size.cpu()
                 packed[task] |= {name: {"mask": bits.pack(mask)}} if mask.any() else {}
         deltas = {task: self._delta(parts, _ratio(*sizes[task]), reference) for task, parts in packed.items()}
-        return Served(reference, deltas, unified(problem))
+        return Served(problem.back(reference), deltas, problem.back(unified(problem)))
 
     def _delta(self, masks: dict[str, Parts], scale: Tensor, reference: Weights) -> Delta:
         return Delta(self, masks | {WHOLE: {"scale": scale}}, {name: reference.shape(name) for name in masks})

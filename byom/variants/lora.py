@@ -196,7 +196,8 @@ class _Difference:
         self.sides = {(name, start): sides for name, blocks in of.items() for start, sides in blocks.items()}
         self._last: tuple[str, Tensor] = "", torch.empty(0)
         kind = ("exact", 0) if variant.solver == "exact" else ("randomised", variant.seed)
-        self._factors = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind]))
+        place = {str(target.place(name)) for name in of}  # factors of a device are not those of another, bit for bit
+        self._factors = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *kind, *sorted(place)]))
 
     def values(self, block: Block) -> Tensor:
         """Return a matrix's singular values: the vectors of all of them would take twice the model's size."""

@@ -133,7 +133,9 @@ class ModelTinting(Variant):
             blend.backward(clamped, thetas)
             optimizer.step()
         rows = dict(zip(blend.names, coefficients.detach().clamp(0, 1), strict=True))
-        return Served(merged(problem, rows), {task: layer.packed(self, problem, own[task]) for task in own})
+        return Served(
+            problem.back(merged(problem, rows)), {task: layer.packed(self, problem, own[task]) for task in own}
+        )
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Return the task's own values."""

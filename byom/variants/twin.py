@@ -78,7 +78,7 @@ class TwinMerging(PackingVariant):
         if self.compress == "magnitude" or self.density in (0, 1):
             return sparse.gather(target, top_mask(delta, self.density))
         rescaled = (wide(shared.reference) + delta / self.density).to(target.dtype)
-        mask = chosen(target.shape, self.density, keyed(self.seed, plan, name)) & (delta != 0)
+        mask = chosen(target.shape, self.density, keyed(self.seed, plan, name)).to(delta.device) & (delta != 0)
         return sparse.gather(rescaled, mask)
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:

@@ -11,7 +11,15 @@ from torch import Tensor
 from byom.errors import CheckpointError
 from byom.functional.tensors import wide, widened
 from byom.storage.quantised import FLOAT8
-from byom.weights.match import fits, has_no_average, may_be_mask, not_finite, require_alike, require_match
+from byom.weights.match import (
+    fits,
+    has_no_average,
+    may_be_mask,
+    not_finite,
+    require_alike,
+    require_match,
+    require_one_place,
+)
 from byom.weights.spec import Spec
 from byom.weights.ties import united
 from byom.weights.weights import Weights
@@ -33,11 +41,12 @@ def aligned(base: Weights, models: Mapping[str, Weights]) -> tuple[Weights, Mapp
         The base and the models; the same objects unless they differ in buffers or ties or hold masks.
 
     Raises:
-        WeightsMismatch: If names or shapes of parameters differ.
+        WeightsMismatch: If names, shapes or devices of parameters differ.
         CheckpointError: If a matrix of whole numbers, or a complex tensor, differs between models.
     """
     for model in models.values():
         require_match(base, model)
+        require_one_place(base, model)
     base, fitted = _fitted(base, base), {task: _fitted(model, base) for task, model in models.items()}
     if any(fitted[task] is not model for task, model in models.items()):
         models = fitted
@@ -71,7 +80,7 @@ def _fitted(model: Weights, base: Weights) -> Weights:
     sources = {name: model if name in held else base for name in base}
     specs = {name: Spec(source.shape(name), _computed(source.dtype(name))) for name, source in sources.items()}
     ties = {alias: name for alias, name in model.ties.items() if alias in held and name in held}
-    return Weights(specs, read, ties=ties, origin=model.origin)
+    return Weights(specs, read, ties=ties, origin=model.origin, place=model.place)
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from byom.functional.rows import RowCut, row_cuts
 from byom.functional.selection import Cut, Part, kept, locate_each
 from byom.functional.tensors import wide
 from byom.weights import kept as kept_cuts
+from byom.weights.placed import home
 from byom.weights.watched import unwatched
 from byom.weights.weights import Weights
 
@@ -93,7 +94,7 @@ def cuts_of_each(
     """Find the cuts of several targets side by side, reading the reference once for all of them; see `cuts`."""
     require_scope("scope", scope)
     key = (reference.fingerprint(), scope)
-    every = [_HELD.setdefault(target, {}).setdefault(key, {}) for target in targets]
+    every = [_HELD.setdefault(home(target), {}).setdefault(key, {}) for target in targets]
     if lacking := [index for index, held in enumerate(every) if density not in held]:
         wanted = sorted({density, *densities, *_SWEEP.get()})
         asked = [targets[index] for index in lacking]
@@ -150,7 +151,7 @@ def differences(target: Weights, reference: Weights) -> list[Part]:
 
 
 def _difference(target: Weights, reference: Weights, name: str, latest: _Latest) -> Part:
-    sources = unwatched(target), unwatched(reference)
+    sources = home(unwatched(target)), home(unwatched(reference))
 
     def read(at: slice | Tensor) -> Tensor:
         left, right = wide(latest.read(target, name)[at]), latest.read(reference, name)[at]
@@ -158,12 +159,12 @@ def _difference(target: Weights, reference: Weights, name: str, latest: _Latest)
 
     def peek(at: slice | Tensor) -> Tensor:
         left, right = (wide(source[name].reshape(-1)[at]) for source in sources)
-        return left - right
+        return left - right.to(left.device)
 
     def pair() -> tuple[Tensor, Tensor]:
         return latest.read(target, name), latest.read(reference, name)
 
-    return Part(torch.Size(target.shape(name)).numel(), read, peek, pair)
+    return Part(torch.Size(target.shape(name)).numel(), read, peek, pair, target.place(name))
 
 
 class _Latest:

@@ -59,7 +59,7 @@ class Adapted(Weights):
         self.base, self.factored, self.replaced = base, dict(factored), dict(replaced or {})
         moved = {name for name in base if base.ties.get(name, name) in factored}
         specs = {n: Spec(base.shape(n), widened(base.dtype(n)) if n in moved else base.dtype(n)) for n in base}
-        super().__init__(specs, self._moved, ties=base.ties, origin=origin)
+        super().__init__(specs, self._moved, ties=base.ties, origin=origin, place=base.place)
 
     def pieces(self, name: str) -> Sequence[Piece]:
         """Return the low-rank differences of a parameter, none if it has none."""
@@ -71,7 +71,7 @@ class Adapted(Weights):
 
     def _moved(self, name: str) -> Tensor:
         value = self.replaced.get(name)
-        value = self.base[name] if value is None else value
+        value = self.base[name] if value is None else value.to(self.base.place(name))
         return add(value, self.factored[name]) if name in self.factored else value
 
 
@@ -88,7 +88,7 @@ def add(value: Tensor, pieces: Sequence[Piece]) -> Tensor:
     moved = wide(value).clone(memory_format=torch.contiguous_format)
     for piece in pieces:
         rows = moved.view(-1, piece.right.shape[1])
-        rows[piece.start : piece.start + len(piece.left)].addmm_(piece.left.to(rows.dtype), piece.right.to(rows.dtype))
+        rows[piece.start : piece.start + len(piece.left)].addmm_(piece.left.to(rows), piece.right.to(rows))
     return moved
 
 

@@ -76,11 +76,32 @@ def matched(*models: W) -> tuple[W, ...]:
     """Return models of the same names and shapes with the same ties; see `byom.weights.ties.together`.
 
     Raises:
-        WeightsMismatch: If names or shapes differ.
+        WeightsMismatch: If names, shapes or devices differ.
     """
     for other in models[1:]:
         require_match(models[0], other)
+        require_one_place(models[0], other)
     return together(*models)
+
+
+def require_one_place(a: Tensors, b: Tensors) -> None:
+    """Check that each tensor lies on the same device in two sets of weights, as far as that is known without reading.
+
+    Raises:
+        WeightsMismatch: Saying which lies where.
+    """
+    for name in a.mergeable():
+        ours, theirs = a.place(name), b.place(name) if name in b else None
+        if ours is not None and theirs is not None and ours != theirs:
+            raise WeightsMismatch(apart(name, (a.origin, ours), (b.origin, theirs)))
+
+
+def apart(name: str, one: tuple[str, torch.device], other: tuple[str, torch.device]) -> str:
+    """Say that two models have a tensor on different devices, and what to do."""
+    return (
+        f"'{name}' lies on {one[1]} in {one[0]} and on {other[1]} in {other[0]}; models that are computed with lie on "
+        f"one device. Load both onto one, or move one: byom.weights.placed(weights, '{one[1]}')"
+    )
 
 
 def require_kind(a: Tensors, ours: str, b: Tensors, theirs: str) -> None:

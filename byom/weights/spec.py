@@ -10,7 +10,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from byom.errors import OptionError
+from byom.functional.tensors import packed
+
 Reader = Callable[[str], Tensor]
+CPU = torch.device("cpu")
+Place = Callable[[str], torch.device | None]  # of a canonical name
 
 
 class Spec(NamedTuple):
@@ -21,6 +26,17 @@ class Spec(NamedTuple):
 
 
 Specs = Mapping[str, Spec]
+
+
+def retyped(specs: Specs, dtype: torch.dtype) -> dict[str, Spec]:
+    """Return what is known of tensors whose floating-point values become of another dtype.
+
+    Raises:
+        OptionError: If it is not a floating-point dtype.
+    """
+    if not dtype.is_floating_point or packed(dtype):
+        raise OptionError(f"dtype={dtype} is not a floating-point dtype of weights; use for example torch.bfloat16")
+    return {n: Spec(s.shape, dtype if s.dtype.is_floating_point else s.dtype) for n, s in specs.items()}
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,10 @@ class Tensors(Protocol):
 
     def raw(self, name: str) -> Tensor:
         """Return a tensor as it was computed, before it is rounded to its dtype."""
+        ...
+
+    def place(self, name: str) -> torch.device | None:
+        """Return the device on which a tensor is when it is read; None if that is not known."""
         ...
 
     def __getitem__(self, name: str) -> Tensor: ...

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from byom.storage.tensor_files import size
+from byom.weights.placed import follow
 from byom.weights.weights import Weights
 
 _WATCHED: WeakKeyDictionary[Weights, Weights] = WeakKeyDictionary()
@@ -36,6 +37,7 @@ def watched(weights: Weights, callback: Callable[[int], None]) -> Weights:
 
     seen._read, seen._checksum = reading, weights.checksum
     _WATCHED[seen] = unwatched(weights)
+    follow(seen, weights)
     return seen
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, OptionError
-from byom.functional.tensors import finite, narrowed, packed, require_result, require_values, shared, wide
+from byom.errors import CheckpointError
+from byom.functional.tensors import finite, narrowed, require_result, require_values, shared, wide
 from byom.storage import shards
 from byom.storage import tensor_files as storage
 from byom.storage.quantised import require_plain
 from byom.weights.algebra import combined, results, scaled
 from byom.weights.match import matched, not_finite
-from byom.weights.spec import Reader, Spec, Specs, rounded
+from byom.weights.spec import CPU, Place, Reader, Spec, Specs, retyped, rounded
 from byom.weights.ties import file_ties, groups, joined, unwritten
 
 
@@ -42,11 +42,11 @@ class Weights:
         checksum: Callable[[str], str] | None = None,
         doubled: Iterable[str] = (),
         carried: Iterable[str] = (),
+        place: Place | None = None,
     ) -> None:
-        self._specs, self._read = dict(specs), read
-        self._ties = dict(ties or {})
+        self._specs, self._read, self._ties = dict(specs), read, dict(ties or {})
         self._doubled, self._carried = frozenset(doubled), frozenset(carried)
-        self._checksum, self.origin = checksum, origin
+        self._checksum, self._place, self.origin = checksum, place, origin
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], origin: str = "memory") -> Weights:
@@ -62,7 +62,8 @@ class Weights:
         tensors = {name: tensor.detach() for name, tensor in state.items()}
         require_values(tensors, origin)
         specs = {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin)
+        places = {name: tensor.device for name, tensor in tensors.items()}
+        return cls(specs, tensors.__getitem__, ties=shared(tensors), origin=origin, place=places.get)
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
@@ -82,8 +83,8 @@ class Weights:
         specs = {name: Spec(shape, dtype) for name, (shape, dtype) in file.specs.items()}
         tied = file_ties(file)
         specs |= {name: specs[stored] for name, stored in tied.stored.items()}
-        read, checksum = tied.renamed(file.read), tied.renamed(file.checksum)
-        return cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled)
+        read, checksum, here = tied.renamed(file.read), tied.renamed(file.checksum), dict.fromkeys(specs, CPU).get
+        return cls(specs, read, ties=tied.ties, origin=str(path), checksum=checksum, doubled=tied.doubled, place=here)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor in its declared dtype. Do not modify it: it may be the stored one.
@@ -118,6 +119,10 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
         return self._spec(name).dtype
+
+    def place(self, name: str) -> torch.device | None:
+        """Return the device on which a tensor is when it is read, without reading it; None if that is not known."""
+        return self._place(self._ties.get(name, name)) if self._place else None
 
     def canonical(self) -> list[str]:
         """Return one name for each distinct tensor, sorted."""
@@ -230,10 +235,7 @@ class Weights:
         Raises:
             OptionError: If it is not a floating-point dtype.
         """
-        if not dtype.is_floating_point or packed(dtype):
-            raise OptionError(f"dtype={dtype} is not a floating-point dtype of weights; use for example torch.bfloat16")
-        specs = {n: Spec(s.shape, dtype if s.dtype.is_floating_point else s.dtype) for n, s in self._specs.items()}
-        return self._like(self.raw, specs)
+        return self._like(self.raw, retyped(self._specs, dtype))
 
     def select(self, keep: Callable[[str], bool]) -> Weights:
         """Return the tensors whose name satisfies `keep`; names of one tensor that are kept stay tied."""
@@ -268,18 +270,17 @@ class Weights:
             return self.to(dtype).save(folder, shard_bytes, progress=progress)
         aliases = unwritten(self._ties, self._doubled)
         specs = {name: self._specs[name] for name in self.keys() if name not in aliases}
+        return shards.save(Path(folder), specs, self._result, aliases, shard_bytes, progress)
 
-        def result(name: str) -> Tensor:
-            return require_result(self[name], f"{self.origin}: tensor '{name}'")
-
-        return shards.save(Path(folder), specs, result, aliases, shard_bytes, progress)
+    def _result(self, name: str) -> Tensor:
+        return require_result(self[name], f"{self.origin}: tensor '{name}'")
 
     def _like(
         self, read: Reader, specs: Specs | None = None, ties: Mapping[str, str] | None = None, origin: str = ""
     ) -> Weights:
         specs, ties = self._specs if specs is None else specs, self._ties if ties is None else ties
-        origin, doubled, carried = origin or self.origin, self._doubled, self._carried
-        return Weights(specs, read, ties=ties, origin=origin, doubled=doubled, carried=carried)
+        origin, doubled, carried, place = origin or self.origin, self._doubled, self._carried, self._place
+        return Weights(specs, read, ties=ties, origin=origin, doubled=doubled, carried=carried, place=place)
 
     def _spec(self, name: str) -> Spec:
         if name not in self._specs:
@@ -295,6 +296,5 @@ class Weights:
         if not isinstance(other, Weights):
             return NotImplemented
         left, right = matched(self, other)
-        read = combined(left, right, op, difference=difference)
-        both = left.carrying(other._carried)
+        read, both = combined(left, right, op, difference=difference), left.carrying(other._carried)
         return both._like(read, results(left, difference=difference), origin=f"({self.origin} {sign} {other.origin})")

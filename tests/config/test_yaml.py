@@ -190,7 +190,7 @@ def test_the_headline_rows_are_rows_of_the_full_table():
         (["merge=ties", "merge.densty=0.1"], "did you mean 'density'"),
         (["byom=lora", "byom.rnk=4"], "did you mean 'rank'"),
         (["merge.densty=0.1", "merge=dare", "seed=3"], "Known: .*drop"),
-        (["merge.densty=0.1"], "Known: scale, weights$"),
+        (["merge.densty=0.1"], "Known: device, scale, weights$"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(overrides, said):

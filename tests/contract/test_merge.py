@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from byom.errors import CheckpointError, OptionError, WeightsMismatch
 from byom.merge.base import PlannedMethod, TensorwiseMethod
-from byom.merge.base import problem as merging
+from byom.merge.base import group as merging
 from byom.merge.base.needs import Needs
 from byom.weights import Weights
 from tests.problems import (

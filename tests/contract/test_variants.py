@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError, WeightsMismatch
 from byom.functional.selection import kept, top_mask
-from byom.merge.base import problem as merging
+from byom.merge.base import group as merging
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.pipeline import measure
 from byom.variants.base.delta import Delta

@@ -9,7 +9,7 @@ from byom.functional.deltas import inner_products, total, weighted
 from byom.functional.tensors import finite, narrowed
 from byom.merge.average import Average
 from byom.merge.base import Group, Problem
-from byom.merge.base import problem as pieces
+from byom.merge.base import group as pieces
 from byom.merge.base.method import TensorwiseMethod
 from byom.merge.dare import Dare
 from byom.merge.model_stock import ModelStock

@@ -13,7 +13,7 @@ from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
 from byom.functional.selection import kept
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.merge.base import problem as merging
+from byom.merge.base import group as merging
 from byom.merge.pretrained import Pretrained
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties

@@ -11,7 +11,7 @@ from byom.functional.selection import Cut
 from byom.functional.stream import Part, Stream
 from byom.merge.average import Average
 from byom.merge.base import Problem
-from byom.merge.base import problem as pieces
+from byom.merge.base import group as pieces
 from byom.merge.breadcrumbs import ModelBreadcrumbs
 from byom.merge.dare import Dare
 from byom.merge.model_stock import ModelStock

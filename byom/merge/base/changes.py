@@ -61,7 +61,7 @@ class LowRank:
         expert = self.experts[task]
         if EXPERT in name or name in expert.replaced:
             return Dense(self.base, self.experts).of(task, name)
-        return stacked(expert.pieces(name), self.base.shape(name))
+        return stacked(expert.pieces(name), self.base.shape(name), lies(self.base, name))
 
 
 def changes(problem: Problem) -> Changes:
@@ -120,20 +120,17 @@ def require_coordinates(then: MergeMethod) -> None:
         )
 
 
-def coordinates(
-    problem: Problem, specs: Mapping[str, Spec], read: Callable[[str, str], Tensor], bases: Mapping[str, Tensor]
-) -> Problem:
+def coordinates(problem: Problem, specs: Mapping[str, Spec], read: Callable[[str, str], Tensor]) -> Problem:
     """Return the problem of merging the coordinates of all tasks from an origin of zeros, read when asked for.
 
     Args:
         problem: The models.
         specs: Name of a matrix to the shape and dtype of its coordinates.
         read: Gives the coordinates of a task's change of a matrix, by task and name.
-        bases: Name of a matrix to what its coordinates refer to, on whose device they are.
     """
 
     def nothing(name: str) -> Tensor:
-        return torch.zeros(specs[name].shape, dtype=specs[name].dtype, device=bases[name].device)
+        return torch.zeros(specs[name].shape, dtype=specs[name].dtype, device=lies(problem.pretrained, name))
 
     zero = Weights(specs, nothing, origin="zero")
 
@@ -175,22 +172,26 @@ def low_rank_result(
     return Adapted(base, pieces, {name: rest(name) for name in others if rest}, "merged")
 
 
-def stacked(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def stacked(pieces: Sequence[Piece], shape: Sequence[int], place: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Write the differences of a matrix as one product.
 
     Args:
         pieces: Low-rank differences of some rows each, or none.
         shape: ``(m, n)``.
+        place: Device of the factors; None takes the CPU.
 
     Returns:
         ``[m, q]`` and ``[q, n]``, q being the sum of the ranks.
     """
     height, width = shape
     below = [height - piece.start - len(piece.left) for piece in pieces]
-    device = pieces[0].left.device if pieces else None
-    left = [pad(piece.left, (0, 0, piece.start, rows)) for piece, rows in zip(pieces, below, strict=True)]
-    right = [piece.right for piece in pieces]
-    return (
-        torch.cat([torch.zeros(height, 0, device=device), *left], 1),
-        torch.cat([torch.zeros(0, width, device=device), *right]),
-    )
+    left = [pad(piece.left.to(place), (0, 0, piece.start, rows)) for piece, rows in zip(pieces, below, strict=True)]
+    right = [piece.right.to(place) for piece in pieces]
+    none = torch.zeros(height, 0, device=place), torch.zeros(0, width, device=place)
+    return torch.cat([none[0], *left], 1), torch.cat([none[1], *right])
+
+
+def lies(base: Weights, name: str) -> torch.device:
+    """Return the device of a parameter, or of one of the matrices that it packs."""
+    name = name.partition(EXPERT)[0]
+    return base.place(name) or base[name].device

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from math import isfinite
 
 from byom.errors import CheckpointError, OptionError, fraction
+from byom.merge.base.group import Group
 from byom.merge.base.method import MergeMethod
-from byom.merge.base.problem import Group, Problem
+from byom.merge.base.problem import Problem
 
 
 def require_weights(weights: Sequence[float]) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
+from byom.merge.base.group import Group, blockwise
 from byom.merge.base.probe import Batch, Probe
-from byom.merge.base.problem import Group, Problem, blockwise
+from byom.merge.base.problem import Problem
 from byom.weights import Weights
 
 JOINED = 64  # examples encoded in one pass: fills two cores, and its activations stay well below the task vectors
@@ -84,7 +85,7 @@ def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) ->
 
     def merge(start: int, piece: Group) -> Tensor:
         deltas = vectors(piece, start)
-        return piece.pretrained + total(deltas * coefficients.to(deltas.dtype)[:, None])
+        return piece.pretrained + total(deltas * coefficients.to(deltas)[:, None])
 
     return blockwise(group, merge)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from byom.errors import OptionError
 from byom.functional.tensors import finite
+from byom.merge.base.group import Group, blockwise
 from byom.merge.base.needs import Needs
-from byom.merge.base.problem import Group, Problem, blockwise
+from byom.merge.base.problem import Problem
 from byom.merge.base.running import running
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
@@ -32,6 +34,11 @@ class MergeMethod(ABC):
     """True where it makes a model of its own; otherwise the result is theta_0 itself."""
     previews: ClassVar[bool] = False
     """True where its `weights` stand for those of the tasks' losses in joint fine-tuning, which it previews."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in cls.__dict__:
+            cls.__call__ = _returning(cls.__call__)  # pyright: ignore[reportAttributeAccessIssue]
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Weights:
@@ -98,6 +105,16 @@ class MergeMethod(ABC):
                 f"{name} merges {needs.members} models per task, and task '{short[0]}' has fewer; give "
                 "Problem(..., members=...), or byom run trains them"
             )
+
+
+def _returning(call: Callable[[Any, Problem], Weights]) -> Callable[[Any, Problem], Weights]:
+    """Return a method's call whose result comes back to where the models lie, wherever they were merged."""
+
+    @wraps(call)
+    def called(self: MergeMethod, problem: Problem) -> Weights:
+        return problem.back(call(self, problem))
+
+    return called
 
 
 @dataclass(frozen=True)

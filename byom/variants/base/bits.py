@@ -33,7 +33,7 @@ def unpack(data: Tensor, numel: int) -> Tensor:
         numel: Number of places (n).
 
     Returns:
-        ``[n]`` bool.
+        ``[n]`` bool, where the bytes lie.
 
     Raises:
         CheckpointError: If the bytes are not those of n places.
@@ -44,7 +44,7 @@ def unpack(data: Tensor, numel: int) -> Tensor:
             "pack or fetch it again"
         )
     bits = np.unpackbits(data.reshape(-1).cpu().numpy(), bitorder="little", count=numel)
-    return torch.from_numpy(bits.view(np.bool_))
+    return torch.from_numpy(bits.view(np.bool_)).to(data.device)
 
 
 def pack_signs(signs: Tensor) -> Parts:
@@ -79,7 +79,7 @@ def unpack_signs(parts: Parts, numel: int) -> Tensor:
         CheckpointError: If the bytes are not those of n places.
     """
     filled = unpack(parts["bitmap"], numel) if "bitmap" in parts else _from_groups(parts["group4"], numel)
-    signs = torch.zeros(numel, dtype=torch.int8)
+    signs = torch.zeros(numel, dtype=torch.int8, device=filled.device)
     signs[filled] = unpack(parts["signs"], int(filled.sum())).to(torch.int8) * 2 - 1
     return signs
 
@@ -94,6 +94,6 @@ def _from_groups(data: Tensor, numel: int) -> Tensor:
     count = -(-numel // GROUP)
     head = -(-count // 8)
     used = unpack(data[:head], count)
-    groups = torch.zeros(count, GROUP, dtype=torch.bool)
+    groups = torch.zeros(count, GROUP, dtype=torch.bool, device=data.device)
     groups[used] = unpack(data[head:], GROUP * int(used.sum())).reshape(-1, GROUP)
     return groups.reshape(-1)[:numel]

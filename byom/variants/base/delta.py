@@ -23,6 +23,7 @@ Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dens
 READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
 OWN = "own"  # the part that is a task's own value whatever the variant, of running statistics
 WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts next to each parameter's own
+_CPU = torch.device("cpu")
 
 
 class Entries(NamedTuple):
@@ -87,13 +88,17 @@ class Delta:
 
     Args:
         variant: The variant that packed it.
-        parts: Parameter name to stored tensors; parameters that are not listed are the reference's.
+        parts: Parameter name to stored tensors, which are kept on the CPU; parameters that are not listed are the
+            reference's.
         shapes: Parameter name to the shape it was packed from.
     """
 
     variant: Unpacker
     parts: Mapping[str, Parts]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", {name: _moved(parts, _CPU) for name, parts in self.parts.items()})
 
     def apply(self, reference: Weights, base: Weights | None = None) -> Weights:
         """Return the task's weights, lazily.
@@ -126,10 +131,11 @@ class Delta:
             value = reference[name]
             if name not in names:
                 return value
-            if OWN in self.parts[name]:
-                return self.parts[name][OWN]
+            parts = _moved({**whole, **self.parts[name]}, value.device)
+            if OWN in parts:
+                return parts[OWN]
             shared = Shared(value, base[name] if base else None)
-            return _within(self.variant.unpack({**whole, **self.parts[name]}, shared), name, reference)
+            return _within(self.variant.unpack(parts, shared), name, reference)
 
         return reference.derived(read, f"{reference.origin} + {self.variant.title}")
 
@@ -217,6 +223,10 @@ class Served:
         """The models stored once for all tasks."""
         stored = [self.reference] if all(delta.variant.shares_reference for delta in self.deltas.values()) else []
         return stored if self.base is None else [*stored, self.base]
+
+
+def _moved(parts: Parts, place: torch.device) -> Parts:
+    return {part: tensor.to(place) for part, tensor in parts.items()}
 
 
 def _within(values: Tensor, name: str, reference: Weights) -> Tensor:

@@ -60,7 +60,7 @@ def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
         count: Number of positions, k.
 
     Returns:
-        Flat positions, int64 [k], strictly ascending, on the CPU.
+        Flat positions, int64 [k], strictly ascending, where the bytes lie.
 
     Raises:
         CheckpointError: If the bytes do not hold exactly `count` positions in [0, numel).
@@ -78,7 +78,7 @@ def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
     places = readers[kind](data.detach().cpu().numpy().reshape(-1), numel)
     if len(places) != count:
         raise _corrupt(f"'{kind}' holds {len(places)} positions where {count} are expected")
-    return torch.from_numpy(places)
+    return torch.from_numpy(places).to(data.device)
 
 
 def _smallest(count: int, escapes: int, numel: int) -> str:

@@ -18,6 +18,8 @@ from byom.merge.base.running import is_running
 from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, own, require_base
 from byom.weights import Weights, matched
 from byom.weights.lowrank import Adapted
+from byom.weights.match import require_one_place
+from byom.weights.placed import beside
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,17 @@ class PackingVariant(Variant):
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Pack every task; see `Variant.serve`."""
         lazy = self.streamed(problem, reference)
-        return Served(reference, dict(lazy.deltas), lazy.base)
+        return Served(lazy.reference, dict(lazy.deltas), lazy.base)
 
     def streamed(self, problem: Problem, reference: Weights) -> Served:
         """Pack a task each time its difference is asked for; see `Variant.streamed`.
 
         Saving that as a bundle holds one packed difference at a time, whatever the number of tasks.
         """
-        base = problem.pretrained if self.shares_base else None
-        packing = Packing(self.suited(problem, reference), problem.finetuned, reference, base)
-        return Served(reference, packing, base)
+        base, there = problem.pretrained if self.shares_base else None, problem.here(reference)
+        require_one_place(problem.pretrained, there)
+        packing = Packing(self.suited(problem, reference), problem.finetuned, there, base)
+        return Served(problem.back(reference), packing, base and problem.back(base))
 
     def delta(self, target: Weights, reference: Weights, base: Weights | None = None) -> Delta:
         """Pack one task's difference.
@@ -194,8 +197,11 @@ class Packing(Mapping[str, Delta]):
     base: Weights | None = None
 
     def __getitem__(self, task: str) -> Delta:
-        _ = self._foreseen
-        return self.variant.delta(self.finetuned[task], self.reference, self.base)
+        target = self.finetuned[task]
+        reference = beside(self.reference, target)  # also what was written meanwhile, and is read from a file
+        if reference is self.reference:
+            _ = self._foreseen
+        return self.variant.delta(target, reference, self.base and beside(self.base, target))
 
     @cached_property
     def _foreseen(self) -> bool:
