@@ -13,6 +13,7 @@ from torch import Tensor
 
 from byom.errors import OptionError, fraction
 from byom.functional.compiled import kernels
+from byom.functional.cut import Cut
 from byom.functional.histogram import far, places
 from byom.functional.rows import leading
 from byom.functional.stream import Array, Part, Stream
@@ -23,38 +24,6 @@ SAMPLE = 1 << 18  # sampled elements: brackets hold 2 * MARGIN * sqrt(p (1 - p) 
 MARGIN = 5.0  # standard deviations on each side of a bracket: a miss costs one more pass, never an error
 TOGETHER = 8  # brackets in one pass, which bounds the memory of the candidates
 STRIDE = 16  # blocks of each stream that are read before the next stream's
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The place where a stream is cut so that exactly `count` entries survive.
-
-    Attributes:
-        threshold: Magnitude of the smallest survivor; infinite if none survives, 0 if all do.
-        last: Flat index, in the concatenated stream, of the last survivor that equals `threshold`.
-        count: Number of survivors.
-    """
-
-    threshold: float
-    last: int
-    count: int
-
-    def mask(self, values: Tensor, offset: int = 0) -> Tensor:
-        """Say which entries survive.
-
-        Args:
-            values: A contiguous stretch of the stream, any shape and device.
-            offset: Flat index in the stream of the first element of `values`.
-
-        Returns:
-            Bool, of the shape of `values`: above the threshold, or equal to it at a flat index up to `last`.
-        """
-        sizes = values.detach().reshape(-1).to(_precision(values.dtype, self.threshold)).abs()
-        ties = min(max(self.last + 1 - offset, 0), sizes.numel())
-        survivors = torch.empty(sizes.shape, dtype=torch.bool, device=sizes.device)
-        torch.ge(sizes[:ties], self.threshold, out=survivors[:ties])
-        torch.gt(sizes[ties:], self.threshold, out=survivors[ties:])
-        return survivors.reshape(values.shape)
 
 
 def kept(density: float, n: int) -> int:
@@ -199,12 +168,6 @@ class _Search:
                 self.stream.refuse()
             for bracket in self.batch or ():
                 bracket.add(block)
-
-
-def _precision(dtype: torch.dtype, threshold: float = 0.0) -> torch.dtype:
-    """The dtype magnitudes compare in; a threshold from an fp64 part needs fp64 for fp32 values too."""
-    exact = torch.tensor(threshold, dtype=torch.float32).item() == threshold
-    return torch.float32 if exact and dtype != torch.float64 else torch.float64
 
 
 @dataclass
