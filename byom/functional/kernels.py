@@ -1,10 +1,10 @@
 """Passes over tensors as compiled loops: what torch does in a dozen passes over memory happens in one.
 
 Selecting, trimming, electing and packing are bound by memory. As torch has them, each step writes a temporary that the
-next one reads: merging eight ViT-B/32 by TIES takes three times the processor time that it takes here. Only plain fp32
-in memory comes here (`byom.functional.compiled.operand` widens the rest); everything else, and small work, takes
-torch's road, which is the oracle: both give the same bits. Numba compiles a function when it is first called and keeps
-the result beside this file, or in the user's cache where that cannot be written.
+next one reads: merging eight ViT-B/32 by TIES takes 15.0 s of one processor, and 5.5 s here. Only plain fp32 in memory
+comes here (`byom.functional.compiled.operand` widens the rest); everything else, and small work, takes torch's road,
+which is the oracle: both give the same bits. Numba compiles a function when it is first called, a few seconds for all,
+and keeps the result beside this file, or in the user's cache where that cannot be written.
 
 Import this through `byom.functional.compiled`, which knows whether it is there and worth its while.
 """
