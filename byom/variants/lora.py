@@ -42,8 +42,8 @@ class ByomLora(PackingVariant, PacksFactors):
         rank_allocation: ``uniform``, or ``global``: at most as many values, spent on the largest singular values of all
             matrices together. One that no longer fits is skipped, smaller ones of cheaper matrices may still fit.
         reference: ``pretrained``, or ``merged``: what differs from the merged model is put back, as BYOM-FFT does.
-        solver: How dense differences are factored: ``exact``, or ``randomised``, which looks at the ``max(32, 4 q)``
-            largest singular values of a matrix.
+        solver: How dense differences are factored: ``exact``, to the rounding of fp32, or ``randomised``, which looks
+            at the ``max(32, 4 q)`` largest singular values of a matrix and proves nothing.
         rest: ``whole`` stores tensors that are not matrices, or were trained whole alongside an adapter; ``drop``
             leaves them the reference's.
         seed: Seeds ``randomised``, together with the parameter's name.
