@@ -83,13 +83,14 @@ def chosen(name: str, auto: torch.device | None = None) -> torch.device:
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        auto: What ``auto`` takes; None takes a GPU if there is one.
+        auto: What ``auto`` takes if it is a GPU; None takes a GPU if there is one.
 
     Raises:
         OptionError: If there is no such device here.
     """
     if name == "auto":
-        return auto or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = auto or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return found if found.type == "cuda" else CPU  # others lack fp64, in which matrices are factored
     try:
         if torch.empty(0, device=name).is_meta:
             raise RuntimeError("it holds no values")
@@ -123,7 +124,8 @@ class _Ahead:
     """Reads tensors and sends them, the next one ahead while those who asked for this one compute with it.
 
     Looking ahead begins with the second of two tensors that are read in order, and a tensor that was read for nothing
-    is let go with the next request; so whoever reads here and there reads no more than that.
+    is let go with the next request; so whoever reads here and there reads no more than that. What is merged when it is
+    read is not merged ahead, which would hold two tensors of every model.
 
     Args:
         source: What is read.
@@ -132,7 +134,7 @@ class _Ahead:
 
     def __init__(self, source: Weights, chosen: Chosen) -> None:
         self._source, self._chosen = source, chosen
-        self._order = dict(pairwise(source.mergeable()))
+        self._order = {} if isinstance(source._read, Rounding) else dict(pairwise(source.mergeable()))
         self._last = ""
         self._next: tuple[str, Future[_Sent]] | None = None
 

@@ -242,6 +242,10 @@ def test_the_next_tensor_is_read_while_one_is_merged(device):
     there[second]
     there[third]
     assert reads[:3] == [first, second, third] and reads.count(third) == 1
+    reads.clear()
+    merged = placed(METHODS["average"](Problem(weights, {"task": weights})), device)
+    read = [merged[name].device for name in (first, second)]
+    assert read == [device, device] and third not in reads, "what is computed is not computed ahead"
 
 
 # adapters
