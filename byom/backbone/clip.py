@@ -151,7 +151,7 @@ class Clip(Backbone):
         model = model.to(next(encoder.parameters()).device)
         for task in tasks:
             rows = _class_features(model, tokenizer, task.classes, task.templates)
-            yield Head(rows, float(model.logit_scale.exp()))
+            yield Head(rows, float(model.logit_scale.detach().exp()))
 
     def _full(self) -> Any:
         import open_clip
