@@ -229,7 +229,7 @@ def build(values: Mapping[str, Any], names: Mapping[str, str], overrides: Sequen
     """
     from byom.pipeline.settings import Settings
 
-    if gone := [name for name in (*BUILT, *PLACES, "seed", "device") if name not in values]:
+    if gone := [name for name in (*BUILT, *PLACES, "seed", "device") if values.get(name, {}) == {}]:
         raise OptionError(f"~{gone[0]} leaves no {gone[0]}, which every run has; give another value instead")
     groups: dict[str, Any] = {group: made(values[group]) for group in BUILT}
     groups["suite"] = groups["suite"].available()

@@ -114,7 +114,11 @@ def device() -> torch.device:
         def is_built(self) -> bool:
             return True
 
-    backend_registration._setup_privateuseone_for_python_backend(NAME, hook=Hooks())
+    class Module(backend_registration._DummyBackendModule):
+        def is_available(self) -> bool:
+            return False  # see above
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module(), Hooks())
     MADE.impl("empty.memory_format", _empty, "PrivateUse1")
     MADE.impl("empty_strided", _empty_strided, "PrivateUse1")
     return torch.device(NAME, 0)
