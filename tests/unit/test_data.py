@@ -162,6 +162,17 @@ def test_a_split_is_encoded_when_it_is_asked_for(folder):
     assert [path.stem.rpartition("-")[2] for path in folder.glob("cache/data/*.safetensors")] == ["test"]
 
 
+def test_all_seeds_and_sizes_of_the_others_share_one_encoded_test_split(folder):
+    def seen(seed, split, **sizes):
+        backbone = Words()
+        assert len(data.load(task(folder, **{"test": 3, **sizes}), backbone, seed, folder / "cache")[split])
+        return len(backbone.seen)
+
+    assert (seen(0, "test"), seen(1, "test"), seen(1, "test", train=5)) == (3, 0, 0)
+    assert seen(1, "test", test=4) == 4
+    assert seen(0, "validation") == seen(1, "validation") > 0
+
+
 def test_sizes_may_take_all_there_is(folder):
     texts(folder / "test.csv", 12, prefix="t")
     splits = load(
