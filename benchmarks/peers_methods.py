@@ -167,10 +167,10 @@ ROWS: Mapping[str, Row] = {
         },
     ),
     "wudi": _row(
-        "WUDI, 300 steps",
+        "WUDI, 30 of its 300 steps",
         {
-            "byom": _byom(Wudi(steps=300, rest="mean", exclude=())),
-            "fusion-bench": _fusion("wudi.wudi:WUDIMerging", 1e-2, iter_num=300),
+            "byom": _byom(Wudi(steps=30, rest="mean", exclude=())),
+            "fusion-bench": _fusion("wudi.wudi:WUDIMerging", 1e-2, iter_num=30),
         },
     ),
     "knots": _row(
