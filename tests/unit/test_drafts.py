@@ -92,11 +92,11 @@ def test_what_a_failure_leaves_is_gone_on_with(folder, chunks):
     texts = fail_at(folder, 7)
     backbone = Words()
     again = opened(folder, backbone)
-    assert len(again["test"]) == 10 and backbone.seen == texts[6:]
+    assert len(again["test"]) == 10 and backbone.seen == texts[:1] + texts[6:]  # the first example says what a row is
     assert again["test"].fingerprint == opened(folder, name="other")["test"].fingerprint
 
 
-@pytest.mark.parametrize("damage", ["rows", "journal", "key", "junk"])
+@pytest.mark.parametrize("damage", ["rows", "journal", "key", "shape", "type", "junk"])
 def test_what_is_left_counts_only_where_it_is_whole(folder, chunks, damage):
     texts = fail_at(folder, 7)
     left = work_folder(opened(folder).path("test"))
@@ -107,13 +107,16 @@ def test_what_is_left_counts_only_where_it_is_whole(folder, chunks, damage):
         content, word = rows.read_bytes(), torch.tensor([ord(c) for c in texts[5].ljust(LENGTH)])
         at = content.index(word.numpy().tobytes())
         rows.write_bytes(content[:at] + b"\1" + content[at + 1 :])
-        expected = texts[3:6] + texts[6:]
+        expected = texts[:1] + texts[3:6] + texts[6:]
     elif damage == "journal":  # a crash cut its last line
         journal.write_text("\n".join(lines)[:-9])
-        expected = texts[3:]
-    elif damage == "key":
-        journal.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"key": "another"}), *lines[1:]]))
-        expected = texts[:1] + texts  # the first example says what a row is
+        expected = texts[:1] + texts[3:]
+    elif damage in ("key", "shape", "type"):
+        value = json.loads(lines[0])
+        wrong = {"key": {"key": "another"}, "shape": {"rows": value["rows"] | {"inputs/input_ids": [[7], "I64"]}}}
+        wrong["type"] = {"rows": value["rows"] | {"inputs/input_ids": [[6], "Q64"]}}
+        journal.write_text("\n".join([json.dumps(value | wrong[damage]), *lines[1:]]))
+        expected = texts[:1] + texts
     else:
         journal.write_bytes(b"\xff\0junk")
         expected = texts[:1] + texts
