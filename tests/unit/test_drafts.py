@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import subprocess
+from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ from byom.data.source.table import Table
 from byom.data.split import Split, open_split
 from byom.data.splits import load
 from byom.data.suite import Task
-from byom.data.workers import filled
+from byom.data.workers import NoWorkers, filled
 from byom.errors import CheckpointError, DataError
 from byom.storage import contents
 
@@ -196,7 +198,8 @@ def test_processes_fill_what_one_would(folder, busy, monkeypatch):
 
 
 HEAR = "import os, pickle, sys, time; hear = lambda: pickle.load(sys.stdin.buffer); hear(); "
-SAY = "say = lambda *what: (pickle.dump(what, sys.stdout.buffer), sys.stdout.buffer.flush()); "
+SAY = "print('of a library\\nbyom answers', flush=True); "
+SAY += "say = lambda *what: (pickle.dump(what, sys.stdout.buffer), sys.stdout.buffer.flush()); "
 
 
 def test_work_that_no_process_can_have_is_done_here(folder, busy, monkeypatch, capsys):
@@ -207,6 +210,26 @@ def test_work_that_no_process_can_have_is_done_here(folder, busy, monkeypatch, c
     assert "byom: encoding in this process alone (a process ended with status 3)" in capsys.readouterr().err
     monkeypatch.setattr(making, "usable", lambda: 1)
     assert found.fingerprint == opened(folder, name="other")["test"].fingerprint
+
+
+def test_where_no_process_can_be_started_there_is_this_one(folder, busy, monkeypatch, capsys):
+    monkeypatch.setattr(workers.sys, "executable", str(folder / "python"))
+    assert len(opened(folder)["test"]) == 10
+    assert "encoding in this process alone (no process can be started: " in capsys.readouterr().err
+
+
+def test_examples_that_cannot_travel_are_encoded_here(folder, busy, monkeypatch, capsys):
+    class Word(str):
+        def __reduce__(self):
+            raise TypeError("it is bound to this process")
+
+    pools = Table(folder, {"train": "train.csv"}).pools()
+    held = opened(folder, Words())
+    held.backbone.seen = deque(maxlen=0)  # or they would travel with the backbone
+    monkeypatch.setattr(workers, "START", HEAR + SAY + "hear(); say(True, None); hear()")
+    held.draws.pools["train"] = replace(pools["train"], inputs=[Word(text) for text in pools["train"].inputs])
+    assert len(held["test"]) == 10 and busy
+    assert "encoding in this process alone (TypeError: it is bound to this process)" in capsys.readouterr().err
 
 
 def test_what_cannot_be_pickled_is_encoded_here(folder, busy, capsys):
@@ -246,6 +269,19 @@ def test_a_process_says_what_failed(folder, chunks):
     found, error = pickle.load(answers)
     assert not found and isinstance(error, DataError)
     assert "example 9 of the train examples of task toy cannot be encoded (ValueError: no letters in" in str(error)
+
+
+def test_a_process_that_cannot_read_its_examples_leaves_them_to_others(folder):
+    pickled, answers = io.BytesIO(), io.BytesIO()
+    nothing = Filling(Words(), opened(folder).task, folder / "x", folder / "rows", {})
+    pickle.dump(pickle.dumps(nothing), pickled)
+    pickle.dump(b"cno_such_module\nWord\n.", pickled)
+    pickled.seek(0)
+    worker.serve(pickled, answers)
+    answers.seek(0)
+    assert pickle.load(answers) == (True, None)
+    found, error = pickle.load(answers)
+    assert not found and isinstance(error, NoWorkers) and "no_such_module" in str(error)
 
 
 def test_an_example_that_cannot_be_read_is_named():
