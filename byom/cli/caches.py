@@ -81,7 +81,8 @@ def _clean(cache: Path, chosen: Sequence[Entry], dry: bool) -> int:
         sys.stdout.write(f"{amount(nbytes):>9}  {entry.path.relative_to(cache)}{why}\n")
     for entry in kept:
         sys.stdout.write(f"     kept  {entry.path.relative_to(cache)}  (a running process needs it, or may)\n")
-    sys.stdout.write(f"{amount(gone)} {'would be' if dry else 'were'} removed from {cache}\n")
+    where = f"{cache}{'' if cache.is_dir() else ', which is no folder'}"
+    sys.stdout.write(f"{amount(gone)} {'would be' if dry else 'were'} removed from {where}\n")
     if refused:
         raise CheckpointError("; ".join(dict.fromkeys(refused)))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Splits(Mapping[str, Split]):
 
     def __init__(self, task: Task, backbone: Encoder, seed: int, cache: Path) -> None:
         self.task, self.backbone, self.seed, self.cache = task, backbone, seed, Path(cache)
-        self._signature = _signature(task, backbone, seed, self.cache)
+        self._signature, self._first = _signatures(task, backbone, (seed, 0), self.cache)
         self.read: dict[str, Split] = {}
 
     def __getitem__(self, name: str) -> Split:
@@ -67,8 +67,9 @@ class Splits(Mapping[str, Split]):
         return Draws(self.task, self.task.source.pools(self.cache), self.seed)
 
     def path(self, name: str) -> Path:
-        """Return where a split is kept."""
-        return self.cache / "data" / f"{self._signature}-{name}.safetensors"
+        """Return where a split is kept: the test split, which no seed draws, once for all of them."""
+        own, first = (self.cache / "data" / f"{each}-{name}.safetensors" for each in (self._signature, self._first))
+        return own if name != "test" or own.is_file() else first  # earlier versions kept one for every seed
 
     def _split(self, name: str) -> Split:
         path = self.path(name)
@@ -111,9 +112,11 @@ def _named(source: Any) -> str:
     return f"{type(source).__name__} {where}".strip()
 
 
-def _signature(task: Task, backbone: Encoder, seed: int, cache: Path) -> str:
+def _signatures(task: Task, backbone: Encoder, seeds: Iterable[int], cache: Path) -> list[str]:
+    """Return the name of a task's splits for each of some seeds."""
     sizes = [task.train, task.validation, task.test, task.shots]
     data = [describe(task.source), task.source.digest(cache), task.name, task.classes, task.labels]
     later = [task.holdout] if task.holdout != "drawn" else []  # what is added later must not encode old data again
     later += [task.metric] if task.regression else []
-    return signature(FORMAT, data, sizes, seed, backbone.encoding_for(task), *later, digits=16)
+    encoding = backbone.encoding_for(task)
+    return [signature(FORMAT, data, sizes, seed, encoding, *later, digits=16) for seed in seeds]

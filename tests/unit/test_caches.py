@@ -165,3 +165,9 @@ def test_a_trial_refuses_what_the_command_refuses(cache, tmp_path, capsys):
     (cache / "merged").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert main(["clean", "merged", "--dry-run"]) == 1
     assert "leads out of the cache" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_not_there_is_said(cache, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_cache", lambda arguments: cache / "typo")
+    assert main(["clean"]) == 0
+    assert capsys.readouterr().out == f"0 B were removed from {cache / 'typo'}, which is no folder\n"
