@@ -29,7 +29,7 @@ def test_a_job_ends_when_the_command_is_gone(exits, monkeypatch):
 
 
 def test_a_process_that_the_command_did_not_start_does_not_end_with_it(exits, monkeypatch):
-    found, ended = exits
+    found, _ = exits
     monkeypatch.setattr(parent.os, "getppid", lambda: 7)
     for command in ("", "8"):
         parent.end_with(command)
