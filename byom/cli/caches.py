@@ -63,10 +63,13 @@ def clean(arguments: Sequence[str]) -> int:
 
 def _clean(cache: Path, chosen: Sequence[Entry], dry: bool) -> int:
     gone, kept, refused = 0, [], []
+    busy = caches.busy(cache)
     for entry in chosen:
         nbytes = entry.bytes
         try:
-            done = not caches.held(entry) if dry else caches.remove(cache, entry)
+            caches.require_inside(cache, entry)
+            free = bool(entry.why) or not busy
+            done = free and (not caches.held(entry) if dry else caches.remove(cache, entry))
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -77,8 +80,9 @@ def _clean(cache: Path, chosen: Sequence[Entry], dry: bool) -> int:
         why = f"  ({entry.why})" if entry.why else ""
         sys.stdout.write(f"{amount(nbytes):>9}  {entry.path.relative_to(cache)}{why}\n")
     for entry in kept:
-        sys.stdout.write(f"     kept  {entry.path.relative_to(cache)}  (a running process needs it)\n")
-    sys.stdout.write(f"{amount(gone)} {'would be' if dry else 'were'} removed from {cache}\n")
+        sys.stdout.write(f"     kept  {entry.path.relative_to(cache)}  (a running process needs it, or may)\n")
+    where = f"{cache}{'' if cache.is_dir() else ', which is no folder'}"
+    sys.stdout.write(f"{amount(gone)} {'would be' if dry else 'were'} removed from {where}\n")
     if refused:
         raise CheckpointError("; ".join(dict.fromkeys(refused)))
     return 0

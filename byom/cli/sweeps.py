@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from byom.cli import failures
 from byom.cli.config import build, compose, plain, resolve
 from byom.cli.expand import cells, fitting
+from byom.cli.parent import COMMAND, end_with
 from byom.cli.tree import PLUGINS, explained, folder, options
 from byom.errors import OptionError, suggest
 from byom.storage.place import at_home, require_writable
@@ -104,6 +105,7 @@ def shared(part: int = 0) -> list[str]:
     return [
         f"hydra.sweep.dir='${{results}}/scratch/multirun/{where}'",
         f"++hydra.job.env_set.BYOM_SWEEP='{name}'",
+        f"++hydra.job.env_set.{COMMAND}='{os.getpid()}'",
     ]
 
 
@@ -238,6 +240,7 @@ def _task(job: Job) -> Callable[[DictConfig], float]:
         return job(cell)
 
     def kept(config: DictConfig) -> float:
+        end_with(os.environ.get(COMMAND, ""))
         try:
             return task(config)
         except Exception as error:

@@ -25,7 +25,7 @@ from byom.data.split import LABELS, digest_of
 from byom.errors import DataError
 from byom.storage.atomic import unwritten, write_bytes
 from byom.storage.streamed import Spec, header, ordered
-from byom.storage.tensor_files import CODES, DTYPES, size
+from byom.storage.tensor_files import CODES, size
 
 ROWS = 256
 """Rows of a chunk: what a kill costs each process."""
@@ -93,7 +93,7 @@ class Draft:
         path: The file.
         key: What the split is made of; what was left under another key is begun anew.
         labels: ``[N]``.
-        rows: Gives name to shape of a row and dtype, of what is encoded; called where a draft is begun.
+        rows: Gives name to shape of a row and dtype, of what is encoded; a draft of others is begun anew.
     """
 
     def __init__(self, path: Path, key: str, labels: Tensor, rows: Callable[[], dict[str, Spec]]) -> None:
@@ -102,10 +102,15 @@ class Draft:
         self.file = self.folder / "rows.safetensors"
         self.journal = self.folder / "journal.jsonl"
         lines = list(_lines(self.journal))
-        begun = bool(lines) and lines[0].get("key") == key and self.file.is_file()
-        found = _read_specs(lines[0]["rows"]) if begun else rows()
+        found = rows()
+        begun = bool(lines) and lines[0] == self._first(found) and self.file.is_file()
         with writing(path):
             self._open(found, lines[1:] if begun else None)
+
+    def _first(self, found: Mapping[str, Spec]) -> dict[str, Any]:
+        """Return the first line of the journal, which says what is encoded."""
+        rows = {name: [list(shape), CODES[dtype]] for name, (shape, dtype) in found.items()}
+        return {"key": self.key, "rows": rows}
 
     def _open(self, found: dict[str, Spec], noted: list[dict[str, Any]] | None) -> None:
         """Open the draft for rows of some shapes and dtypes; anew where nothing was noted of it."""
@@ -128,9 +133,8 @@ class Draft:
         self.done: dict[int, dict[str, str]] = {
             line["chunk"]: line["crc32"] for line in noted or () if self._holds(line)
         }
-        first = {"key": self.key, "rows": {name: [list(shape), CODES[dtype]] for name, (shape, dtype) in found.items()}}
         kept = [{"chunk": chunk, "crc32": sums} for chunk, sums in self.done.items()]
-        write_bytes(self.journal, "".join(f"{json.dumps(line)}\n" for line in [first, *kept]).encode())
+        write_bytes(self.journal, "".join(f"{json.dumps(line)}\n" for line in [self._first(found), *kept]).encode())
 
     @property
     def chunks(self) -> int:
@@ -219,7 +223,3 @@ def _lines(journal: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(value, dict):
             return
         yield value
-
-
-def _read_specs(rows: Mapping[str, Any]) -> dict[str, Spec]:
-    return {name: (tuple(shape), DTYPES[code]) for name, (shape, code) in rows.items()}

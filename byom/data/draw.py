@@ -147,7 +147,7 @@ def content(value: Any) -> bytes:
     if isinstance(value, Mapping):
         value = "\x1f".join(f"{column}\x1e{text}" for column, text in value.items())
     if isinstance(value, str):
-        return hashlib.sha256(value.encode()).digest()
+        return hashlib.sha256(value.encode(errors="surrogatepass")).digest()
     return hashlib.sha256(f"{value.mode} {value.size}\n".encode() + value.tobytes()).digest()
 
 

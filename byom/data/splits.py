@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ FORMAT = 1
 class Splits(Mapping[str, Split]):
     """A task's splits, encoded for a backbone when they are asked for.
 
-    The test split is the same for every seed, and kept once for all of them; the others are drawn by `seed` from what is
-    left (`byom.data.draw`).
+    The test split is the same for every seed; the others are drawn by `seed` from what is left (`byom.data.draw`).
     What was encoded once is mapped from ``<cache>/data/<signature>-<split>.safetensors``; a damaged file is made
     again. Large splits are encoded by several processes, and what a kill leaves of one is gone on with.
 
@@ -46,7 +45,7 @@ class Splits(Mapping[str, Split]):
 
     def __init__(self, task: Task, backbone: Encoder, seed: int, cache: Path) -> None:
         self.task, self.backbone, self.seed, self.cache = task, backbone, seed, Path(cache)
-        self._names = _names(task, backbone, seed, self.cache)
+        self._signature, self._first = _signatures(task, backbone, (seed, 0), self.cache)
         self.read: dict[str, Split] = {}
 
     def __getitem__(self, name: str) -> Split:
@@ -68,8 +67,9 @@ class Splits(Mapping[str, Split]):
         return Draws(self.task, self.task.source.pools(self.cache), self.seed)
 
     def path(self, name: str) -> Path:
-        """Return where a split is kept."""
-        return self.cache / "data" / f"{self._names[name]}-{name}.safetensors"
+        """Return where a split is kept: the test split, which no seed draws, once for all of them."""
+        own, first = (self.cache / "data" / f"{each}-{name}.safetensors" for each in (self._signature, self._first))
+        return own if name != "test" or own.is_file() else first  # earlier versions kept one for every seed
 
     def _split(self, name: str) -> Split:
         path = self.path(name)
@@ -112,13 +112,11 @@ def _named(source: Any) -> str:
     return f"{type(source).__name__} {where}".strip()
 
 
-def _names(task: Task, backbone: Encoder, seed: int, cache: Path) -> dict[str, str]:
-    """Return what tells a split from others of its kind: of the test split, which no seed draws, that is less."""
+def _signatures(task: Task, backbone: Encoder, seeds: Iterable[int], cache: Path) -> list[str]:
+    """Return the name of a task's splits for each of some seeds."""
+    sizes = [task.train, task.validation, task.test, task.shots]
     data = [describe(task.source), task.source.digest(cache), task.name, task.classes, task.labels]
-    encoding = backbone.encoding_for(task)
     later = [task.holdout] if task.holdout != "drawn" else []  # what is added later must not encode old data again
     later += [task.metric] if task.regression else []
-    sizes = [task.train, task.validation, task.test, task.shots]
-    drawn = signature(FORMAT, data, sizes, seed, encoding, *later, digits=16)
-    fixed = signature(FORMAT, data, [task.test], "test", encoding, *later, digits=16)
-    return {split: fixed if split == "test" else drawn for split in SPLITS}
+    encoding = backbone.encoding_for(task)
+    return [signature(FORMAT, data, sizes, seed, encoding, *later, digits=16) for seed in seeds]

@@ -16,12 +16,14 @@ from typing import Any, BinaryIO
 import torch
 
 from byom.data.encode import Encode, Filling, encoding
+from byom.data.workers import READY, NoWorkers
 
 
 def run() -> None:
     """Answer on the standard output, whatever libraries print."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    answers.write(READY)
     torch.set_num_threads(1)
     serve(sys.stdin.buffer, answers)
 
@@ -36,7 +38,11 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 
     def fill(content: bytes) -> dict[str, str]:
         filling, encode = held[0]
-        return filling.fill(encode, *pickle.loads(content))
+        try:
+            start, examples = pickle.loads(content)
+        except Exception as error:  # of a class of the user's own script
+            raise NoWorkers(f"{type(error).__name__}: {error}") from error
+        return filling.fill(encode, start, examples)
 
     while True:
         try:

@@ -26,7 +26,11 @@ START = (
     "import pickle, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "sys.path[:] = pickle.load(sys.stdin.buffer); from byom.data.worker import run; run()"
 )
-"""What each of them runs: with this process's search path, and interrupts left to this process."""
+"""What each of them runs: with this process's search path, and interrupts left to this process. (``-P`` keeps files of
+the folder that is worked in from standing for modules that this process finds elsewhere.)"""
+
+READY = b"byom answers\n"
+"""What a process says before its first answer; what was printed earlier, as some do while Python starts, is none."""
 
 Chunk = tuple[int, int, Examples]  # number, first row, examples
 
@@ -57,7 +61,7 @@ def filled(
         count: How many processes.
 
     Raises:
-        NoWorkers: If the work cannot be handed to another process; nothing was done then.
+        NoWorkers: If work cannot be handed to another process; what was not yielded is still to be done.
         DataError: If a process was killed.
         Exception: Whatever one of them raised.
     """
@@ -76,8 +80,7 @@ def filled(
     processes = [_Process() for _ in range(min(count, len(chunks)))]
     threads = [Thread(target=process.serve, args=(first, following, answers), daemon=True) for process in processes]
     try:
-        for process in processes:
-            process.start()
+        _begun(processes)
         for thread in threads:
             thread.start()
         yield from _heard(answers, len(chunks), filling)
@@ -89,6 +92,15 @@ def filled(
                 thread.join()
         for process in processes:
             process.close()
+
+
+def _begun(processes: Sequence[_Process]) -> None:
+    """Start processes; a system that grants no more of them, or knows no interpreter, leaves the work to this one."""
+    try:
+        for process in processes:
+            process.start()
+    except OSError as error:
+        raise NoWorkers(f"no process can be started: {error}") from error
 
 
 def _heard(answers: queue.Queue[tuple[int, Any]], count: int, filling: Filling) -> Iterator[tuple[int, dict[str, str]]]:
@@ -111,6 +123,18 @@ def _next(answers: queue.Queue[tuple[int, Any]]) -> tuple[int, Any]:
             continue
 
 
+def _pickled(chunk: Chunk) -> bytes:
+    """Return what a process is sent of a chunk.
+
+    Raises:
+        NoWorkers: If its examples cannot be sent; encoding them here says which one is damaged, if any is.
+    """
+    try:
+        return pickle.dumps(pickle.dumps(chunk[1:]))
+    except Exception as error:
+        raise NoWorkers(f"{type(error).__name__}: {error}") from error
+
+
 class _Ended(Exception):
     """A process ended without an answer."""
 
@@ -125,7 +149,7 @@ class _Process:
         """Start it."""
         alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._running = subprocess.Popen(
-            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | alone
+            [sys.executable, "-P", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | alone
         )
 
     def serve(self, first: bytes, following: Callable[[], Chunk | None], answers: queue.Queue[tuple[int, Any]]) -> None:
@@ -135,7 +159,7 @@ class _Process:
             self._begin(first)
             while (chunk := following()) is not None:
                 number = chunk[0]
-                found, said = self._asked(pickle.dumps(pickle.dumps(chunk[1:])))
+                found, said = self._asked(_pickled(chunk))
                 answers.put((number, said))
                 if not found:
                     return
@@ -144,20 +168,24 @@ class _Process:
 
     def _begin(self, first: bytes) -> None:
         try:
-            found, said = self._asked(first)
+            found, said = self._asked(first, READY)
         except _Ended as error:
             raise NoWorkers(f"a process {error}") from error
         if not found:
             raise NoWorkers(f"{type(said).__name__}: {said}") from said
 
-    def _asked(self, message: bytes) -> tuple[bool, Any]:
+    def _asked(self, message: bytes, after: bytes = b"") -> tuple[bool, Any]:
+        """Return the answer to a message, and pass over the lines up to one that ends in `after`."""
         running = self._running
         assert running is not None and running.stdin is not None and running.stdout is not None
         try:
             running.stdin.write(message)
             running.stdin.flush()
+            while after and not running.stdout.readline().endswith(after):
+                if running.poll() is not None:
+                    raise EOFError
             return pickle.load(running.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+        except (EOFError, OSError) as error:
             status = running.wait()
             raise _Ended(
                 f"was killed by signal {-status}, most often because memory ran out"

@@ -70,7 +70,8 @@ def _size(cell: Settings, task: Task, split: str) -> tuple[int | None, bool]:
             path = load(task, cell.backbone, cell.seed, cell.cache).path(split)
             if path.is_file():
                 return path.stat().st_size, True
-        count = task.shots * len(task.classes) if split == "shots" else getattr(task, split)
+        drawn = "train" if split == "shots" and task.regression else split
+        count = task.shots * len(task.classes) if drawn == "shots" else getattr(task, drawn)
         return (None if count is None else count * _row(cell.backbone, task)), False
     except ByomError:  # whoever needs the data, or the tokenizer, says what is missing
         return None, False

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from byom.errors import OptionError, fraction
 from byom.pipeline import cell
 from byom.pipeline.checks import require_possible, require_routable
 from byom.pipeline.labs import Labs
@@ -94,8 +95,19 @@ def job(settings: Settings) -> float:
 
 
 def _densities() -> list[float]:
-    """Return the densities of the sweep that this process works for, if its command said any."""
-    return [float(density) for density in os.environ.get(DENSITIES, "").split()]
+    """Return the densities of the sweep that this process works for, if its command said any.
+
+    Raises:
+        OptionError: If the variable holds anything else.
+    """
+    said = os.environ.get(DENSITIES, "")
+    try:
+        return [fraction("density", float(density)) for density in said.split()]
+    except ValueError as error:  # fraction's is one, too
+        raise OptionError(
+            f"{DENSITIES}={said!r} is set in the environment, where sweeps leave their densities for launchers, and "
+            "holds something else; unset it"
+        ) from error
 
 
 def metric(record: Mapping[str, Any]) -> float:

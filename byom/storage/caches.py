@@ -1,7 +1,8 @@
 """The cache on disk: how large each part of it is, what nothing needs any more, and how it is removed.
 
-Only what bears a name that byom gives is looked at, so that nothing else goes with it, whatever folder is named as the
-cache; and nothing goes that a running process holds the lock of.
+Only what bears a name that byom gives is looked at, and folders only where all their files do, so that nothing else
+goes with it, whatever folder is named as the cache; and nothing goes that a running process holds the lock of, nor what
+runs may read while one is under way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from byom.errors import ByomError, CheckpointError
-from byom.storage.lock import outlived
+from byom.storage.lock import outlived, owner
 from byom.storage.tensor_files import read_header
 
 FOLDER = r"[0-9a-f]{12}"
@@ -33,13 +34,27 @@ KINDS = {
     "served": ("what variants trained", FOLDER),
     "tuning": ("searches over hyperparameters", rf"{FOLDER}\.json"),
     "hits": ("scores of each example", FOLDER),
-    "scores": ("scores of experts", rf"{FOLDER}-[a-z]+\.json"),
+    "scores": ("scores of experts", rf"{FOLDER}-[a-z]+(-[a-z0-9]+)?\.json"),
+    "cuts": ("cuts of sparse variants", r"[0-9a-f]{16}\.json"),
     "preview": ("scores of previews", rf"{FOLDER}\.json"),
 }
 """Kind to what it holds, and to the names that byom gives there."""
 NOTES = {"experts": "training.json", "joint": "training.json", "statistics": "cost.json"}
 """The file that is written last into a folder: without it the folder is made again."""
 BESIDE = ("merged", "served")  # their note lies next to the folder
+WEIGHTS = r"(?:adapter_)?model(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?"
+OWN = {
+    "data": r"[0-9a-f]{64}(?:-\d+)?",
+    "experts": rf"{WEIGHTS}|adapter_config\.json|training\.json",
+    "joint": rf"{WEIGHTS}|adapter_config\.json|training\.json",
+    "statistics": rf"values/{WEIGHTS}|values\.safetensors|cost\.json",
+    "merged": WEIGHTS,
+    "served": rf"(?:reference|base)/{WEIGHTS}|[^/]+\.safetensors|bundle\.json|heads/[^/]+/head\.safetensors",
+    "hits": r"[^/]+\.json",
+}
+"""Kind to the names of the files in its folders, below them; a folder with any other file is not byom's."""
+RUNNING = "running"
+"""The folder in which every cell holds a lock while it runs."""
 TRAINING, COST, LOCK, ENCODING = ".training", ".cost.json", ".lock", ".encoding"
 
 
@@ -94,11 +109,29 @@ def leftovers(cache: Path) -> list[Entry]:
 def held(entry: Entry) -> bool:
     """Say whether a running process makes or goes on with this."""
     folder = entry.path.parent
-    if entry.kind == "statistics":  # those of one expert are made under the expert's lock
-        locks = [path for path in folder.iterdir() if path.name.endswith(LOCK)]
-    else:
-        locks = [folder / f".{entry.made}{LOCK}"]
-    return any(_locked(lock) for lock in locks)
+    if entry.kind in ("statistics", "cuts"):  # those of one expert, or to one reference, are made under one lock
+        return _any_locked(folder)
+    return _locked(folder / f".{entry.made}{LOCK}")
+
+
+def busy(cache: Path) -> bool:
+    """Say whether any cell is running, which may read whatever is whole."""
+    return _any_locked(cache / RUNNING)
+
+
+def _any_locked(folder: Path) -> bool:
+    return folder.is_dir() and any(_locked(path) for path in folder.iterdir() if path.name.endswith(LOCK))
+
+
+def require_inside(cache: Path, entry: Entry) -> None:
+    """Refuse what a link puts outside of the cache.
+
+    Raises:
+        CheckpointError: Naming the folder.
+    """
+    folder = entry.path.parent
+    if folder.resolve().parent != cache.resolve():
+        raise CheckpointError(f"{folder} leads out of the cache {cache}, and nothing there is removed; clean it there")
 
 
 def remove(cache: Path, entry: Entry) -> bool:
@@ -107,14 +140,12 @@ def remove(cache: Path, entry: Entry) -> bool:
     Raises:
         CheckpointError: If it lies outside of the cache, or the system refuses.
     """
-    folder = entry.path.parent
-    if folder.resolve().parent != cache.resolve():
-        raise CheckpointError(f"{folder} leads out of the cache {cache}, and nothing there is removed; clean it there")
+    require_inside(cache, entry)
     if held(entry):
         return False
     try:
-        with _claimed(folder / f".{entry.made}{LOCK}") as ours:
-            for path in (entry.path, *entry.beside) if ours else ():
+        with _claimed(entry.path.parent / f".{entry.made}{LOCK}") as ours:
+            for path in (*entry.beside, entry.path) if ours else ():  # without its note a folder counts for nothing
                 _delete(path)
     except OSError as error:
         raise CheckpointError(f"cannot remove {entry.path}: {error}") from error
@@ -127,7 +158,7 @@ def _entry(folder: Path, kind: str, name: str) -> Entry | None:
     if name.startswith("."):
         return _hidden(path, kind)
     stem = name.removesuffix(TRAINING).removesuffix(COST)
-    if not re.fullmatch(pattern, stem):
+    if not re.fullmatch(pattern, stem) or not _own(path, kind):
         return None
     if name.endswith(TRAINING):
         return Entry(kind, path, made=stem, why="the state of training that was stopped")
@@ -136,6 +167,21 @@ def _entry(folder: Path, kind: str, name: str) -> Entry | None:
         return None if whole else Entry(kind, path, made=stem, why="a note on what is gone")
     note = folder / f"{name}{COST}"
     return Entry(kind, path, (note,) if note.is_file() else (), name, _incomplete(path, kind))
+
+
+def _own(path: Path, kind: str) -> bool:
+    """Say whether all files of a folder have names that byom gives there; links to folders are not followed."""
+    if path.is_symlink() or not path.is_dir() or path.name.endswith(TRAINING):
+        return True
+    names = (
+        Path(above) / name for above, folders, files in os.walk(path) for name in (*files, *_links(above, folders))
+    )
+    own = OWN.get(kind, "")
+    return all(re.fullmatch(rf"{own}|\.(?:{own})\..+", name.relative_to(path).as_posix()) for name in names)
+
+
+def _links(above: str, folders: list[str]) -> list[str]:
+    return [name for name in folders if (Path(above) / name).is_symlink()]
 
 
 def _hidden(path: Path, kind: str) -> Entry | None:
@@ -204,7 +250,9 @@ def _claimed(lock: Path) -> Iterator[bool]:
 
 
 def _delete(path: Path) -> None:
+    """Delete a file, or a folder, which loses its name first: what is left of it if that fails counts for nothing."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.old-{owner()}")
+        shutil.rmtree(path.rename(gone))
     else:
         path.unlink(missing_ok=True)

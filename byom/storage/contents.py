@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -72,8 +73,8 @@ def remembered(
     if cache is not None:
         kind = "" if digits == 64 else f"-{digits}"
         memo = Path(cache) / "data" / "digests" / f"{stamped(folder, names, error)}{kind}"
-    known = memo.read_text(encoding="utf-8") if memo is not None and memo.is_file() else ""
-    if len(known) == digits:
+    known = memo.read_text(encoding="utf-8", errors="replace") if memo is not None and memo.is_file() else ""
+    if re.fullmatch(rf"[0-9a-f]{{{digits}}}", known):  # and not the zeros that a crash of the system leaves
         return known
     start = time.time_ns()
     digest = compute()
@@ -124,4 +125,4 @@ def _lines(values: Iterable) -> str:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # of names that are no UTF-8, too

@@ -78,4 +78,4 @@ def signature(*choices: Any, digits: int = 12) -> str:
         A string that is equal for equal choices on every machine and run.
     """
     text = json.dumps(describe(list(choices)), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:digits]

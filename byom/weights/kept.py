@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,28 @@ def shared(
     told = reference.fingerprint()
     files = [folder / f"{signature(target.fingerprint(), told, scope, digits=16)}.json" for target in targets]
     names = reference.mergeable()
-    if missing := _missing(files, densities, names):
+    held = [_read(file, names) for file in files]
+    if not _missing(held, densities):
+        return held
+    with _alone(folder, f"{told}-{scope}"):
+        held = [_read(file, names) for file in files]
+        missing = _missing(held, densities)
+        found = make([targets[index] for index in missing], densities) if missing else []
+        for index, each in zip(missing, found, strict=True):
+            held[index] |= each
+            _write(files[index], held[index])
+    return held
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[None]:
+    """Hold a lock in the folder of cuts; see `byom.storage.lock.alone`."""
+    with ExitStack() as stack:
         try:
-            with alone(folder / f"{told}-{scope}"):
-                if missing := _missing(files, densities, names):
-                    found = make([targets[index] for index in missing], densities)
-                    for index, each in zip(missing, found, strict=True):
-                        _write(files[index], _read(files[index], names) | each)
+            stack.enter_context(alone(folder / name))
         except OSError as error:
             raise CheckpointError(f"cannot keep cuts in {folder} ({error}); set cache= to a writable folder") from error
-    return [_read(file, names) for file in files]
+        yield
 
 
 def _on_disk(weights: Weights) -> bool:
@@ -76,8 +88,8 @@ def _on_disk(weights: Weights) -> bool:
     return weights._checksum is not None
 
 
-def _missing(files: Sequence[Path], densities: Sequence[float], names: Sequence[str]) -> list[int]:
-    return [index for index, file in enumerate(files) if not set(densities) <= set(_read(file, names))]
+def _missing(held: Sequence[ByDensity], densities: Sequence[float]) -> list[int]:
+    return [index for index, each in enumerate(held) if not set(densities) <= set(each)]
 
 
 def _write(file: Path, cuts: ByDensity) -> None:

@@ -19,7 +19,8 @@ NEEDED = (
     f"data/{SIXTEEN}-test.safetensors", f"experts/{TWELVE}/training.json", f"experts/{TWELVE}/model.safetensors",
     f"merged/{TWELVE}/model.safetensors", f"merged/{TWELVE}.cost.json", f"statistics/{TWELVE}/cost.json",
     f"scores/{TWELVE}-test.json", f"data/.{SIXTEEN}-test.safetensors.{owner()}",
-    "data/photos/cat.jpg", "data/notes.txt", "experts/mine/model.safetensors", "runs/suite/a.json", "data/digests/0f",
+    "data/photos/cat.jpg", "data/notes.txt", "experts/mine/model.safetensors", "runs/suite/a.json",
+    f"data/digests/{SIXTEEN * 4}", f"scores/{TWELVE}-test-bf16.json", f"cuts/{SIXTEEN}.json",
 )  # fmt: skip
 LEFT = (
     f"data/.{SIXTEEN}-train.safetensors.encoding/rows.safetensors", f"data/.{SIXTEEN}-train.safetensors.{GONE}",
@@ -46,7 +47,12 @@ def there(cache):
     return {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()} - LOCKS
 
 
-LOCKS = {f"experts/.{TWELVE}.lock", f"data/.{SIXTEEN}-train.safetensors.lock", f"statistics/.{SIXTEEN}.lock"}
+LOCKS = {
+    f"running/.{TWELVE}.lock",
+    f"experts/.{TWELVE}.lock",
+    f"data/.{SIXTEEN}-train.safetensors.lock",
+    f"statistics/.{SIXTEEN}.lock",
+}
 
 
 def test_clean_removes_what_is_left_over_and_nothing_else(cache, capsys):
@@ -119,3 +125,49 @@ def test_the_cache_says_how_large_it_is(cache, capsys):
     data = sum(entry.bytes for entry in caches.entries(cache, "data"))
     assert re.search(rf"data +encoded splits +5 +5 +{command.amount(data)} +20\d\d-\d\d-\d\d", said), said
     assert "left over; `byom clean` removes it" in said
+
+
+def test_folders_that_hold_other_files_are_nobodys(cache):
+    mine = [f"{kind}/aa9876543210/pytorch_model.bin" for kind in ("experts", "joint", "merged", "served", "statistics")]
+    mine += ["hits/aa9876543210/photo.jpg", "data/digests/mine.txt", "merged/bb9876543210/deep/model.safetensors"]
+    for name in mine:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("mine", encoding="utf-8")
+    assert main(["clean", *caches.KINDS]) == 0 and main(["clean"]) == 0
+    assert there(cache) >= {*mine, f"data/digests/{SIXTEEN * 4}"}
+    assert not there(cache) & {f"scores/{TWELVE}-test-bf16.json", f"cuts/{SIXTEEN}.json", f"merged/{TWELVE}.cost.json"}
+
+
+def test_while_a_cell_runs_nothing_goes_that_it_may_read(cache, capsys):
+    with alone(cache / "running" / TWELVE):
+        assert main(["clean", "merged"]) == 0
+    assert f"merged/{TWELVE}/model.safetensors" in there(cache)
+    assert f"kept  merged/{TWELVE}  (a running process needs it, or may)" in capsys.readouterr().out
+    assert not [name for name in there(cache) if name.startswith("merged/ba")]
+
+
+def test_what_is_half_removed_counts_for_nothing(cache, monkeypatch, capsys):
+    def stop(folder):
+        raise PermissionError(f"{folder} is write-protected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caches.shutil, "rmtree", stop)
+        assert main(["clean", "merged", "experts"]) == 1
+    assert "is write-protected" in capsys.readouterr().err
+    assert not (cache / "merged" / TWELVE).exists() and not (cache / f"merged/{TWELVE}.cost.json").exists()
+    left = cache / f"experts/.{TWELVE}.old-{owner()}"
+    left.rename(cache / f"experts/.{TWELVE}.old-{GONE}")
+    assert main(["clean"]) == 0 and not [name for name in there(cache) if ".old-" in name and GONE in name]
+
+
+def test_a_trial_refuses_what_the_command_refuses(cache, tmp_path, capsys):
+    (cache / "merged").rename(tmp_path / "elsewhere")
+    (cache / "merged").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert main(["clean", "merged", "--dry-run"]) == 1
+    assert "leads out of the cache" in capsys.readouterr().err
+
+
+def test_a_cache_that_is_not_there_is_said(cache, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_cache", lambda arguments: cache / "typo")
+    assert main(["clean"]) == 0
+    assert capsys.readouterr().out == f"0 B were removed from {cache / 'typo'}, which is no folder\n"

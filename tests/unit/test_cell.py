@@ -8,6 +8,8 @@ import weakref
 import pytest
 
 from byom.cli import config
+from byom.errors import OptionError
+from byom.pipeline import run
 from byom.pipeline.cell import Cell
 from byom.pipeline.labs import Labs
 from byom.storage.atomic import write_json
@@ -92,3 +94,16 @@ def test_a_run_says_what_it_fine_tuned_itself(settings, tmp_path, monkeypatch):
     with alone(folders[first]):
         assert list(cell.experts) == list(folders)
     assert order[-2:] == [first, second] and cell.training["models"] == len(others) - 1
+
+
+@pytest.mark.parametrize(("said", "found"), [("", []), ("0.1 1 0.05", [0.1, 1.0, 0.05])])
+def test_densities_of_a_sweep_come_through_the_environment(said, found, monkeypatch):
+    monkeypatch.setenv(run.DENSITIES, said)
+    assert run._densities() == found
+
+
+@pytest.mark.parametrize("said", ["many", "nan", "2", "0.1 -1"])
+def test_a_variable_that_holds_no_densities_is_named(said, monkeypatch):
+    monkeypatch.setenv(run.DENSITIES, said)
+    with pytest.raises(OptionError, match=f"BYOM_DENSITIES='{said}' is set in the environment.*unset it"):
+        run._densities()

@@ -131,6 +131,13 @@ def test_cuts_on_disk_are_found_by_another_process_and_are_the_same(scope, tmp_p
     assert len(list(folder.glob("*.json"))) == 2
 
 
+def test_cuts_are_found_though_their_files_vanish(tmp_path, monkeypatch):
+    target, reference = on_disk(1, tmp_path / "a"), on_disk(2, tmp_path / "b")
+    monkeypatch.setattr("byom.weights.kept._write", lambda file, cuts: None)  # as if `byom clean` were faster
+    with keeping(tmp_path / "cuts"):
+        assert cuts(target, reference, 0.1) == cuts_at(target, reference, [0.1], "global")[0.1]
+
+
 def test_cuts_of_rows_and_of_models_that_are_computed_are_not_kept(tmp_path):
     target, reference = on_disk(1, tmp_path / "a"), on_disk(2, tmp_path / "b")
     with keeping(tmp_path / "cuts"):

@@ -1,5 +1,7 @@
 """Splits are drawn without leaks, are the same wherever they are drawn, and survive a damaged cache."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from byom.data.source.table import Table
 from byom.data.splits import Split
 from byom.data.suite import Task
 from byom.errors import DataError
+from byom.pipeline import encoded
 
 LENGTH = 12
 
@@ -108,10 +111,20 @@ def test_repeated_texts_do_not_leak(tmp_path):
 
 
 def test_test_split_knows_no_seed_and_the_others_do(folder):
-    one, two = (load(task(folder), Words(), seed, folder / "cache") for seed in (0, 1))
+    one, two = (load(task(folder), Words(), seed, folder / f"cache{seed}") for seed in (0, 1))
     assert one["test"].fingerprint == two["test"].fingerprint
     for name in ("train", "validation", "shots"):
         assert one[name].fingerprint != two[name].fingerprint
+
+
+def test_test_split_is_encoded_once_for_all_seeds(folder):
+    one, two = (load(task(folder), Words(), seed, folder / "cache") for seed in (0, 1))
+    assert one["test"].fingerprint == two["test"].fingerprint and one.path("test") == two.path("test")
+    assert len(list((folder / "cache/data").glob("*-test.safetensors"))) == 1
+    assert one.path("train") != two.path("train")
+    earlier = folder / "cache/data" / two.path("train").name.replace("-train", "-test")
+    earlier.write_bytes(one.path("test").read_bytes())
+    assert two.path("test") == earlier  # of an earlier version, which kept one for every seed
 
 
 def test_draws_differ_between_tasks(folder):
@@ -162,13 +175,13 @@ def test_a_split_is_encoded_when_it_is_asked_for(folder):
     assert [path.stem.rpartition("-")[2] for path in folder.glob("cache/data/*.safetensors")] == ["test"]
 
 
-def test_all_seeds_and_sizes_of_the_others_share_one_encoded_test_split(folder):
+def test_all_seeds_share_one_encoded_test_split(folder):
     def seen(seed, split, **sizes):
         backbone = Words()
         assert len(data.load(task(folder, **{"test": 3, **sizes}), backbone, seed, folder / "cache")[split])
         return len(backbone.seen)
 
-    assert (seen(0, "test"), seen(1, "test"), seen(1, "test", train=5)) == (3, 0, 0)
+    assert (seen(0, "test"), seen(1, "test")) == (3, 0)
     assert seen(1, "test", test=4) == 4
     assert seen(0, "validation") == seen(1, "validation") > 0
 
@@ -380,3 +393,14 @@ def test_fingerprint_sees_bytes_labels_types_and_shapes():
     assert len(prints) == 4
     assert all(len(value) == 16 for value in prints)
     assert base.fingerprint == text_split([1, 2]).fingerprint
+
+
+def test_shots_of_numbers_are_counted_as_the_training_examples(folder):
+    scores = task(folder, metric="spearman", train=17)
+    cell = SimpleNamespace(backbone=Counting(), seed=0, cache=folder / "cache")
+    assert [encoded._size(cell, scores, split) for split in ("train", "shots")] == [(17 * 2 * LENGTH * 8, False)] * 2
+
+
+class Counting(Words):
+    def downloads(self):
+        return []

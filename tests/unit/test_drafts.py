@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import subprocess
+from collections import deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ from byom.data.source.table import Table
 from byom.data.split import Split, open_split
 from byom.data.splits import load
 from byom.data.suite import Task
-from byom.data.workers import filled
+from byom.data.workers import NoWorkers, filled
 from byom.errors import CheckpointError, DataError
 from byom.storage import contents
 
@@ -92,11 +94,11 @@ def test_what_a_failure_leaves_is_gone_on_with(folder, chunks):
     texts = fail_at(folder, 7)
     backbone = Words()
     again = opened(folder, backbone)
-    assert len(again["test"]) == 10 and backbone.seen == texts[6:]
+    assert len(again["test"]) == 10 and backbone.seen == texts[:1] + texts[6:]  # the first example says what a row is
     assert again["test"].fingerprint == opened(folder, name="other")["test"].fingerprint
 
 
-@pytest.mark.parametrize("damage", ["rows", "journal", "key", "junk"])
+@pytest.mark.parametrize("damage", ["rows", "journal", "key", "shape", "type", "junk"])
 def test_what_is_left_counts_only_where_it_is_whole(folder, chunks, damage):
     texts = fail_at(folder, 7)
     left = work_folder(opened(folder).path("test"))
@@ -107,13 +109,16 @@ def test_what_is_left_counts_only_where_it_is_whole(folder, chunks, damage):
         content, word = rows.read_bytes(), torch.tensor([ord(c) for c in texts[5].ljust(LENGTH)])
         at = content.index(word.numpy().tobytes())
         rows.write_bytes(content[:at] + b"\1" + content[at + 1 :])
-        expected = texts[3:6] + texts[6:]
+        expected = texts[:1] + texts[3:6] + texts[6:]
     elif damage == "journal":  # a crash cut its last line
         journal.write_text("\n".join(lines)[:-9])
-        expected = texts[3:]
-    elif damage == "key":
-        journal.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"key": "another"}), *lines[1:]]))
-        expected = texts[:1] + texts  # the first example says what a row is
+        expected = texts[:1] + texts[3:]
+    elif damage in ("key", "shape", "type"):
+        value = json.loads(lines[0])
+        wrong = {"key": {"key": "another"}, "shape": {"rows": value["rows"] | {"inputs/input_ids": [[7], "I64"]}}}
+        wrong["type"] = {"rows": value["rows"] | {"inputs/input_ids": [[6], "Q64"]}}
+        journal.write_text("\n".join([json.dumps(value | wrong[damage]), *lines[1:]]))
+        expected = texts[:1] + texts
     else:
         journal.write_bytes(b"\xff\0junk")
         expected = texts[:1] + texts
@@ -193,7 +198,8 @@ def test_processes_fill_what_one_would(folder, busy, monkeypatch):
 
 
 HEAR = "import os, pickle, sys, time; hear = lambda: pickle.load(sys.stdin.buffer); hear(); "
-SAY = "say = lambda *what: (pickle.dump(what, sys.stdout.buffer), sys.stdout.buffer.flush()); "
+SAY = "print('of a library\\nbyom answers', flush=True); "
+SAY += "say = lambda *what: (pickle.dump(what, sys.stdout.buffer), sys.stdout.buffer.flush()); "
 
 
 def test_work_that_no_process_can_have_is_done_here(folder, busy, monkeypatch, capsys):
@@ -204,6 +210,26 @@ def test_work_that_no_process_can_have_is_done_here(folder, busy, monkeypatch, c
     assert "byom: encoding in this process alone (a process ended with status 3)" in capsys.readouterr().err
     monkeypatch.setattr(making, "usable", lambda: 1)
     assert found.fingerprint == opened(folder, name="other")["test"].fingerprint
+
+
+def test_where_no_process_can_be_started_there_is_this_one(folder, busy, monkeypatch, capsys):
+    monkeypatch.setattr(workers.sys, "executable", str(folder / "python"))
+    assert len(opened(folder)["test"]) == 10
+    assert "encoding in this process alone (no process can be started: " in capsys.readouterr().err
+
+
+def test_examples_that_cannot_travel_are_encoded_here(folder, busy, monkeypatch, capsys):
+    class Word(str):
+        def __reduce__(self):
+            raise TypeError("it is bound to this process")
+
+    pools = Table(folder, {"train": "train.csv"}).pools()
+    held = opened(folder, Words())
+    held.backbone.seen = deque(maxlen=0)  # or they would travel with the backbone
+    monkeypatch.setattr(workers, "START", HEAR + SAY + "hear(); say(True, None); hear()")
+    held.draws.pools["train"] = replace(pools["train"], inputs=[Word(text) for text in pools["train"].inputs])
+    assert len(held["test"]) == 10 and busy
+    assert "encoding in this process alone (TypeError: it is bound to this process)" in capsys.readouterr().err
 
 
 def test_what_cannot_be_pickled_is_encoded_here(folder, busy, capsys):
@@ -243,6 +269,19 @@ def test_a_process_says_what_failed(folder, chunks):
     found, error = pickle.load(answers)
     assert not found and isinstance(error, DataError)
     assert "example 9 of the train examples of task toy cannot be encoded (ValueError: no letters in" in str(error)
+
+
+def test_a_process_that_cannot_read_its_examples_leaves_them_to_others(folder):
+    pickled, answers = io.BytesIO(), io.BytesIO()
+    nothing = Filling(Words(), opened(folder).task, folder / "x", folder / "rows", {})
+    pickle.dump(pickle.dumps(nothing), pickled)
+    pickle.dump(b"cno_such_module\nWord\n.", pickled)
+    pickled.seek(0)
+    worker.serve(pickled, answers)
+    answers.seek(0)
+    assert pickle.load(answers) == (True, None)
+    found, error = pickle.load(answers)
+    assert not found and isinstance(error, NoWorkers) and "no_such_module" in str(error)
 
 
 def test_an_example_that_cannot_be_read_is_named():

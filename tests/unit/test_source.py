@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import os
 import struct
 from importlib.metadata import distribution
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from byom.data.draw import content
 from byom.data.source.archive import Archive
 from byom.data.source.base import Pool
 from byom.data.source.hub import Hub
@@ -304,8 +306,20 @@ def test_damaged_memory_of_a_digest_is_computed_anew(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     first = content_digest(tmp_path, ["a.txt"], tmp_path / "cache")
     (memo,) = (tmp_path / "cache/data/digests").iterdir()
-    memo.write_text("torn")
-    assert content_digest(tmp_path, ["a.txt"], tmp_path / "cache") == first
+    for damage in (b"torn", b"\0" * 64, b"\xff" * 64):
+        memo.write_bytes(damage)
+        assert content_digest(tmp_path, ["a.txt"], tmp_path / "cache") == first
+
+
+def test_names_and_texts_that_are_no_utf_8_have_digests(tmp_path):
+    name = os.fsdecode(b"\xff.txt")
+    try:
+        (tmp_path / name).write_text("x")
+    except OSError:
+        pytest.skip("this file system holds UTF-8 alone")
+    (tmp_path / "a.txt").write_text("x")
+    assert content_digest(tmp_path, [name]) != content_digest(tmp_path, ["a.txt"])
+    assert content("\ud83d") != content("\ud83e") and signature(name) != signature("a.txt")
 
 
 def test_digest_depends_on_names_and_bytes_but_not_on_place_or_order(tmp_path):
