@@ -12,6 +12,7 @@ from byom.cli import config, run, sweeps
 from byom.errors import OptionError
 from byom.merge.base.group import Group
 from byom.pipeline.cell import Cell
+from byom.pipeline.device import resolve
 from byom.pipeline.provenance import Stages
 from byom.weights import Weights
 from byom.weights.placed import chosen
@@ -110,7 +111,9 @@ def test_it_reaches_every_method_of_a_sweep(capsys):
 
 
 def test_a_device_that_is_not_there_is_refused_by_name():
-    for name in ("meta", "cuda:93", "nothing", 3.5):
+    for name in ("meta", "cuda:93", "nothing", 3.5, None):
         with pytest.raises(OptionError, match=rf"merge\.device={name} cannot be used here \(.*merge\.device=auto"):
             chosen(name)
+        with pytest.raises(OptionError, match=rf"device={name} cannot be used here \(.*device=auto"):
+            resolve(name)
     assert chosen("auto", torch.device("cpu")) == chosen("cpu") == torch.device("cpu")
