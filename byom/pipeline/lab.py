@@ -175,7 +175,7 @@ class Lab:
 
     @property
     def joining(self) -> list[Recipe]:
-        """What the names of joint models have besides those of experts that are trained elsewhere: how they are trained."""
+        """What the names of joint models have besides those of experts from elsewhere: how they are trained."""
         return [] if any(self.experts.trains(self.suite.tasks)) else [self.recipe]
 
     @property

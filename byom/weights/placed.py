@@ -99,8 +99,8 @@ def within_memory(work: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         reason = str(error).partition("\n")[0]
         raise OptionError(
-            f"{work} takes more memory than the GPU has left ({reason}); use merge.device=cpu, and device=cpu where the "
-            "encoder takes part"
+            f"{work} takes more memory than the GPU has left ({reason}); use merge.device=cpu, and device=cpu where "
+            "the encoder takes part"
         ) from error
 
 

@@ -89,8 +89,8 @@ class Step:
         kind = nn.modules.batchnorm._BatchNorm
         if found := [name for name, module in self.encoder.named_modules() if isinstance(module, kind)]:
             raise OptionError(
-                f"finetune.micro_batch={self.recipe.micro_batch} would change the result: '{found[0]}' normalises by the "
-                "statistics of the examples that are computed together; leave it out, and use a smaller "
+                f"finetune.micro_batch={self.recipe.micro_batch} would change the result: '{found[0]}' normalises by "
+                "the statistics of the examples that are computed together; leave it out, and use a smaller "
                 "finetune.batch_size where memory runs out"
             )
 
