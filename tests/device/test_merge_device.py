@@ -9,6 +9,7 @@ import yaml
 from byom.__main__ import main
 from byom.checkpoint.bundle import Bundle
 from byom.cli import config, run, sweeps
+from byom.cli.preview import preview
 from byom.errors import OptionError
 from byom.merge.base.group import Group
 from byom.pipeline.cell import Cell
@@ -46,6 +47,9 @@ GIVEN = ("base=base", "experts=[a=task1,b=task2]", "merge=ties")
 
 
 def test_folders_are_merged_where_it_says(folders, device, used):
+    assert main(["merge", "average", *GIVEN[:2], f"merge.device={device.type}"]) == 0, "it is no field of a method"
+    assert used == {device.type}
+    used.clear()
     assert main(["merge", "here", *GIVEN, "merge.device=cpu"]) == 0
     assert used == {"cpu"}
     used.clear()
@@ -107,6 +111,8 @@ def test_it_is_an_option_beside_every_method(overrides, primary):
 def test_it_reaches_every_method_of_a_sweep(capsys):
     assert sweeps.fitting(["merge=average,ties", "merge.device=cpu"]) == [["merge=average,ties", "merge.device=cpu"]]
     run.print_config(config.resolve(["merge.device=cpu"]).values)
+    assert yaml.safe_load(capsys.readouterr().out)["merge"]["device"] == "cpu"
+    preview(["--cfg", "merge.device=cpu", "merge.density=0.2"])
     assert yaml.safe_load(capsys.readouterr().out)["merge"]["device"] == "cpu"
 
 
