@@ -160,7 +160,8 @@ def requested(options: Mapping[str, Any], *, packs: bool) -> Request:
     for name in ("base", "experts"):
         if name not in options:
             raise OptionError(f"{name}= is not given: base=PATH 'experts=[a=PATH,b=PATH]', or recipe=FILE")
-    if "merge" not in groups and (odd := [name for name in groups if name.startswith(("merge.", "merge@"))]):
+    fields = [name for name in groups if name.startswith(("merge.", "merge@")) and name != "merge.device"]
+    if "merge" not in groups and (odd := fields):
         raise OptionError(f"{odd[0]} is given and merge= is not; name the method that it is an option of")
     groups = groups if "merge" in groups else {"merge": "average"} | groups
     built = config.resolve([f"{name}={given.override(value)}" for name, value in groups.items()]).values

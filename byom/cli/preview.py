@@ -23,7 +23,8 @@ def preview(arguments: Sequence[str]) -> int:
 
     overrides = [a for a in arguments if a != "--cfg"]
     previews.require_known(overrides)
-    common = [a for a in overrides if not a.startswith("merge.")]  # fields of single methods, which others lack
+    fields = [a for a in overrides if a.startswith("merge.") and not a.startswith("merge.device=")]
+    common = [a for a in overrides if a not in fields]  # of single methods, which others lack
     resolved = config.resolve(common, primary="preview").values
     if "--cfg" in arguments:
         return print_config(resolved)

@@ -29,6 +29,8 @@ def require_precision(name: str, device: torch.device | None = None) -> str:
         OptionError: Saying what to use instead.
     """
     one_of("precision", name, PRECISIONS)
+    if device is not None and device.type not in ("cpu", "cuda") and name == "tf32":
+        raise OptionError(f"precision=tf32 is of NVIDIA's GPUs, and would do nothing on {device}; use precision=fp32")
     if device is not None and device.type == "cpu" and name in ("tf32", "fp16"):
         why = "TensorFloat-32 is of GPUs" if name == "tf32" else "16-bit floats of this kind are slow on CPUs"
         raise OptionError(f"precision={name} cannot be used on the CPU ({why}); use precision=fp32 or precision=bf16")

@@ -26,8 +26,9 @@ class Keys:
 
     Args:
         experts: The signature of the tasks' experts.
-        extras: Statistics that the merge method uses, and what is done to experts before they are merged; empty for
-            methods that merge the experts' weights alone.
+        extras: Statistics that the merge method uses, what is done to experts before they are merged, and how joint
+            models are trained where the experts' own names do not tell; empty for methods that merge the experts'
+            weights alone.
         scored: How models are scored, where it is not as always.
     """
 
@@ -47,7 +48,10 @@ class Keys:
         statistics = {name: what for name, what in settings.wanted().items() if name in used}
         before = settings.byom.before
         extras = (*([statistics] if statistics else []), *([before] if before else []))
-        return cls(experts, extras, tuple(later(settings.precision)))
+        scored = tuple(later(settings.precision))
+        if settings.effective()[0].needs.joint and not any(settings.experts.trains(settings.suite.tasks)):
+            extras = (*extras, settings.finetune, *scored)
+        return cls(experts, extras, scored)
 
     def tuning(self, method: MergeMethod, tuner: Tuner) -> str:
         """Return the name of a search over a method's hyperparameters."""

@@ -16,7 +16,8 @@ def resolve(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        if name is None or torch.empty(0, device=name).is_meta:  # None is whatever PyTorch takes by itself
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition(chr(10))[0]
         raise OptionError(f"device={name} cannot be used here ({reason}); use device=auto or device=cpu") from error

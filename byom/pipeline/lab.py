@@ -158,7 +158,8 @@ class Lab:
         known = {task: shares[task] for task in self.tasks if shares.get(task, 0) > 0}
         mean = sum(known.values()) / len(known)
         parts = [[self.signature_of(task), round(share / mean, 9)] for task, share in known.items()]
-        key = signature(*parts, *(["by frequency"] if len(set(known.values())) > 1 else []), *self.scored)
+        frequent = ["by frequency"] if len(set(known.values())) > 1 else []
+        key = signature(*parts, *frequent, *self.scored, *self.joining)
         folder = self.cache / "joint" / key
         self._once(folder, {t: s / mean for t, s in known.items()}, f"fine-tune {len(known)} tasks", self.seed)
         return self.recipe.open(folder, self.pretrained)
@@ -171,6 +172,11 @@ class Lab:
     def scored(self) -> list[dict[str, str]]:
         """What the names of scores, and of what features were looked at for, have besides those of the models."""
         return later(self.precision)
+
+    @property
+    def joining(self) -> list[Recipe]:
+        """What the names of joint models have besides those of experts from elsewhere: how they are trained."""
+        return [] if any(self.experts.trains(self.suite.tasks)) else [self.recipe]
 
     @property
     def signature(self) -> str:

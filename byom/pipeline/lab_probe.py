@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from byom.data.splits import Split
 from byom.functional.heads import Readout
+from byom.functional.precision import DEFAULT, products
 from byom.functional.seeding import keyed
 from byom.merge.base.probe import Batch, Features, Probe, State
 from byom.pipeline.lab import Lab
@@ -56,7 +57,8 @@ class LabProbe(Probe):
         device = self.lab.device
         encoder = self.lab.encoder.eval()
         moved = {name: tensor.to(device) for name, tensor in state.items()}
-        return functional_call(encoder, self._rest(moved), kwargs={k: v.to(device) for k, v in inputs.items()})
+        with products(DEFAULT, device):
+            return functional_call(encoder, self._rest(moved), kwargs={k: v.to(device) for k, v in inputs.items()})
 
     def readout(self, task: str) -> Readout:
         """Return a task's frozen head."""
@@ -72,7 +74,8 @@ class LabProbe(Probe):
     ) -> dict[str, Tensor]:
         """Return Grams of the inputs of some parameters; see `Probe.grams`."""
         self.lab.fill({**self.lab.pretrained.state(), **state})
-        return grams(self.lab.encoder, self._first(task, split, examples), parameters)
+        with products(DEFAULT, self.lab.device):
+            return grams(self.lab.encoder, self._first(task, split, examples), parameters)
 
     def order(self) -> list[list[str]]:
         """Return groups of matrix parameters in the order of a forward pass."""

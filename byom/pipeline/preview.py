@@ -251,7 +251,8 @@ def _previewed(settings: Settings, problem: Problem, grid: Sequence[Point]) -> I
 def _joint(lab: Lab, chosen: Sequence[Point]) -> Iterable[Job]:
     for alpha in chosen:
         shares = dict(zip(lab.tasks, alpha, strict=True))
-        yield Job("joint fine-tuning", alpha, signature("joint by frequency", alpha), partial(lab.joint, shares))
+        key = signature("joint by frequency", alpha, *lab.joining)
+        yield Job("joint fine-tuning", alpha, key, partial(lab.joint, shares))
 
 
 def _references(lab: Lab, experts: Mapping[str, Weights]) -> Iterable[Job]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from itertools import pairwise
@@ -70,12 +71,37 @@ def brought(weights: Weights, place: Chosen) -> Weights:
     """
     seen = copy(weights)
 
-    def cast(name: str) -> Tensor | None:
-        value = rounded(weights._read, name)
-        return None if value is None else value.to(place(name))
+    def raw(name: str) -> Tensor:
+        with within_memory(f"merging '{name}'"):
+            return weights.raw(name).to(place(name))
 
-    seen._read, seen._place = Rounding(lambda name: weights.raw(name).to(place(name)), cast), place
+    def cast(name: str) -> Tensor | None:
+        with within_memory(f"merging '{name}'"):
+            value = rounded(weights._read, name)
+            return None if value is None else value.to(place(name))
+
+    seen._read, seen._place = Rounding(raw, cast), place
     return seen
+
+
+@contextmanager
+def within_memory(work: str) -> Iterator[None]:
+    """Say what to do where a GPU's memory does not hold what a block computes there.
+
+    Args:
+        work: What it does, for the message.
+
+    Raises:
+        OptionError: Instead of PyTorch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(
+            f"{work} takes more memory than the GPU has left ({reason}); use merge.device=cpu, and device=cpu where "
+            "the encoder takes part"
+        ) from error
 
 
 def chosen(name: str, auto: torch.device | None = None) -> torch.device:
@@ -92,7 +118,7 @@ def chosen(name: str, auto: torch.device | None = None) -> torch.device:
         found = auto or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return found if found.type == "cuda" else CPU  # others lack fp64, in which matrices are factored
     try:
-        if torch.empty(0, device=name).is_meta:
+        if name is None or torch.empty(0, device=name).is_meta:  # None is whatever PyTorch takes by itself
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).partition("\n")[0]

@@ -70,6 +70,15 @@ class Simulated(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Simulated:
+        """The values without their history; what is put in their place is what the tensor holds from then on."""
+        return Simulated(self.held)
+
+    @data.setter
+    def data(self, values: Simulated) -> None:
+        self.held = values.held
+
     def data_ptr(self) -> int:
         """Return the address of the first value."""
         return self.held.data_ptr()
@@ -121,6 +130,8 @@ def device() -> torch.device:
     backend_registration._setup_privateuseone_for_python_backend(NAME, Module(), Hooks())
     MADE.impl("empty.memory_format", _empty, "PrivateUse1")
     MADE.impl("empty_strided", _empty_strided, "PrivateUse1")
+    for made in ("arange", "arange.start", "arange.start_step"):  # PyTorch makes them empty, and resizes them
+        MADE.impl(made, _arange, "PrivateUse1")
     return torch.device(NAME, 0)
 
 
@@ -130,6 +141,10 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
     return Simulated(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _arange(*ends, dtype=None, layout=None, device=None, pin_memory=None):
+    return Simulated(torch.arange(*ends, dtype=dtype))
 
 
 @contextmanager

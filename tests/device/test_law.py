@@ -15,6 +15,8 @@ from byom.merge.base import Member, Problem, TensorwiseMethod
 from byom.merge.base import problem as merging
 from byom.merge.base.probe import Features
 from byom.merge.task_arithmetic import TaskArithmetic
+from byom.merge.ties import Ties
+from byom.variants.base.sparse import TopMagnitude
 from byom.weights import Weights, placed
 from byom.weights.lowrank import Adapted, Piece
 from tests.problems import FLOATS, TIED, DrawnProbe, bits, counted, grams, members_of, models, options, precisions
@@ -232,6 +234,21 @@ def test_a_tensor_that_does_not_fit_is_merged_where_it_lies(device, monkeypatch)
         near(METHODS[name](given).state(), merged_here(name), name)
     monkeypatch.setattr(merging, "room", lambda place: size)
     assert whole.on(device).pretrained.place("embed") == device
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_memory_that_ends_in_merging_is_said(planned, device, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried much\nand more")
+
+    monkeypatch.setattr(Ties, "plan" if planned else "merge", full)
+    monkeypatch.setattr(TopMagnitude, "plan", full)
+    given = posed(CPU, CPU).on(device)
+    what = "merging by Ties" if planned else "merging 'embed'"
+    with pytest.raises(OptionError, match=rf"{what} takes more memory .*\(CUDA out of memory. Tried much\); use merge"):
+        METHODS["ties"](given)["embed"]
+    with pytest.raises(OptionError, match="packing 'task1' takes more memory than the GPU has left"):
+        served(VARIANTS["fft"], given)
 
 
 def test_the_next_tensor_is_read_while_one_is_merged(device):

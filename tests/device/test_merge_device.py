@@ -9,9 +9,11 @@ import yaml
 from byom.__main__ import main
 from byom.checkpoint.bundle import Bundle
 from byom.cli import config, run, sweeps
+from byom.cli.preview import preview
 from byom.errors import OptionError
 from byom.merge.base.group import Group
 from byom.pipeline.cell import Cell
+from byom.pipeline.device import resolve
 from byom.pipeline.provenance import Stages
 from byom.weights import Weights
 from byom.weights.placed import chosen
@@ -45,6 +47,9 @@ GIVEN = ("base=base", "experts=[a=task1,b=task2]", "merge=ties")
 
 
 def test_folders_are_merged_where_it_says(folders, device, used):
+    assert main(["merge", "average", *GIVEN[:2], f"merge.device={device.type}"]) == 0, "it is no field of a method"
+    assert used == {device.type}
+    used.clear()
     assert main(["merge", "here", *GIVEN, "merge.device=cpu"]) == 0
     assert used == {"cpu"}
     used.clear()
@@ -107,10 +112,14 @@ def test_it_reaches_every_method_of_a_sweep(capsys):
     assert sweeps.fitting(["merge=average,ties", "merge.device=cpu"]) == [["merge=average,ties", "merge.device=cpu"]]
     run.print_config(config.resolve(["merge.device=cpu"]).values)
     assert yaml.safe_load(capsys.readouterr().out)["merge"]["device"] == "cpu"
+    preview(["--cfg", "merge.device=cpu", "merge.density=0.2"])
+    assert yaml.safe_load(capsys.readouterr().out)["merge"]["device"] == "cpu"
 
 
 def test_a_device_that_is_not_there_is_refused_by_name():
-    for name in ("meta", "cuda:93", "nothing", 3.5):
+    for name in ("meta", "cuda:93", "nothing", 3.5, None):
         with pytest.raises(OptionError, match=rf"merge\.device={name} cannot be used here \(.*merge\.device=auto"):
             chosen(name)
+        with pytest.raises(OptionError, match=rf"device={name} cannot be used here \(.*device=auto"):
+            resolve(name)
     assert chosen("auto", torch.device("cpu")) == chosen("cpu") == torch.device("cpu")

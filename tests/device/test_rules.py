@@ -98,3 +98,14 @@ def test_modules_and_optimisers_run_there(device):
     assert module.weight.device == device and not torch.equal(before, module.weight)
     with pytest.raises(RuntimeError, match="same device"):
         module(torch.ones(3, 4))
+
+
+def test_what_is_made_there_has_its_size(device):
+    made = [torch.arange(*ends, device=device) for ends in ((4,), (1, 3), (1.0, 3.0, 0.5))]
+    assert [len(each) for each in made] == [4, 2, 4] and made[2].tolist() == [1.0, 1.5, 2.0, 2.5]
+
+
+def test_values_may_be_put_in_the_place_of_others(device):
+    kept = torch.nn.Parameter(torch.ones(2).to(device))
+    before, kept.data = kept.data, torch.zeros(2).to(device)
+    assert (kept + 1).tolist() == [1.0, 1.0] and before.tolist() == [1.0, 1.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,8 @@ def test_what_a_cpu_cannot_or_should_not_do_is_refused(name):
     assert require_precision(name, torch.device("cuda")) == name
     with pytest.raises(OptionError, match=f"precision={name} cannot be used on the CPU.*precision=bf16"):
         require_precision(name, CPU)
+    with pytest.raises(OptionError, match="precision=tf32 .* would do nothing on mps; use precision=fp32"):
+        require_precision("tf32", torch.device("mps"))
     with pytest.raises(OptionError, match="cannot be used on the CPU"):
         require_possible(config.settings([f"precision={name}", "device=cpu"]))
     with pytest.raises(OptionError, match="precision"):
@@ -118,3 +122,26 @@ def test_a_precision_is_part_of_names_where_it_changes_numbers(tmp_path):
     assert keys[0].merged(methods[0]) == keys[1].merged(methods[0])  # merging is fp32 in both
     assert keys[0].served(*methods) != keys[1].served(*methods)
     assert keys[0].tuning(usual.merge, usual.tune) != keys[1].tuning(usual.merge, usual.tune)
+
+
+def test_a_joint_model_beside_foreign_experts_has_the_name_of_how_it_is_trained(tmp_path, monkeypatch):
+    def settings(*more):
+        made = config.settings(["merge=mtl", "suite.only=[mnist,digits]", f"cache={tmp_path}", "device=cpu", *more])
+        return replace(made, experts=Files(path_of=str(tmp_path / "{task}.pt"), family="mine")) if foreign else made
+
+    def names(made):
+        lab, keys = laboratory(made), Keys.of(made, "experts")
+        trained = []
+        monkeypatch.setattr(lab, "_once", lambda folder, *rest: trained.append(folder.name))
+        monkeypatch.setattr(type(lab), "pretrained", None)
+        monkeypatch.setattr(type(made.finetune), "open", lambda *rest: None)
+        lab.joint({"mnist": 1.0, "digits": 1.0})
+        return keys.merged(made.merge), *trained, lab.signature
+
+    for task in ("mnist", "digits"):
+        (tmp_path / f"{task}.pt").write_bytes(b"weights")
+    for foreign in (True, False):
+        every = [names(settings(*more)) for more in ((), ("precision=bf16",), ("finetune.epochs=9",))]
+        merged, joint, experts = zip(*every, strict=True)
+        assert len(set(joint)) == 3
+        assert (len(set(merged)), len(set(experts))) == ((3, 1) if foreign else (1, 3))

@@ -81,6 +81,45 @@ def test_memory_that_does_not_hold_a_batch_is_said(split, head, tmp_path):
         trained(split, head, tmp_path, most=0, micro_batch="auto")
 
 
+def test_examples_that_depend_on_each_other_are_not_computed_in_pieces(split, head, tmp_path):
+    normalised = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
+    whole = {"epochs": 1, "batch_size": 8}
+
+    class Normalised(Net):
+        def __init__(self, most):
+            super().__init__(most)
+            self.body = normalised
+
+    for most, pieces in ((99, 8), (99, "auto"), (99, None)):
+        net = Normalised(most)
+        finetune(net, [Lesson(head, split)], Full(**whole, micro_batch=pieces), 1e-2, 0, tmp_path, "x")
+        assert net.sizes == [8, 8, 4]
+    for most, pieces in ((99, 4), (4, "auto")):
+        with pytest.raises(OptionError, match=f"micro_batch={pieces} would change the result: 'body.1' .*batch_size"):
+            finetune(Normalised(most), [Lesson(head, split)], Full(**whole, micro_batch=pieces), 1e-2, 0, tmp_path, "x")
+
+
+def test_crops_in_pieces_are_those_of_the_whole_batch(head, tmp_path):
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    split, seen = Split({"pixels": pixels}, torch.arange(5) % 3), {}
+
+    class Sees(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 8)
+
+        def forward(self, pixels):
+            seen[pieces].append(pixels)
+            return self.layer(pixels.float().mean((-1, -2)) / 255)
+
+    for pieces in (5, 2):
+        seen[pieces] = []
+        recipe = Full(epochs=2, batch_size=5, augment="crop", micro_batch=pieces)
+        finetune(Sees(), [Lesson(head, split)], recipe, 1e-2, 0, tmp_path / str(pieces), "x")
+    assert [len(each) for each in seen[2]] == [2, 2, 1] * 2
+    assert torch.equal(torch.cat(seen[5]), torch.cat(seen[2]))
+
+
 def test_pieces_are_no_part_of_a_name_and_crops_are():
     assert signature(Full(micro_batch=3)) == signature(Full()) != signature(Full(augment="crop"))
     assert describe(Full(augment="none")) == {"class": "Full"}

@@ -14,7 +14,7 @@ from byom.experts.finetune.augment import BOXES, cropped
 from byom.experts.finetune.base import Recipe
 from byom.functional.heads import Readout
 from byom.functional.heads import loss as task_loss
-from byom.functional.precision import lowered
+from byom.functional.precision import DEFAULT, lowered, products
 from byom.functional.tensors import wide
 
 
@@ -36,6 +36,8 @@ class Step:
         self.device = next(encoder.parameters()).device
         self.scaler = scaler
         self.piece = recipe.micro_batch if isinstance(recipe.micro_batch, int) else recipe.batch_size
+        if self.piece < recipe.batch_size:
+            self._require_divisible()
 
     def __call__(self, head: Readout, inputs: dict[str, Tensor], labels: Tensor, weight: float) -> Tensor:
         """Take one step, and return the batch's loss; nothing waits for the device.
@@ -46,7 +48,6 @@ class Step:
             labels: ``[B]``.
             weight: Factor on the loss.
         """
-        inputs = _augmented(inputs)
         while (loss := self._backward(head, inputs, labels, weight)) is None:
             self._halve(len(labels))
         self.scaler.unscale_(self.optimizer)
@@ -78,9 +79,20 @@ class Step:
         return None
 
     def _loss(self, head: Readout, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        inputs = _augmented(inputs, self.device)
         with lowered(self.precision, self.device):
             features = self.encoder(**inputs)
         return task_loss(head, head(wide(features)), labels)
+
+    def _require_divisible(self) -> None:
+        """Refuse pieces of batches whose examples depend on each other."""
+        kind = nn.modules.batchnorm._BatchNorm
+        if found := [name for name, module in self.encoder.named_modules() if isinstance(module, kind)]:
+            raise OptionError(
+                f"finetune.micro_batch={self.recipe.micro_batch} would change the result: '{found[0]}' normalises by "
+                "the statistics of the examples that are computed together; leave it out, and use a smaller "
+                "finetune.batch_size where memory runs out"
+            )
 
     def _halve(self, count: int) -> None:
         tried = min(self.piece, count)
@@ -95,6 +107,7 @@ class Step:
                 f"the memory of {self.device} does not hold one example in training; use finetune=lora, whose "
                 "optimizer is small, a smaller backbone, or device=cpu"
             )
+        self._require_divisible()
         self.piece = tried // 2
 
 
@@ -103,8 +116,10 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
-def _augmented(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _augmented(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Crop images by the boxes that came with them, to the same bytes in every precision of the encoder."""
     if BOXES not in inputs:
         return inputs
     rest = {name: value for name, value in inputs.items() if name != BOXES}
-    return rest | {"pixels": cropped(rest["pixels"], inputs[BOXES])}
+    with products(DEFAULT, device):
+        return rest | {"pixels": cropped(rest["pixels"], inputs[BOXES])}

@@ -19,6 +19,7 @@ from byom.merge.base.problem import Problem
 from byom.merge.base.running import running
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
+from byom.weights.placed import within_memory
 from byom.weights.spec import Rounding
 
 
@@ -112,7 +113,9 @@ def _returning(call: Callable[[Any, Problem], Weights]) -> Callable[[Any, Proble
 
     @wraps(call)
     def called(self: MergeMethod, problem: Problem) -> Weights:
-        return problem.back(call(self, problem))
+        with within_memory(f"merging by {type(self).__name__}"):
+            merged = call(self, problem)
+        return problem.back(merged)
 
     return called
 

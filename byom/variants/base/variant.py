@@ -19,7 +19,7 @@ from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, own
 from byom.weights import Weights, matched
 from byom.weights.lowrank import Adapted
 from byom.weights.match import require_one_place
-from byom.weights.placed import beside
+from byom.weights.placed import beside, within_memory
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,9 @@ class Packing(Mapping[str, Delta]):
         reference = beside(self.reference, target)  # also what was written meanwhile, and is read from a file
         if reference is self.reference:
             _ = self._foreseen
-        return self.variant.delta(target, reference, self.base and beside(self.base, target))
+        base = self.base and beside(self.base, target)
+        with within_memory(f"packing '{task}'"):
+            return self.variant.delta(target, reference, base)
 
     @cached_property
     def _foreseen(self) -> bool:
