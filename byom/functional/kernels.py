@@ -215,6 +215,13 @@ def survivors(left: Array, right: Array, threshold: Any, ties: int, first: int, 
 
 
 @kernel
+def gather(values: Array, places: Array, first: int, out: Array) -> None:
+    """Write the values at positions, of which `first` is that of the first value."""
+    for i in range(places.size):
+        out[i] = values[places[i] - first]
+
+
+@kernel
 def escapes(places: Array) -> int:
     """Return how many bytes the gaps between positions take beyond one each; -1 unless these ascend from 0 on."""
     more, previous = 0, -1
