@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,7 @@ class Bundle(Served):
             deltas = self.deltas
             if isinstance(deltas, Packing):  # tasks are packed against what lies there, not merged anew for each
                 deltas = replace(deltas, reference=placed["reference"], base=placed.get("base"))
-            for task in deltas:  # not items(), which holds one difference while the next is packed
-                deltas[task].save(partial / f"{task}.safetensors")
+            _write_each(deltas, partial)
             for task, head in self.heads.items():
                 place = partial / HEADS / task / HEAD
                 storage.write_file(place, head.state(), {"format": 1})
@@ -219,6 +219,24 @@ def _placed(weights: Weights, folder: Path) -> Weights:
     """Write a model, and return it as it is read from there."""
     constants = [name for name in weights if weights.dtype(name).is_floating_point and not weights.merges(name)]
     return Weights.open(weights.save(folder)).carrying(constants)
+
+
+def _write_each(deltas: Mapping[str, Delta], folder: Path) -> None:
+    """Write every difference in a thread, while the next one is packed in this one.
+
+    What was packed for the file alone is freed as it is written, faster than the next one grows: together they take
+    the memory of one.
+    """
+    passing = isinstance(deltas, Packing)
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        before: Future[Path] | None = None
+        for task in deltas:  # not items(), which packs all before the first is written
+            delta, place = deltas[task], folder / f"{task}.safetensors"
+            if before is not None:
+                before.result()
+            before = writer.submit(delta.spend if passing else delta.save, place)
+        if before is not None:
+            before.result()
 
 
 def _opened(folder: Path, fingerprint: str) -> Weights:

@@ -66,11 +66,15 @@ def pack(result: Result, out: Path, watch: Watch | None = None) -> Path:
 
 
 def reads(result: Result) -> int:
-    """Return the bytes that merging and packing read, if every expert is packed by itself."""
+    """Return the bytes that merging and packing read, if every expert is packed by itself.
+
+    What is packed against the shared models is read from where these were written, which does not count.
+    """
     variant, experts = result.request.variant, sum(nbytes(each) for each in result.models.completed.values())
     plans = isinstance(variant, PackingVariant) and type(variant).plan is not PackingVariant.plan
-    merging = result.reads if variant is not None and variant.on == "merged" else 0
-    return merging + (1 + plans) * experts
+    merging, base = variant is not None and variant.on == "merged", nbytes(result.models.base)
+    shared = (result.reads if merging else base) + (base if variant is not None and variant.shares_base else 0)
+    return shared + (1 + plans) * experts
 
 
 def _typed(reference: Weights, dtype: str) -> Weights:

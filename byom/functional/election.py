@@ -18,6 +18,7 @@ Array = NDArray[Any]
 
 MOST = torch.finfo(torch.float32).max  # a weight or scale beyond it is torch's to judge
 PIECE = 1 << 15  # elements of every task that are looked at together, so that trimmed ones stay in the caches
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what takes values of any type along, by bytes
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,16 @@ class Election:
         spread(write, len(self.base), PIECE)
         return merged
 
-    def survivors(self) -> Tensor:
-        """Return where the first task vector survives its cut: flat positions, int64, ascending."""
-        cut, expert = self.cuts[0], self.experts[0]
+    def survivors(self) -> tuple[Tensor, Tensor]:
+        """Return where the first task vector survives its cut, and the expert's values there.
 
-        def found(start: int, stop: int) -> list[Array]:
+        Returns:
+            Flat positions, int64 [k], ascending, and values ``[k]`` in the expert's dtype.
+        """
+        cut, expert = self.cuts[0], self.experts[0]
+        bits = expert.detach().view(_BITS[expert.dtype.itemsize]).numpy()
+
+        def found(start: int, stop: int) -> list[tuple[Array, Array]]:
             places, pieces = np.empty(PIECE, dtype=np.int64), []
             spare, other = np.empty(PIECE, dtype=np.float32), np.empty(PIECE, dtype=np.float32)
             for first in range(start, stop, PIECE):
@@ -101,11 +107,14 @@ class Election:
                 right = operand(self.kernels, self.base[first:last], other)
                 ties = self._ties(cut, first, last)
                 count = self.kernels.survivors(left, right, np.float32(cut.threshold), ties, first, places)
-                pieces.append(places[:count].copy())
+                values = np.empty(count, dtype=bits.dtype)  # taken here, where they still lie in a cache
+                self.kernels.gather(bits[first:last], places[:count], first, values)
+                pieces.append((places[:count].copy(), values))
             return pieces
 
-        every = spread(found, len(self.base), PIECE)
-        return torch.from_numpy(np.concatenate([piece for pieces in every for piece in pieces]))
+        every = [piece for pieces in spread(found, len(self.base), PIECE) for piece in pieces]
+        places, values = (torch.from_numpy(np.concatenate(each)) for each in zip(*every, strict=True))
+        return places, values.view(expert.dtype)
 
     def _ties(self, cut: Cut, first: int, last: int) -> int:
         """Return how many entries of a piece survive where they equal the threshold."""

@@ -14,6 +14,7 @@ Import this through `byom.functional.compiled`, which knows whether it is there 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,18 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called; it runs without Python's lock."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written to keep the result in
         return njit(**options)(function)
+
+    @wraps(function)
+    def call(*given: Any) -> Any:
+        try:
+            return compiled(*given)
+        except OSError:  # the folder has filled up since; what was compiled is there, and only not kept
+            return compiled(*given)
+
+    return call
 
 
 @kernel
@@ -212,6 +222,13 @@ def survivors(left: Array, right: Array, threshold: Any, ties: int, first: int, 
             out[count] = place + j
             count += kept[j]
     return count
+
+
+@kernel
+def gather(values: Array, places: Array, first: int, out: Array) -> None:
+    """Write the values at positions, of which `first` is that of the first value."""
+    for i in range(places.size):
+        out[i] = values[places[i] - first]
 
 
 @kernel

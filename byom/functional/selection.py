@@ -106,8 +106,7 @@ def locate_each(streams: Sequence[Sequence[Part]], counts: Sequence[int]) -> lis
         return _there(streams, counts)
     kernels(sum(part.numel for parts in streams for part in parts))  # loaded here, or not at all
     with ThreadPoolExecutor(max(1, min(len(streams), torch.get_num_threads()))) as pool:
-        first = [_Search.of(parts, counts) for parts in streams[:1]]  # what all have in common is read, and checked
-        searches = [*first, *pool.map(_Search.of, streams[1:], [counts] * len(streams[1:]))]
+        searches = list(pool.map(_Search.of, streams, [counts] * len(streams)))
         while unfinished := [search for search in searches if search.next()]:
             blocks = max(search.stream.blocks for search in unfinished)
             for start in range(0, blocks, STRIDE):

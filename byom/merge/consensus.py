@@ -53,7 +53,6 @@ class ConsensusMerging(PlannedMethod):
     density: float = 0.2
 
     title = "Consensus Merging"
-    passes: ClassVar[int] = 2
     grid: ClassVar = {"mask_scale": (0.2, 0.4, 0.6), "scale": (0.2, 0.4, 0.6, 0.8, 1.0)}
 
     def __post_init__(self) -> None:
@@ -61,6 +60,11 @@ class ConsensusMerging(PlannedMethod):
         whole("merge.agreement", self.agreement, 0)
         one_of("merge.unified", self.unified, get_args(Unified))
         fraction("merge.density", self.density)
+
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`."""
+        return Ties(self.density).passes if self.unified == "ties" else 0
 
     def plan(self, problem: Problem) -> Trimming | None:
         """Trim as TIES does where it is asked for; the sum needs nothing."""

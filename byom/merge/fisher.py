@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -46,7 +46,6 @@ class FisherMerging(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Fisher merging"
-    passes: ClassVar[int] = 0
     previews = True
 
     def __post_init__(self) -> None:
@@ -63,6 +62,11 @@ class FisherMerging(PlannedMethod):
     def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters without a Fisher value."""
         return problem.uncovered("fisher")
+
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`."""
+        return 0
 
     def plan(self, problem: Problem) -> list[float]:
         """Find each task's coefficient: its weight, divided by the norm of its Fisher if that is asked for."""

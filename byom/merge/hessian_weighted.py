@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -50,7 +50,6 @@ class HessianWeighted(PlannedMethod):
     weights: tuple[float, ...] = ()
 
     title = "Hessian-weighted"
-    passes: ClassVar[int] = 0
     previews = True
 
     def __post_init__(self) -> None:
@@ -66,6 +65,11 @@ class HessianWeighted(PlannedMethod):
     def simpler(self, problem: Problem) -> list[str]:
         """Name the parameters without a Hessian."""
         return problem.uncovered(self.posterior)
+
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`."""
+        return 0
 
     def plan(self, problem: Problem) -> list[float]:
         """Return one weight per task; nothing is read."""

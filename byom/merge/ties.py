@@ -110,7 +110,6 @@ class Ties(PlannedMethod):
 
     title = "TIES"
     exposing: ClassVar[bool] = True
-    passes: ClassVar[int] = 2
     grid: ClassVar = {"scale": (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}
 
     def __post_init__(self) -> None:
@@ -128,6 +127,11 @@ class Ties(PlannedMethod):
                 f"merge.densities has {len(self.densities)} values for {len(problem.tasks)} tasks "
                 f"({', '.join(problem.tasks)}); give one per task, in this order"
             )
+
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`."""
+        return 2
 
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""

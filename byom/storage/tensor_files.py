@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class TensorFiles:
         self._handles: dict[str, Any] = {}
         self._recorded: dict[str, str] = {}
         self._verified: set[str] = set()
+        self._verifying = Lock()
         if (path / INDEX).is_file():
             places = indexed(path, SAFETENSORS)
             held = [(name, shard) for shard in sorted(set(places.values())) for name in self._add(path / shard)]
@@ -87,9 +89,12 @@ class TensorFiles:
         return self._recorded[name]
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        if crc32(tensor) != self._recorded[name]:
-            raise _damaged(self.path, f"tensor '{name}' does not match its checksum")
-        self._verified.add(name)
+        with self._verifying:  # of several threads that read a model, one computes a checksum
+            if name in self._verified:
+                return
+            if crc32(tensor) != self._recorded[name]:
+                raise _damaged(self.path, f"tensor '{name}' does not match its checksum")
+            self._verified.add(name)
 
     def _add(self, file: Path) -> list[str]:
         """Open a file, and return its tensors' names."""

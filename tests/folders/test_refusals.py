@@ -193,3 +193,23 @@ def test_the_bar_never_passes_its_total(method, models, monkeypatch):
     assert main(["merge", "out", *MODELS, f"merge={method}"]) == 0
     assert passed and not any(passed)
     assert torch.isfinite(load_file(models / "out" / "model.safetensors")["body.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["merge=ties byom=fft", "merge=consensus byom=fft", "merge=average byom=tall_mask", "byom=post_pruning"],
+)
+def test_packing_reads_what_its_bar_announces(options, models, monkeypatch):
+    import byom.cli.folders as command
+
+    bars = []
+
+    class Bar(command.tqdm):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            bars.append((self, self.total))
+
+    monkeypatch.setattr(command, "tqdm", Bar)
+    assert main(["pack", "out", *MODELS, *options.split()]) == 0
+    [(bar, announced)] = bars
+    assert bar.n == announced > 0

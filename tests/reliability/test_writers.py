@@ -60,6 +60,12 @@ def bundle(folder: Path, value: float) -> None:
     Bundle(served(value).reference, served(value).deltas).save(folder / "out")
 
 
+def packed(folder: Path, value: float) -> None:
+    experts = {task: weights(value + number) for number, task in enumerate(("a", "b"), 1)}
+    served = ByomLora(2).streamed(Problem(weights(value), experts), weights(value))
+    Bundle(served.reference, served.deltas).save(folder / "out")
+
+
 def export(folder: Path, value: float) -> None:
     kept = {n: v for n, v in served(value).deltas["a"].parts.items() if n.endswith("weight")}
     one = served(value)
@@ -126,6 +132,7 @@ WRITERS: dict[str, Write] = {
     "Weights.save": lambda f, v: weights(v).save(f / "out"),
     "Weights.save in shards": shards,
     "Bundle.save": bundle,
+    "Bundle.save of tasks packed meanwhile": packed,
     "adapters": export,
     "Delta.save": lambda f, v: served(v).deltas["a"].save(f / "out" / "a.safetensors"),
     "heads and statistics (write_file)": lambda f, v: write_file(

@@ -155,10 +155,13 @@ class TensorwiseMethod(MergeMethod):
 class PlannedMethod(MergeMethod):
     """A method that streams over all parameters once or twice before it can merge any of them."""
 
-    passes: ClassVar[int] = 1
-    """How often `plan` reads all models; for showing how far it is."""
     exposing: ClassVar[bool] = False
     """See `TensorwiseMethod.exposing`."""
+
+    @property
+    def passes(self) -> int:
+        """Number of times that `plan` reads all models; for showing how far it is."""
+        return 1
 
     @abstractmethod
     def plan(self, problem: Problem) -> Any:

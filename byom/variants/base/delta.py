@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -17,6 +17,7 @@ from byom.errors import CheckpointError, OptionError, suggest
 from byom.functional.heads import Changed, Readout
 from byom.functional.tensors import WIDER_BASE, finite
 from byom.storage import tensor_files as storage
+from byom.storage.streamed import write_streamed
 from byom.weights import Weights
 
 Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
@@ -164,10 +165,31 @@ class Delta:
         Returns:
             The path.
         """
-        flat = {f"{name}//{part}": tensor for name, parts in self.parts.items() for part, tensor in parts.items()}
-        notes = {"format": 1, "variant": _named(self.variant), "shapes": {n: list(s) for n, s in self.shapes.items()}}
-        storage.write_file(Path(path), flat, notes)
+        tensors = self._flat()
+        self._write(Path(path), tensors, tensors.__getitem__)
         return Path(path)
+
+    def spend(self, path: str | Path) -> Path:
+        """Write what `save` writes, letting go of each tensor once it is written; nothing is left here afterwards.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The path.
+        """
+        tensors = self._flat()
+        object.__setattr__(self, "parts", {})
+        self._write(Path(path), tensors, tensors.pop)
+        return Path(path)
+
+    def _flat(self) -> dict[str, Tensor]:
+        return {f"{name}//{part}": tensor for name, parts in self.parts.items() for part, tensor in parts.items()}
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        notes = {"format": 1, "variant": _named(self.variant), "shapes": {n: list(s) for n, s in self.shapes.items()}}
+        write_streamed(path, specs, read, notes)
 
     @classmethod
     def open(cls, path: str | Path) -> Delta:

@@ -104,6 +104,11 @@ class TopMagnitude(SparseVariant):
         """Find the cut of this density; every density of a sweep comes from one shared pass."""
         return cuts(target, reference, self.density, self.scope)
 
+    @property
+    def refuses(self) -> bool:
+        """See `PackingVariant.refuses`: the cuts of a stream with NaN or infinity are not found."""
+        return type(self).plan is TopMagnitude.plan
+
     def mask(self, name: str, target: Tensor, reference: Tensor, plan: Cuts) -> Tensor:
         """Say which entries lie above the cut."""
         cut, offset = plan[name]
@@ -113,7 +118,7 @@ class TopMagnitude(SparseVariant):
         """Store the target's values at the kept positions, and the positions, without a mask where kernels do it."""
         election = Election.of(kernels(target.numel()), shared.reference, [target], [plan[name]], ())
         if election and type(self).mask is TopMagnitude.mask:
-            return _stored(target, election.survivors())
+            return _stored(*election.survivors(), target.numel())
         return super().pack(name, target, shared, plan)
 
     def foresee(self, targets: Sequence[Weights], reference: Weights) -> None:
@@ -153,14 +158,15 @@ def gather(values: Tensor, mask: Tensor) -> Parts:
     Returns:
         The kept values and their positions (`encoding`), nothing if none is kept.
     """
-    return _stored(values, mask.reshape(-1).nonzero().reshape(-1))
+    positions = mask.reshape(-1).nonzero().reshape(-1)
+    return _stored(positions, values.reshape(-1)[positions], values.numel())
 
 
-def _stored(values: Tensor, positions: Tensor) -> Parts:
+def _stored(positions: Tensor, values: Tensor, numel: int) -> Parts:
     if not len(positions):
         return {}
-    kind, data = encoding.encode(positions, values.numel())
-    return {kind: data, "values": values.reshape(-1)[positions]}
+    kind, data = encoding.encode(positions, numel)
+    return {kind: data, "values": values}
 
 
 def whole(values: Tensor, reference: Tensor) -> Parts:

@@ -86,6 +86,11 @@ class PackingVariant(Variant):
         """Find what has to be known about the whole difference before one parameter can be packed."""
         return None
 
+    @property
+    def refuses(self) -> bool:
+        """True where `plan` has refused a target or reference with a value that is not finite: no second look then."""
+        return False
+
     def foresee(self, targets: Sequence[Weights], reference: Weights) -> None:
         """Find together what `plan` finds of each task, where that takes less time; it is never needed.
 
@@ -156,9 +161,10 @@ class PackingVariant(Variant):
 
     def _pack_entries(self, target: Weights, reference: Weights, base: Weights | None) -> dict[str, Parts]:
         plan, packed = self.plan(target, reference, base), {}
+        read = Weights.__getitem__ if self.refuses else Weights.read_finite
         for name in target.mergeable():
-            shared = Shared(reference.read_finite(name), base.read_finite(name) if base else None)
-            values = target.read_finite(name)
+            shared = Shared(read(reference, name), base.read_finite(name) if base else None)
+            values = read(target, name)
             narrowed(values, reference.dtype(name), f"{target.origin}: tensor '{name}'", WIDER_BASE)
             packed[name] = own(values, shared) if is_running(name) else self.pack(name, values, shared, plan)
         return packed
