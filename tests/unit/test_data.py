@@ -175,8 +175,7 @@ def test_a_split_is_encoded_when_it_is_asked_for(folder):
     assert [path.stem.rpartition("-")[2] for path in folder.glob("cache/data/*.safetensors")] == ["test"]
 
 
-def test_all_seeds_share_one_encoded_test_split(folder):
-    def seen(seed, split, **sizes):
+def seen(seed, split, **sizes):
         backbone = Words()
         assert len(data.load(task(folder, **{"test": 3, **sizes}), backbone, seed, folder / "cache")[split])
         return len(backbone.seen)
