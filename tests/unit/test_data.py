@@ -175,16 +175,6 @@ def test_a_split_is_encoded_when_it_is_asked_for(folder):
     assert [path.stem.rpartition("-")[2] for path in folder.glob("cache/data/*.safetensors")] == ["test"]
 
 
-def seen(seed, split, **sizes):
-        backbone = Words()
-        assert len(data.load(task(folder, **{"test": 3, **sizes}), backbone, seed, folder / "cache")[split])
-        return len(backbone.seen)
-
-    assert (seen(0, "test"), seen(1, "test")) == (3, 0)
-    assert seen(1, "test", test=4) == 4
-    assert seen(0, "validation") == seen(1, "validation") > 0
-
-
 def test_sizes_may_take_all_there_is(folder):
     texts(folder / "test.csv", 12, prefix="t")
     splits = load(
