@@ -1,5 +1,6 @@
 """Small models and merging problems that hold everything a real checkpoint does, and helpers to watch them."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -65,14 +66,13 @@ def problem(base, finetuned):
 
 def posed(pretrained, finetuned):
     """Return a problem with inputs, statistics drawn by task and parameter, and further members."""
-    bare = Problem(pretrained, finetuned, probe=DrawnProbe(pretrained, finetuned))
     statistics = {
         "fisher": {task: precisions(pretrained, task, "fisher") for task in finetuned},
         "ivon": {task: precisions(pretrained, task, "ivon") for task in finetuned},
         "gram": {task: Weights.of(grams(pretrained, task)) for task in finetuned},
     }
-    members = {task: members_of(pretrained, task, expert) for task, expert in finetuned.items()}
-    return replace(bare, statistics=statistics, members=members)
+    members, probe = Members(pretrained, finetuned), DrawnProbe(pretrained, finetuned)
+    return Problem(pretrained, finetuned, statistics, members, probe)
 
 
 def drawn(*key):
@@ -111,6 +111,22 @@ def members_of(base, task, expert):
     return [
         Member(weights, {kind: precisions(base, task, kind, k) for kind in kinds}) for k, weights in enumerate(further)
     ]
+
+
+class Members(Mapping):
+    """The members of each task, made when a method asks for them: few methods do."""
+
+    def __init__(self, pretrained, finetuned):
+        self._pretrained, self._finetuned = pretrained, finetuned
+
+    def __getitem__(self, task):
+        return members_of(self._pretrained, task, self._finetuned[task])
+
+    def __iter__(self):
+        return iter(self._finetuned)
+
+    def __len__(self):
+        return len(self._finetuned)
 
 
 class DrawnProbe(TinyProbe):
