@@ -15,7 +15,7 @@ import pytest
 from byom.__main__ import main
 from byom.checkpoint.bundle import Bundle
 from byom.weights import Weights
-from tests.e2e.tiny import DROPPED, KEPT, overrides
+from tests.e2e.tiny import COARSE, DROPPED, KEPT, overrides
 
 ANATOMY, QUICKSTART = NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 THIRD = "traffic_lights"
@@ -26,6 +26,12 @@ warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", module="ipykernel|jupyter|tornado|zmq")
 assert sys.executable == {sys.executable!r}
+"""
+BETWEEN = f"""
+%reset -f
+from byom.report.figures.style import STYLE
+STYLE |= {COARSE}
+del STYLE
 """
 
 
@@ -62,24 +68,37 @@ def small(folder: Path) -> list[str]:
     return [*kept, *(f"suite.tasks.{THIRD}.{name}={size}" for name, size in sizes.items())]
 
 
-def execute(path: Path, folder: Path, monkeypatch):
-    """Run a notebook with this interpreter in an environment that knows no home and no Jupyter."""
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Run both notebooks with this interpreter in an environment that knows no home and no Jupyter.
+
+    One process runs both, the quickstart from a fresh start: importing what both import takes as long as their cells.
+
+    Returns:
+        The quickstart and the anatomy with their outputs, and the folder in which they ran.
+    """
     from nbclient import NotebookClient
 
+    folder = tmp_path_factory.mktemp("notebooks")
     here, options = folder / "notebooks", small(folder)  # the tests' experts are named by a variable that goes away
     here.mkdir()
-    for name in [name for name in os.environ if name.startswith(("JUPYTER", "IPYTHON", "BYOM"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # some versions warn until this says which folders are meant
-    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(folder / "jupyter"))
-    monkeypatch.setenv("BYOM_NOTEBOOK", shlex.join(options))
-    notebook = read(path)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(here)}})
-    client.execute()
-    return notebook
+    both, second = read(QUICKSTART), read(ANATOMY)
+    both.cells = [nbformat.v4.new_code_cell(STRICT), *both.cells, nbformat.v4.new_code_cell(BETWEEN)]
+    border = len(both.cells)
+    both.cells += second.cells
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("JUPYTER", "IPYTHON", "BYOM"))]:
+            patch.delenv(name)
+        patch.delenv("HOME", raising=False)
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # some versions warn until this says which folders are meant
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(name, str(folder / "jupyter"))
+        patch.setenv("BYOM_NOTEBOOK", shlex.join(options))
+        resources = {"metadata": {"path": str(here)}}
+        NotebookClient(both, timeout=300, kernel_name="python3", resources=resources).execute()
+    second.cells = both.cells[border:]
+    both.cells = both.cells[:border]
+    return both, second, folder
 
 
 def said(notebook) -> str:
@@ -89,10 +108,10 @@ def said(notebook) -> str:
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_quickstart_runs_and_leaves_a_bundle(tmp_path, monkeypatch):
-    notebook = execute(QUICKSTART, tmp_path, monkeypatch)
+def test_the_quickstart_runs_and_leaves_a_bundle(executed):
+    notebook, _, place = executed
     assert "Warning" not in said(notebook)
-    folder = tmp_path / "results" / "scratch" / "quickstart"
+    folder = place / "results" / "scratch" / "quickstart"
     bundle = Bundle.open(folder / "bundle")
     assert set(bundle.deltas) == {*KEPT, THIRD}
     for task in bundle.deltas:
@@ -102,16 +121,16 @@ def test_the_quickstart_runs_and_leaves_a_bundle(tmp_path, monkeypatch):
     sources = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     commands = [line for line in sources.splitlines() if line.startswith("byom ")]
     assert len(commands) == 2
-    assert all(main([*shlex.split(line)[1:], *small(tmp_path)]) == 0 for line in commands)
+    assert all(main([*shlex.split(line)[1:], *small(place)]) == 0 for line in commands)
     shown = "".join(str(output) for cell in code(notebook) for output in cell.outputs)
     assert "BYOM-FFT on TIES, 10 %" in shown and "ties + fft 0.1" in shown
 
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_anatomy_runs_and_draws_its_figures(tmp_path, monkeypatch):
-    notebook = execute(ANATOMY, tmp_path, monkeypatch)
+def test_the_anatomy_runs_and_draws_its_figures(executed):
+    _, notebook, place = executed
     assert "Warning" not in said(notebook)
     images = [o for cell in code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})]
-    written = sorted((tmp_path / "results" / "scratch" / "anatomy").glob("*.png"))
+    written = sorted((place / "results" / "scratch" / "anatomy").glob("*.png"))
     assert len(images) == len(written) == sum("show(" in cell.source for cell in code(notebook)) - 1
