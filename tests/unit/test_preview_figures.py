@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -29,10 +30,17 @@ PAIRS = [(draw, name) for draw in (figures.preview, figures.agreement) for name 
 DRAWN = [(draw, name) for draw, name in PAIRS if draw is figures.preview or RECORDS[name].joint]
 
 
+@cache
+def drawn(draw, name: str) -> Figure:
+    """Return a figure that has been drawn, for tests that only look at it."""
+    figure = draw(RECORDS[name])
+    figure.draw_without_rendering()
+    return figure
+
+
 @pytest.fixture(params=DRAWN, ids=lambda pair: f"{pair[0].__name__}: {pair[1]}")
 def figure(request):
-    draw, name = request.param
-    return draw(RECORDS[name])
+    return drawn(*request.param)
 
 
 def percent(rows, split="validation"):
@@ -40,7 +48,6 @@ def percent(rows, split="validation"):
 
 
 def words(figure: Figure) -> list[Text]:
-    figure.draw_without_rendering()
     found = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     axes = [(one, axis) for one in figure.axes for axis in (one.xaxis, one.yaxis)]
     ticks = [tick for one, axis in axes for tick in (_beyond(axis) if one.axison else axis.get_major_ticks())]
@@ -63,7 +70,6 @@ def test_no_text_overlaps_or_leaves_the_page(figure):
 
 
 def test_the_legend_stands_outside_the_data_and_names_nothing_twice(figure):
-    figure.draw_without_rendering()
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     assert len(names) == len(set(names))

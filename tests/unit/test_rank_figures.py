@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -32,9 +33,16 @@ DRAWN = {
 }
 
 
+@cache
+def drawn(name: str) -> Figure:
+    """Return a figure that has been drawn, for tests that only look at it."""
+    figure = DRAWN[name]()
+    figure.draw_without_rendering()
+    return figure
+
+
 def on_page(figure: Figure) -> list[Text]:
     """Return the texts that are drawn; ticks beyond the limits keep theirs."""
-    figure.draw_without_rendering()
     found = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     ticks = [tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in _beyond(axis)]
     unseen = {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
@@ -47,6 +55,7 @@ def _beyond(axis):
 
 
 def words(figure: Figure) -> list[str]:
+    figure.draw_without_rendering()
     return [text.get_text() for text in on_page(figure)]
 
 
@@ -59,7 +68,7 @@ def curves(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_no_text_overlaps_or_leaves_the_page(name):
-    figure = DRAWN[name]()
+    figure = drawn(name)
     boxes = [(text.get_text(), text.get_window_extent()) for text in on_page(figure)]
     page = figure.bbox
     assert len(boxes) > 5
@@ -71,7 +80,7 @@ def test_no_text_overlaps_or_leaves_the_page(name):
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_panel_says_what_its_axes_are(name):
-    figure = DRAWN[name]()
+    figure = drawn(name)
     assert all(axes.get_xlabel() for axes in figure.axes) and figure.axes[0].get_ylabel()
     limits = {axes.get_ylim() for axes in figure.axes}
     assert len(limits) == 1
@@ -79,8 +88,7 @@ def test_every_panel_says_what_its_axes_are(name):
 
 @pytest.mark.parametrize("name", [name for name in DRAWN if "recipes" not in name])
 def test_the_legend_stands_outside_the_data(name):
-    figure = DRAWN[name]()
-    figure.draw_without_rendering()
+    figure = drawn(name)
     (legend,) = figure.legends
     assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
 
