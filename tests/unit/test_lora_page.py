@@ -6,8 +6,10 @@ import re
 import pandas as pd
 import pytest
 
+from byom.report.figures import style
 from experiments.lora import page as lora
 from experiments.lora.tables import SPARSE
+from tests.e2e.published import png_alone
 from tests.unit import synthetic_ranks as synthetic
 
 STEM = "vision8_offline--vit_small_dinov2"
@@ -68,7 +70,8 @@ def test_what_is_made_depends_on_records_alone(results, tmp_path):
 
 @pytest.mark.parametrize("wanted", [("none",), ("single_task",), ("lora",), ("lora", "fft"), ("none", "fft")])
 @pytest.mark.parametrize("count", [1, 30])
-def test_some_rows_are_enough(wanted, count, tmp_path):
+def test_some_rows_are_enough(wanted, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "_save", png_alone(style._save))
     some = [r for r in synthetic.every()["adapters"] if r["choices"]["byom"] in wanted][:count]
     synthetic.write(tmp_path, {"adapters": some})
     found = lora.find(tmp_path, *lora.SUITES["vision"])
