@@ -31,7 +31,8 @@ LONGEST = tuple(
         "e2e/test_command", "e2e/test_new_options", "e2e/test_seq2seq", "serving/test_process",
         "device/test_law", "unit/test_preview_figures", "unit/test_statistics", "e2e/test_lora", "unit/test_lora_page",
         "golden/test_signatures", "reliability/test_writers", "unit/test_record", "unit/test_backbone",
-        "unit/test_report", "unit/test_selection",
+        "unit/test_report", "unit/test_selection", "unit/test_identities", "identities/test_awd", "unit/test_figures",
+        "unit/test_recipes", "unit/test_checkpoint", "identities/test_pcb", "unit/test_metric",
     )
 )  # fmt: skip
 APART = tuple(f"tests/e2e/test_{name}.py" for name in ("published_images", "true_size"))
