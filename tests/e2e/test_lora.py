@@ -143,7 +143,7 @@ def _require_servable(bundle, settings):
 
 
 @pytest.mark.parametrize("option", ["fft", "tall_mask", "emr"])
-def test_pack_packs_every_task_once_and_holds_one_at_a_time(folder, settings, monkeypatch, capsys, option):
+def test_pack_packs_every_task_once_and_holds_what_is_written_besides(folder, settings, monkeypatch, capsys, option):
     from byom.checkpoint.bundle import Bundle
     from byom.variants.base import PackingVariant
 
@@ -161,7 +161,7 @@ def test_pack_packs_every_task_once_and_holds_one_at_a_time(folder, settings, mo
     monkeypatch.setattr(PackingVariant, "delta", watched)
     assert main(["pack", str(folder / option), *overrides(folder, "scratch"), *chosen]) == 0
     opened, said = Bundle.open(folder / option), capsys.readouterr().out
-    assert len(packed) == (0 if option == "emr" else len(KEPT)) and max(most, default=1) == 1
+    assert len(packed) == (0 if option == "emr" else len(KEPT)) and max(most, default=1) <= 2
     for task in KEPT:
         assert opened.weights(task).fingerprint() == expected.weights(task).fingerprint()
         assert f"{expected.deltas[task].nbytes:,} bytes" in said

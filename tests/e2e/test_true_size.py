@@ -9,6 +9,7 @@ from benchmarks import true_models, true_size, true_stages
 from benchmarks.peak import Taken, measured
 from byom.checkpoint.bundle import Bundle
 from byom.cli import config
+from byom.functional import compiled
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
 from byom.merge.ties import Ties
@@ -20,6 +21,15 @@ from byom.weights import Weights
 def small(tasks: int) -> Problem:
     base = Weights.of({"a": torch.randn(40, 30, generator=torch.Generator().manual_seed(0)), "b": torch.zeros(7)})
     return Problem(base, {f"task{task}": true_models.expert(base, task).materialise() for task in range(tasks)})
+
+
+def compile_kernels(given: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile what a fresh checkout has not compiled yet, which takes time and memory of its own, once."""
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    some = {name for name in given.pretrained.mergeable() if len(given.pretrained.shape(name)) == 1}
+    part, *parts = (each.select(some.__contains__) for each in (given.pretrained, *given.finetuned.values()))
+    few = Problem(part, dict(zip(given.tasks, parts, strict=True)))
+    dict(true_size.variant("fft").streamed(few, Ties()(few)).deltas)
 
 
 @pytest.mark.slow
@@ -135,6 +145,7 @@ def test_vision_towers_stay_within_their_bounds(tmp_path, monkeypatch):
     monkeypatch.setitem(true_models.MODELS, name, true_models.Model(tower, dict))
     with true_models.written(name, tasks, tmp_path, keep=False, shard=shard) as folder:
         size = true_models.size(true_models.problem(folder, tasks).pretrained)
+        compile_kernels(true_models.problem(folder, tasks), monkeypatch)
         for label in ("task_arithmetic", "ties"):
             given = (folder, tasks, true_size.method(label), None, folder / f"merged-{label}", shard)
             rows[f"merge {label}"] = measured(true_stages.merge, *given, threads=1, limit=600)

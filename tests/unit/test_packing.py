@@ -59,6 +59,22 @@ def test_a_task_is_written_while_the_next_is_packed(tmp_path, monkeypatch):
     assert all(Delta.open(folder / f"{task}.safetensors").parts for task in TASKS)
 
 
+def test_no_more_than_two_tasks_are_held(tmp_path, monkeypatch):
+    pack, made, alive = ByomFft.delta, [], []
+
+    def packed(variant, *shared):
+        delta = pack(variant, *shared)
+        made.append(weakref.ref(delta))
+        alive.append(sum(each() is not None for each in made))
+        return delta
+
+    monkeypatch.setattr(ByomFft, "delta", packed)
+    given = problem()
+    more = dict.fromkeys("abcdef", given.finetuned["a"])
+    save(tmp_path / "out", given=Problem(given.pretrained, more))
+    assert len(alive) == 6 and max(alive) <= 2
+
+
 def test_tensors_are_let_go_of_as_they_are_written(tmp_path, monkeypatch):
     from byom.storage.streamed import _Sink
 
