@@ -41,7 +41,7 @@ import psutil
 import yaml
 
 from benchmarks import suite_images
-from benchmarks.options import conclude, parser
+from benchmarks.options import conclude, fill, parser
 from benchmarks.peak import anonymous
 from benchmarks.suite_images import snapshot
 from benchmarks.true_models import SHARD, expert
@@ -377,10 +377,7 @@ def main() -> None:
         )
         result["runs"].append(bench.run() | {"images": images, "overrides": given.overrides})
     if given.page:
-        start, end = "<!-- full-suite -->\n", "<!-- /full-suite -->"
-        before, _, rest = given.page.read_text(encoding="utf-8").partition(start)
-        text = f"{before}{start}{table(result)}\n{end}{rest.partition(end)[2]}"
-        given.page.write_text(text, encoding="utf-8")
+        fill(given.page, "full-suite", table(result))
     conclude(result, table(result), missed(result), given)
 
 

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.options import conclude, parser
+from benchmarks.options import conclude, fill, parser
 from benchmarks.peak import Report, measured
 from byom.checkpoint.bundle import Bundle
 from byom.functional.seeding import keyed
@@ -331,10 +331,7 @@ def main() -> None:
     result = {"parameters": numbers, **facts, "provenance": provenance() | {"threads": given.threads}}
     result["stages"] = dict(rows(given))
     if given.page:
-        start, end = "<!-- large -->\n", "<!-- /large -->"
-        before, _, rest = given.page.read_text(encoding="utf-8").partition(start)
-        text = f"{before}{start}{table(result)}\n{end}{rest.partition(end)[2]}"
-        given.page.write_text(text, encoding="utf-8")
+        fill(given.page, "large", table(result))
     conclude(result, table(result), missed(result), given)
 
 

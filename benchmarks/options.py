@@ -24,3 +24,10 @@ def conclude(result: dict, table: str, missed: str, options: argparse.Namespace)
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if options.check and missed:
         sys.exit(missed)
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace what stands on a page between ``<!-- name -->`` and ``<!-- /name -->``."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    page.write_text(f"{before}{start}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGE = (
-    512  # shorter sides from which on fewer operations are worth another order of them; smaller ones keep their bits
-)
+LARGE = 512  # shorter sides from which on fewer operations are worth another order of them; others keep their bits
 LEAF = 192  # columns of a block of a square
 TOLERANCE = torch.finfo(torch.float32).eps  # of a cut matrix, in shares of its norm: what fp32 factors round to anyway
 BUFFER = 16  # directions looked for beyond those asked for, at least; else as many as are asked for

@@ -17,9 +17,7 @@ from byom.merge.base.needs import Needs
 from byom.merge.hessian_weighted import posterior_needs, previewed, require_posterior
 from byom.weights import Weights
 
-PIECE = (
-    1 << 14
-)  # elements compared at a time on the CPU, near the caches; fixed, as the order of sums decides their last bits
+PIECE = 1 << 14  # elements at a time on the CPU, near the caches; fixed, as the order of sums decides their last bits
 TINY = 1e-30  # stands for no precision at all in a logarithm
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -120,10 +121,8 @@ class BatchSize:
 
 def fitting(compute: Callable[..., Tensor], *arguments: object) -> Tensor | None:
     """Return a result, or None where memory ran out; what the attempt held is free by then."""
-    try:
+    with suppress(torch.OutOfMemoryError):  # once it is left, nothing holds the frames and their tensors
         return compute(*arguments)
-    except torch.OutOfMemoryError:
-        pass  # here the error still holds the frames, and those the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Step:
         team, count = processes.team(), len(labels)
         self.optimizer.zero_grad()
         total: Tensor | None = None
-        try:
+        with suppress(torch.OutOfMemoryError):  # once it is left, nothing holds the frames and their activations
             for start in range(0, count, self.piece):
                 rows = slice(start, start + self.piece)
                 last = start + self.piece >= count
@@ -71,8 +71,6 @@ class Step:
                     team.backward(self.scaler.scale(loss))
                 total = loss.detach() if total is None else total + loss.detach()
             return total
-        except torch.OutOfMemoryError:
-            pass  # here the error still holds the frames, and those the activations
         self.optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
