@@ -46,6 +46,16 @@ def no_power_failure():
         yield
 
 
+@pytest.fixture
+def threads():
+    """Return what sets PyTorch's number of threads, for one test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def coarse_figures():
     """Draw figures coarsely: that they are drawn is tested, not how finely."""

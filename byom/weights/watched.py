@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -23,16 +24,18 @@ def watched(weights: Weights, callback: Callable[[int], None]) -> Weights:
 
     Args:
         weights: What is read.
-        callback: Takes the size in bytes that the tensor has in `weights`; called in the thread that reads.
+        callback: Takes the size in bytes that the tensor has in `weights`; called in the thread that reads, by one at a
+            time.
 
     Returns:
         Weights of the same kind.
     """
-    seen, read = copy(weights), weights.raw
+    seen, read, one = copy(weights), weights.raw, Lock()
 
     def reading(name: str) -> Tensor:
         value = read(name)
-        callback(size(weights.shape(name), weights.dtype(name)))
+        with one:
+            callback(size(weights.shape(name), weights.dtype(name)))
         return value
 
     seen._read, seen._checksum = reading, weights.checksum

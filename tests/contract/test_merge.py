@@ -184,6 +184,26 @@ def test_tied_tensors_are_merged_once(method):
     assert all(bits(alone[name]) == bits(state[name]) for name in alone)
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
+def test_writing_reads_no_model_more_often_than_merging(method, dtype, tmp_path):
+    base, finetuned = models(dtype=dtype)
+    counts = []
+    for finish in (lambda merged: [merged.raw(name) for name in merged.canonical()], lambda m: m.save(tmp_path / "m")):
+        watched = {task: counted(Weights.of(state)) for task, state in finetuned.items()}
+        merged = method(posed(Weights.of(base), {task: weights for task, (weights, _) in watched.items()}))
+        for _, read in watched.values():
+            read.clear()
+        finish(merged)
+        counts.append([sorted(read) for _, read in watched.values()])
+    assert counts[0] == counts[1]
+
+
+def test_several_threads_give_the_bits_of_one(method, threads):
+    threads(3)
+    merged = method(problem(*models()))
+    assert same(merged, usual(method)[1])
+
+
 def test_merging_by_blocks_gives_the_bits_of_the_whole(method, monkeypatch):
     whole, asked, blocks = {}, [], merging.Group.blocks
 

@@ -104,8 +104,8 @@ def test_experts_of_another_dtype_than_the_base(road):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_cuts_are_those_of_a_stable_sort(threads, road):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_cuts_are_those_of_a_stable_sort(number, threads, road):
     given = problem(torch.float32)
     left, right = (each["a"].reshape(-1) for each in (given.finetuned["task1"], given.pretrained))
     part = Part(len(left), lambda at: left[at] - right[at], pair=lambda: (left, right))
@@ -113,13 +113,8 @@ def test_cuts_are_those_of_a_stable_sort(threads, road):
     order = sizes.argsort(descending=True, stable=True)
     counts = [1, 5, kept(0.3, len(left)), len(left) - 1]
     road("kernels")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = locate([part], counts)
-    finally:
-        torch.set_num_threads(before)
-    for count, cut in zip(counts, found, strict=True):
+    threads(number)
+    for count, cut in zip(counts, locate([part], counts), strict=True):
         last = int(order[count - 1])
         assert cut == Cut(sizes[last].item(), last, count)
 

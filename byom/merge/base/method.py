@@ -17,6 +17,7 @@ from byom.merge.base.group import Group, blockwise
 from byom.merge.base.needs import Needs
 from byom.merge.base.problem import Problem
 from byom.merge.base.running import running
+from byom.merge.base.together import Together
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted
 from byom.weights.placed import within_memory
@@ -143,7 +144,8 @@ class TensorwiseMethod(MergeMethod):
     def __call__(self, problem: Problem) -> Weights:
         """Merge lazily; see `MergeMethod.__call__`."""
         self.check(problem)
-        return lazily(problem.settled() if self.merges else problem, self._whole, exposing=self.exposing)
+        settled = problem.settled() if self.merges else problem
+        return lazily(settled, self._whole, exposing=self.exposing, together=not self.elementwise)
 
     def _whole(self, group: Group) -> Tensor:
         if not self.elementwise:
@@ -187,33 +189,39 @@ class PlannedMethod(MergeMethod):
         return lazily(problem, lambda group: self.merge(group, plan), exposing=self.exposing)
 
 
-def lazily(problem: Problem, merge: Callable[[Group], Tensor], *, exposing: bool = False) -> Weights:
+def lazily(
+    problem: Problem, merge: Callable[[Group], Tensor], *, exposing: bool = False, together: bool = False
+) -> Weights:
     """Lift the merging of one group to weights; what is not floating point is the pre-trained model's.
 
     Args:
         problem: The models.
         merge: Merges one parameter.
         exposing: See `TensorwiseMethod.exposing`.
+        together: Whether several tensors may be merged at once; see `Together`. It is for methods whose work on one
+            does not spread over threads.
 
     Returns:
         Weights that merge a tensor when it is read.
     """
     base = problem.pretrained
 
-    def merged(name: str, dtype: torch.dtype | None) -> Tensor:
+    def merged(name: str, dtype: torch.dtype | None = None) -> Tensor:
         value = merge(replace(problem.group(name, checked=not exposing), dtype=dtype))
         if exposing and value.numel() and not finite(value):
             problem.group(name)  # which says in which model a value is not finite, if it is not the sum that is
         return value
 
+    whole = Together(problem, merged) if together else merged
+
     def read(name: str) -> Tensor:
-        return merged(name, None) if base.merges(name) else base[name]
+        return whole(name) if base.merges(name) else base[name]
 
     def rounded(name: str) -> Tensor | None:
         dtype = base.dtype(name)
         if dtype.itemsize == 1 or not base.merges(name):  # 8 bits saturate, and hide what is beyond them
             return None
-        value = merged(name, dtype)
-        return value if value.dtype == dtype and (not value.numel() or finite(value)) else None
+        value = (whole(name) if together else merged(name, dtype)).to(dtype)
+        return value if not value.numel() or finite(value) else None  # read again to say which value is at fault
 
     return base.derived(Rounding(read, rounded), "merged")
