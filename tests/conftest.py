@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -83,8 +83,8 @@ def pytest_collection(session: pytest.Session) -> None:
             return read(source, config_path)
         stamp = (source.provider, file, file.stat().st_mtime_ns, file.stat().st_size)
         if stamp not in held:
-            held[stamp] = read(source, config_path)
-        return copy.deepcopy(held[stamp])
+            held[stamp] = pickle.dumps(read(source, config_path))
+        return pickle.loads(held[stamp])  # which takes a third of a deep copy
 
     files.load_config = load
 
@@ -115,11 +115,12 @@ def _version(name: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder in which all tests of a run find the tiny experts that one of them has trained."""
-    if "BYOM_TEST_EXPERTS" not in os.environ:
-        os.environ["BYOM_TEST_EXPERTS"] = folder = tempfile.mkdtemp(prefix="byom-experts-")
+    """Make the folder in which all tests of a run find what one of them has made, such as tiny experts."""
+    if "BYOM_TEST_SHARED" not in os.environ:
+        os.environ["BYOM_TEST_SHARED"] = folder = tempfile.mkdtemp(prefix="byom-shared-")
+        (Path(folder) / "experts").mkdir()
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        config.add_cleanup(lambda: os.environ.pop("BYOM_TEST_EXPERTS"))
+        config.add_cleanup(lambda: os.environ.pop("BYOM_TEST_SHARED"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,21 +1,23 @@
 """A hub in a folder: the layout of a Hugging Face cache, with tiny data in the schemas of the real data sets.
 
-`build(home, suites)` writes what some suites read; `add_model(home, repository, folder)` adds a model. Code that runs
-with ``HF_HOME=home HF_HUB_OFFLINE=1``, or inside `visit(home)`, finds them under their real names. Images are noise and
-texts are random words: numbers that come out of them mean nothing.
+`build(home, suites)` writes what some suites read; `add_model(home, repository, folder)` adds a model; within `once`,
+one of a run's processes does. Code that runs with ``HF_HOME=home HF_HUB_OFFLINE=1``, or inside `visit(home)`, finds
+them under their real names. Images are noise and texts are random words: numbers that come out of them mean nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from byom.cli import config
@@ -36,6 +38,21 @@ NAMES = {
 def tasks(suite: str) -> tuple[Task, ...]:
     """Return a suite's tasks as its yaml has them."""
     return config.option("suite", suite).tasks
+
+
+def shared() -> Path:
+    """Return the hub that all processes of a test run have in common."""
+    return Path(os.environ["BYOM_TEST_SHARED"]) / "hub"
+
+
+def once(home: Path, what: str, make: Callable[[], object]) -> None:
+    """Let one of the processes that want something in a hub make it, while the others wait."""
+    done = home / f"{what}.done"
+    home.mkdir(exist_ok=True)
+    with FileLock(home / f"{what}.lock"):
+        if not done.exists():
+            make()
+            done.touch()
 
 
 def build(home: Path, suites: Iterable[str]) -> None:

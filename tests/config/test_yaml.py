@@ -110,8 +110,10 @@ def longest_cell(name):
     return max(sweeps.cells(plan(name)["rows"], plan(name)["common"]), key=len)
 
 
-OF_A_KIND = {kind(longest_cell(name)): name for name in config.options("experiment")}.values()
-"""One experiment of those whose longest cells differ in nothing but numbers, backbone and experts."""
+@cache
+def of_a_kind():
+    """Return one experiment of those whose longest cells differ in nothing but numbers, backbone and experts."""
+    return {kind(longest_cell(name)): name for name in config.options("experiment")}.values()
 
 
 @pytest.mark.parametrize("name", config.options("experiment"))
@@ -122,7 +124,7 @@ def test_an_experiment_expands_to_cells_that_compose_and_build(name, monkeypatch
     assert len(cells) == len({tuple(cell) for cell in cells})
     assert sum("seed=0" in cell for cell in cells) == sum("seed=1" in cell for cell in cells) == len(cells) // 2
     longest = max(cells, key=len)
-    if name in OF_A_KIND:
+    if name in of_a_kind():
         composed = config.compose(longest)
         assert config.resolve(longest) == (config.plain(composed), dict(composed.hydra.runtime.choices)), longest
     for cell in (c for c in cells if "seed=0" in c or c == longest):

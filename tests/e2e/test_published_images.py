@@ -1,12 +1,10 @@
 """Every published table, sweep and open question on images runs to its end on tiny data in the hubs' own formats."""
 
-from functools import cache
-
 import pytest
 
 from byom.cli import config
 from tests.e2e.published import cells, check, chosen, kind, plan, run
-from tests.hub import build
+from tests.hub import build, once, shared
 from tests.published_models import add_experts, pickled_experts
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
@@ -25,37 +23,34 @@ def by_family(names):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def hub():
     """A hub of all data sets, to which experts are added when they are asked for; returned for each experiment."""
-    folder = tmp_path_factory.mktemp("hub")
-    build(folder, ["vision20"])
-
-    @cache
-    def with_experts(option):
-        suites = {chosen(name, "suite") for name in NAMES if chosen(name, "experts") == option}
-        add_experts(folder, option, max(suites, key=["vision8", "vision14", "vision20"].index), folder / "work")
+    folder = shared()
+    once(folder, "vision20", lambda: build(folder, ["vision20"]))
 
     def home(name):
-        if not chosen(name, "experts").startswith("task_vectors"):
-            with_experts(chosen(name, "experts"))
+        option = chosen(name, "experts")
+        if not option.startswith("task_vectors"):
+            suites = {chosen(name, "suite") for name in NAMES if chosen(name, "experts") == option}
+            largest = max(suites, key=["vision8", "vision14", "vision20"].index)
+            once(folder, option, lambda: add_experts(folder, option, largest, folder / "work"))
         return folder
 
     return home
 
 
 @pytest.fixture(scope="module")
-def extra(tmp_path_factory):
+def extra(hub):
     """Return the further overrides of an experiment: where pickles are, and one draw of several."""
-
-    @cache
-    def pickles():
-        folder = tmp_path_factory.mktemp("pickles")
-        pickled_experts(folder, config.option("experts", "task_vectors_b32").names)
-        return folder
 
     def options(name):
         draw = ["suite.draw=0"] * (name == "number_of_tasks")
-        return draw + [f'experts.path_of="{pickles()}/{{task}}/finetuned.pt"'] * name.endswith("_ta")
+        if not name.endswith("_ta"):
+            return draw
+        folder = shared() / "pickles"
+        names = config.option("experts", "task_vectors_b32").names
+        once(shared(), "pickles", lambda: pickled_experts(folder, names))
+        return [*draw, f'experts.path_of="{folder}/{{task}}/finetuned.pt"']
 
     return options
 

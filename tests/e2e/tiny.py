@@ -26,10 +26,10 @@ def overrides(folder: Path, results: str = "results/scratch", own: bool = False)
         results: The results folder in it.
         own: Whether experts are trained for it alone; else the experts of all tests of one run are shared.
     """
-    experts, common = Path(folder) / "cache" / "experts", os.environ.get("BYOM_TEST_EXPERTS")
+    experts, common = Path(folder) / "cache" / "experts", os.environ.get("BYOM_TEST_SHARED")
     if common and not own and not experts.exists():
         experts.parent.mkdir(parents=True, exist_ok=True)
-        experts.symlink_to(common, target_is_directory=True)
+        experts.symlink_to(Path(common) / "experts", target_is_directory=True)
     sizes = {"train": 96, "validation": 24, "test": 40, "shots": 2}
     return [
         *(f"~suite.tasks.{task}" for task in DROPPED),

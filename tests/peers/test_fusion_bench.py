@@ -14,8 +14,6 @@ They differ
 - in WUDI's other tensors: there the mean of the task vectors, here the pre-trained model's unless ``rest=mean``.
 """
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -29,16 +27,9 @@ from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.tsv import TaskSingularVectors
 from byom.merge.wudi import Wudi
 from byom.weights import Weights
+from tests.peers.fusion import PEER, there
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytest.importorskip("fusion_bench")
-    from fusion_bench.method import SimpleAverageAlgorithm, TaskArithmeticAlgorithm
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
-    from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction as tsv_m
-    from fusion_bench.method.wudi.wudi import wudi_merging
-
-pytestmark = pytest.mark.peer
+pytestmark = PEER
 
 COMPARES = {
     "average": "equal on floating-point tensors",
@@ -93,40 +84,40 @@ def agree(ours, theirs, names=SHAPES, **tolerance):
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
 def test_average(tasks):
-    theirs = SimpleAverageAlgorithm(inplace=False).run(pool(tasks)).state_dict()
+    theirs = there().SimpleAverageAlgorithm(inplace=False).run(pool(tasks)).state_dict()
     agree(Average()(opened(pool(tasks))), theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 8])
 @pytest.mark.parametrize("scale", [1.0, 0.3, -0.5])
 def test_task_arithmetic(tasks, scale):
-    theirs = TaskArithmeticAlgorithm(scaling_factor=scale).run(pool(tasks, buffers=False)).state_dict()
+    theirs = there().TaskArithmeticAlgorithm(scaling_factor=scale).run(pool(tasks, buffers=False)).state_dict()
     agree(TaskArithmetic(scale)(opened(pool(tasks))), theirs, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 8])
 def test_tsv_m(tasks):
-    agree(merged(TaskSingularVectors(), vectors(tasks)), tsv_m(vectors(tasks), accelerator="cpu"))
+    agree(merged(TaskSingularVectors(), vectors(tasks)), there().tsv_m(vectors(tasks), accelerator="cpu"))
 
 
 @pytest.mark.parametrize("rank", ["numerical", "full"])
 @pytest.mark.parametrize("tasks", [1, 2, 8])
 def test_iso_c(tasks, rank):
-    agree(merged(IsotropicMergingCommon(1.0, rank), vectors(tasks)), iso_c(vectors(tasks), "cpu"))
+    agree(merged(IsotropicMergingCommon(1.0, rank), vectors(tasks)), there().iso_c(vectors(tasks), "cpu"))
 
 
 @pytest.mark.parametrize("rank", ["numerical", "full"])
 @pytest.mark.parametrize(("tasks", "common"), [(1, 0.5), (2, 0.8), (3, 0.5), (4, 0.1), (8, 0.8)])
 def test_iso_cts(tasks, common, rank):
     ours = merged(IsotropicMergingCommonTaskSpecific(1.0, common, rank), vectors(tasks))
-    agree(ours, iso_cts(vectors(tasks), common, "cpu"))
+    agree(ours, there().iso_cts(vectors(tasks), common, "cpu"))
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 8])
 @pytest.mark.parametrize("steps", [1, 100])
 def test_wudi(tasks, steps):
     ours = merged(Wudi(steps=steps, rest="mean", exclude=()), vectors(tasks, 1e-3))
-    agree(ours, wudi_merging(vectors(tasks, 1e-3), "cpu", steps))
+    agree(ours, there().wudi_merging(vectors(tasks, 1e-3), "cpu", steps))
 
 
 # known differences
@@ -134,15 +125,15 @@ def test_wudi(tasks, steps):
 
 def test_integers_are_averaged_or_refused_there_and_carried_here():
     problem = opened(pool(2))
-    assert SimpleAverageAlgorithm(inplace=False).run(pool(2)).count == 15
+    assert there().SimpleAverageAlgorithm(inplace=False).run(pool(2)).count == 15
     with pytest.raises(ValueError, match="Dtype mismatch for key 'count'"):
-        TaskArithmeticAlgorithm(scaling_factor=1.0).run(pool(2))
+        there().TaskArithmeticAlgorithm(scaling_factor=1.0).run(pool(2))
     assert Average()(problem)["count"] == TaskArithmetic(1.0)(problem)["count"] == 0
 
 
 def test_a_single_row_is_a_matrix_there_and_a_vector_here():
     taus = [{"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[3.0, 0.0]])}]
-    ours, theirs = merged(IsotropicMergingCommon(1.0), taus), iso_c(taus, "cpu")
+    ours, theirs = merged(IsotropicMergingCommon(1.0), taus), there().iso_c(taus, "cpu")
     assert_close(theirs["w"], torch.tensor([[6.0, 4.0]]))
     assert_close(ours["w"], torch.tensor([[3.0, 2.0]]))
 
@@ -150,7 +141,7 @@ def test_a_single_row_is_a_matrix_there_and_a_vector_here():
 def test_a_text_projection_is_a_matrix_there_and_excluded_here():
     taus = [{"text_projection": tau["square"]} for tau in vectors(2)]
     mean = sum(tau["text_projection"] for tau in taus) / 2
-    for method, theirs in ((IsotropicMergingCommon(1.0), iso_c), (TaskSingularVectors(), tsv_m)):
+    for method, theirs in ((IsotropicMergingCommon(1.0), there().iso_c), (TaskSingularVectors(), there().tsv_m)):
         agree(merged(method, taus), {"text_projection": mean}, taus[0])
         found = theirs(taus, accelerator="cpu")
         agree(merged(type(method)(1.0, exclude=()), taus), found, taus[0])
@@ -159,7 +150,7 @@ def test_a_text_projection_is_a_matrix_there_and_excluded_here():
 
 def test_more_tasks_than_directions_cancel_there_and_take_the_mean_here():
     taus = vectors(10)
-    theirs, ours = tsv_m(taus, accelerator="cpu"), merged(TaskSingularVectors(), taus)
+    theirs, ours = there().tsv_m(taus, accelerator="cpu"), merged(TaskSingularVectors(), taus)
     assert not theirs["narrow"].any()
     assert_close(ours["narrow"], sum(tau["narrow"] for tau in taus) / 10)
 
@@ -169,12 +160,12 @@ def test_identical_tasks_get_noise_there_and_their_truncation_here():
     left, values, right = torch.linalg.svd(tau["w"], full_matrices=False)
     truncation = left[:, :8] * values[:8] @ right[:8]
     assert_close(merged(TaskSingularVectors(), [tau, tau])["w"], truncation)
-    assert (tsv_m([tau, tau], accelerator="cpu")["w"] - truncation).norm() > 0.1 * truncation.norm()
+    assert (there().tsv_m([tau, tau], accelerator="cpu")["w"] - truncation).norm() > 0.1 * truncation.norm()
 
 
 def test_a_sum_of_low_rank_is_filled_there_and_kept_here_unless_rank_is_full():
     tau = {"w": torch.diag(torch.tensor([2.0, 0.0]))}
-    assert_close(iso_c([tau], "cpu")["w"].abs(), torch.eye(2))
+    assert_close(there().iso_c([tau], "cpu")["w"].abs(), torch.eye(2))
     assert_close(merged(IsotropicMergingCommon(1.0, "full"), [tau])["w"].abs(), torch.eye(2))
     assert_close(merged(IsotropicMergingCommon(1.0), [tau])["w"], tau["w"])
 
@@ -182,7 +173,7 @@ def test_a_sum_of_low_rank_is_filled_there_and_kept_here_unless_rank_is_full():
 def test_too_large_a_share_of_directions_fails_there_and_is_cut_here():
     taus = [{"w": torch.randn(5, 5, generator=torch.Generator().manual_seed(t))} for t in range(3)]
     with pytest.raises(RuntimeError):
-        iso_cts(taus, 0.0, "cpu")
+        there().iso_cts(taus, 0.0, "cpu")
     values = torch.linalg.svdvals(merged(IsotropicMergingCommonTaskSpecific(1.0, 0.0), taus)["w"])
     assert_close(values, values[:1].expand(5))
 
@@ -190,12 +181,12 @@ def test_too_large_a_share_of_directions_fails_there_and_is_cut_here():
 def test_a_zero_task_vector_divides_by_zero_there_and_is_left_out_here():
     taus = [{"w": tau["square"]} for tau in vectors(2, 1e-3)]
     idle = [*taus, {"w": torch.zeros(12, 12, dtype=torch.float64)}]
-    assert wudi_merging(idle, "cpu", 3)["w"].isnan().any()
+    assert there().wudi_merging(idle, "cpu", 3)["w"].isnan().any()
     method = Wudi(steps=3)
     assert torch.equal(merged(method, idle)["w"], merged(method, taus)["w"])
 
 
 def test_what_is_no_matrix_is_averaged_there_and_pretrained_here():
     taus = vectors(3)
-    assert_close(wudi_merging(taus, "cpu", 1)["bias"].detach(), sum(tau["bias"] for tau in taus) / 3)
+    assert_close(there().wudi_merging(taus, "cpu", 1)["bias"].detach(), sum(tau["bias"] for tau in taus) / 3)
     assert not merged(Wudi(steps=1), taus)["bias"].any()

@@ -6,8 +6,6 @@ They agree in both up to the signs of the directions. They differ
 - in the shared side: outputs there, outputs or inputs here.
 """
 
-import warnings
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,13 +14,9 @@ from byom.merge.base import Problem
 from byom.merge.knots import KnowledgeOrientationThroughSvd
 from byom.merge.ties import Ties
 from byom.weights import Weights
+from tests.peers.fusion import PEER, there
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytest.importorskip("fusion_bench")
-    from fusion_bench.method.knots.knots_utils import subspace_alignment
-
-pytestmark = pytest.mark.peer
+pytestmark = PEER
 
 COMPARES = {"knots": "equal coordinates up to signs, and TIES in them"}
 SHAPES = [(9, 4), (4, 9), (12, 12)]
@@ -42,7 +36,7 @@ def posed(changes):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_basis_and_the_coordinates(shape):
     changes = deltas(shape)
-    theirs, values, blocks = subspace_alignment(list(changes))
+    theirs, values, blocks = there().subspace_alignment(list(changes))
     ours = KnowledgeOrientationThroughSvd().plan(posed(changes)).bases["w"]
     signs = (ours * theirs).sum(0)
     assert_close(signs.abs(), torch.ones(len(values), dtype=torch.float64))
@@ -53,7 +47,7 @@ def test_the_basis_and_the_coordinates(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ties_in_their_coordinates(shape):
     changes = deltas(shape)
-    theirs, values, blocks = subspace_alignment(list(changes))
+    theirs, values, blocks = there().subspace_alignment(list(changes))
     coordinates = posed(torch.stack([values[:, None] * block for block in blocks]))
     merged = KnowledgeOrientationThroughSvd(Ties(0.4), scale=0.6)(posed(changes))["w"]
     assert_close(merged, 0.6 * theirs @ Ties(0.4)(coordinates)["w"])
@@ -61,5 +55,5 @@ def test_ties_in_their_coordinates(shape):
 
 def test_small_changes_vanish_there_and_not_here():
     changes = 1e-6 * deltas((9, 4))
-    assert not len(subspace_alignment(list(changes))[1])
+    assert not len(there().subspace_alignment(list(changes))[1])
     assert KnowledgeOrientationThroughSvd().plan(posed(changes)).bases["w"].shape == (9, 6)

@@ -13,8 +13,6 @@ They differ
 - in the Fisher itself: theirs squares the gradient of a sum over batch and classes.
 """
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -25,14 +23,9 @@ from byom.merge.fisher import FisherMerging
 from byom.merge.regmean import RegMean
 from byom.statistics.gram import grams
 from byom.weights import Weights
+from tests.peers.fusion import PEER, there
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytest.importorskip("fusion_bench")
-    from fusion_bench.method.fisher_merging.fisher_merging import merging_with_fisher_weights
-    from fusion_bench.method.regmean.regmean import RegMeanAlgorithm, merging_with_regmean_weights
-
-pytestmark = pytest.mark.peer
+pytestmark = PEER
 
 COMPARES = {
     "regmean": "equal for the same Grams, with ridge=0 and a sum that is not singular",
@@ -71,7 +64,7 @@ def test_regmean(tasks, off_diagonal):
     states = experts(tasks)
     held = [{n: outer(random(40, SHAPES[n][1], seed=t)) for n in ("fc.weight", "out.weight")} for t in range(tasks)]
     theirs = [{name.removesuffix(".weight"): gram.float() for name, gram in one.items()} for one in held]
-    expected = merging_with_regmean_weights(
+    expected = there().merging_with_regmean_weights(
         listed([{n: v.float() for n, v in s.items()} for s in states]), theirs, off_diagonal
     )
     found = RegMean(off_diagonal=off_diagonal, ridge=0.0)(posed(states, "gram", held))
@@ -81,7 +74,7 @@ def test_regmean(tasks, off_diagonal):
 
 def test_regmean_of_matrices_stored_in_x_out():
     states, held = experts(3), [{"fc": outer(random(40, 6, seed=t)).float()} for t in range(3)]
-    expected = merging_with_regmean_weights(
+    expected = there().merging_with_regmean_weights(
         {"fc.weight": [state["fc.weight"].float() for state in states]}, held, 0.6, weight_transpose=False
     )
     ours = [{"fc.weight": gram["fc"].unsqueeze(0)} for gram in held]
@@ -91,7 +84,7 @@ def test_regmean_of_matrices_stored_in_x_out():
 
 def test_their_hooks_miss_attention_and_ours_do_not():
     module = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True).eval()
-    kinds = tuple(RegMeanAlgorithm._include_module_type)
+    kinds = tuple(there().RegMeanAlgorithm._include_module_type)
     called = []
     for name, part in module.named_modules():
         if isinstance(part, kinds):
@@ -109,7 +102,7 @@ def test_fisher(normalise, theirs):
     states = experts(4)
     fishers = [{n: random(*s, seed=50 + t).square() * 10**t + 0.01 for n, s in SHAPES.items()} for t in range(4)]
     weights = (0.1, 0.5, 0.3, 0.1)
-    expected = merging_with_fisher_weights(
+    expected = there().merging_with_fisher_weights(
         listed(states),
         fishers,
         torch.tensor(weights).double(),
@@ -123,7 +116,7 @@ def test_fisher(normalise, theirs):
 
 def test_they_add_what_is_a_floor_here():
     states, fishers = [{"w": torch.tensor([v])} for v in (1.0, 0.0)], [{"w": torch.tensor([v])} for v in (3.0, 1.0)]
-    expected = merging_with_fisher_weights(
+    expected = there().merging_with_fisher_weights(
         {"w": [s["w"] for s in states]},
         fishers,
         torch.ones(2),

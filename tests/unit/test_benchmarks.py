@@ -38,27 +38,33 @@ def test_sizes_are_the_real_ones_or_in_their_proportions(suite, tested):
     )
 
 
-READ = [
-    t for t in suite_images.tasks("vision20") if t.name in (*suite_images.sizes("vision8", 9), "fer2013", "cifar100")
-]
+VISION8 = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
+OWN_COLUMNS = ("fer2013", "cifar100")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def read():
+    """The tasks that are read, by name."""
+    return {task.name: task for task in suite_images.tasks("vision20") if task.name in VISION8 + OWN_COLUMNS}
+
+
+@pytest.fixture(scope="module")
+def home(read, tmp_path_factory):
     """A stand-in with a few images of vision8's tasks, and of those whose columns have names of their own."""
     folder = tmp_path_factory.mktemp("standin")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite_images, "POOL", 1)
-        patch.setattr(suite_images, "tasks", lambda suite: READ)
-        counts = {task.name: COUNTS for task in READ}
-        assert suite_images.build(folder, "vision20", counts, workers=0) == 2 * len(READ) == 20
+        patch.setattr(suite_images, "tasks", lambda suite: read.values())
+        counts = dict.fromkeys(read, COUNTS)
+        assert suite_images.build(folder, "vision20", counts, workers=0) == 2 * len(read) == 20
         assert suite_images.build(folder, "vision20", counts, workers=0) == 0, "what is there was written again"
     suite_images._pool.cache_clear()
     return folder
 
 
-@pytest.mark.parametrize("task", READ, ids=lambda task: task.name)
-def test_byoms_own_source_reads_every_task(task, home, monkeypatch):
+@pytest.mark.parametrize("name", VISION8 + OWN_COLUMNS)
+def test_byoms_own_source_reads_every_task(name, read, home, monkeypatch):
+    task = read[name]
     with visit(home, monkeypatch):
         pools = task.source.read()
     kind = suite_images.KINDS[task.name]
