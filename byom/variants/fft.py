@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from byom.variants.base.sparse import TopMagnitude
+from byom.variants.base.rescaled import RescaledTopMagnitude
 
 
 @dataclass(frozen=True)
-class ByomFft(TopMagnitude):
+class ByomFft(RescaledTopMagnitude):
     """Put back the top m % of ``theta_t - theta_merged`` by magnitude: inference uses ``theta_merged + v_t(m)``.
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
         scope: ``global``, ``tensor`` or ``row``.
+        rescale: ``none``, ``norm``, ``free`` or ``dare``; see `RescaledTopMagnitude`.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-FFT). https://arxiv.org/abs/2310.01886

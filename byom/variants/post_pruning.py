@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from byom.variants.base.sparse import TopMagnitude
+from byom.variants.base.rescaled import RescaledTopMagnitude
 
 
 @dataclass(frozen=True)
-class PostPruning(TopMagnitude):
+class PostPruning(RescaledTopMagnitude):
     """Put back the top m % of ``theta_t - theta_0`` on the pre-trained model; no merged model is involved.
 
     Inference uses ``theta_0 + u_t(m)``, where ``u_t(m)`` holds the top m % of ``theta_t - theta_0``.
@@ -16,6 +16,7 @@ class PostPruning(TopMagnitude):
     Args:
         density: Fraction of entries kept (m), in [0, 1].
         scope: ``global``, ``tensor`` or ``row``.
+        rescale: ``none``, ``norm``, ``free`` or ``dare``; see `RescaledTopMagnitude`.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (the Post-Pruning baseline).

@@ -195,7 +195,7 @@ def assign(parts: Parts, reference: Tensor) -> Tensor:
     Raises:
         CheckpointError: If values and positions do not fit the reference.
     """
-    positions, values = _decoded(parts, reference.numel())
+    positions, values = decoded(parts, reference.numel())
     patched = reference.clone().reshape(-1)
     patched[positions] = values.to(patched.dtype)
     return patched.reshape(reference.shape)
@@ -211,10 +211,11 @@ def entries(parts: Parts, numel: int) -> Entries | None:
     Raises:
         CheckpointError: If values and positions do not fit the parameter.
     """
-    return None if "values" not in parts or "all" in parts else _decoded(parts, numel)
+    return None if "values" not in parts or "all" in parts else decoded(parts, numel)
 
 
-def _decoded(parts: Parts, numel: int) -> Entries:
+def decoded(parts: Parts, numel: int) -> Entries:
+    """Return the stored values and their positions; see `assign`."""
     values = parts["values"]
     if len(values) > numel:
         raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {numel}")
