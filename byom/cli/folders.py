@@ -133,7 +133,7 @@ def _describe(result: Result, writes: Mapping[Path, int]) -> None:
         sys.stdout.write(f"note   {note}\n")
     problem = result.problem
     sys.stdout.write(f"merges {len(problem.pretrained.mergeable())} tensors, {problem.pretrained.numel:,} parameters")
-    sys.stdout.write(f", {type(result.request.merge).title}\n")
+    sys.stdout.write(f", {result.request.merge.title}\n")
     if result.kept:
         sys.stdout.write(f"keeps  {len(result.kept)} tensors: {listed(sorted(result.kept))}\n")
     for folder, size in writes.items():

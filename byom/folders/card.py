@@ -47,7 +47,7 @@ def card(result: Result, recipe: str, digests: Mapping[str, str]) -> str:
         digests: As in `sources`.
     """
     request = result.request
-    title = type(request.merge).title
+    title = request.merge.title
     every = sources(result, digests)
     rows = [
         f"| {name} | {_code(row['path'])}{_at(row)} | {row['bytes']:,} | `{row.get('sha256', '')}` |"

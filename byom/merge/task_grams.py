@@ -20,6 +20,12 @@ from byom.merge.base.matrices import by_matrix, patterns
 
 Normalise = Literal["norm", "trace", "none"]
 Cut = float | Literal["automatic"]
+PUBLISHED = {
+    ("none", False, "zero", False): "ACTMat",
+    ("none", False, "zero", True): "TACT",
+    ("trace", True, "zero", False): "ACE, step 1",
+}
+"""Normalisation, centring, start and whether Grams are thinned, to the name of the exact solution."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,15 @@ class TaskGrams(TensorwiseMethod):
         if self.time is not None:
             positive("merge.time", self.time, "1300")
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
+        object.__setattr__(self, "title", self._known_as())
+
+    def _known_as(self) -> str:
+        """Return the name under which these options were published; the class's title where they were not."""
+        estimate = self.normalise, self.centred, self.start, self.density < 1
+        exact = self.cut == 1 and self.time is None
+        if estimate == ("norm", False, "sum", False):
+            return "ASWUDI" if self.cut == "automatic" and self.time is None else "WUDI, exact" if exact else "SWUDI"
+        return PUBLISHED.get(estimate, self.title) if exact else self.title
 
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + scale * M`` for a linear layer's matrix, and what `rest` says for other tensors."""

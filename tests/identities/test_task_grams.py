@@ -166,3 +166,22 @@ def test_what_is_no_matrix_is_averaged_or_left():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         TaskGrams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "ASWUDI"),
+        ({"cut": 0.65, "time": 1300}, "SWUDI"),
+        ({"cut": 1}, "WUDI, exact"),
+        ({"normalise": "none", "start": "zero", "cut": 1}, "ACTMat"),
+        ({"normalise": "none", "start": "zero", "cut": 1.0, "density": 0.5}, "TACT"),
+        ({"normalise": "trace", "centred": True, "start": "zero", "cut": 1}, "ACE, step 1"),
+        ({"normalise": "none"}, "Task Grams"),
+    ],
+    ids=str,
+)
+def test_options_have_the_names_under_which_they_were_published(options, title):
+    method = TaskGrams(**options)
+    assert method.title == title and TaskGrams.title == "Task Grams"
+    assert method == TaskGrams(**options) and hash(method) == hash(TaskGrams(**options))
