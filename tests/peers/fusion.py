@@ -24,6 +24,7 @@ def there() -> SimpleNamespace:
         from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
         from fusion_bench.method.knots.knots_utils import subspace_alignment
         from fusion_bench.method.regmean import regmean
+        from fusion_bench.method.singular_value_calibration import utils as svc
         from fusion_bench.method.task_singular_vector.utils import TSVM_utils
         from fusion_bench.method.wudi.wudi import wudi_merging
 
@@ -36,6 +37,7 @@ def there() -> SimpleNamespace:
         merging_with_fisher_weights=fisher_merging.merging_with_fisher_weights,
         merging_with_regmean_weights=regmean.merging_with_regmean_weights,
         subspace_alignment=subspace_alignment,
+        svc=svc.subspace_consistency_spectral_calibration_accelerated,
         tsv_m=TSVM_utils.compute_and_sum_svd_mem_reduction,
         wudi_merging=wudi_merging,
     )

@@ -23,6 +23,7 @@ from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.iso_c import IsotropicMergingCommon
 from byom.merge.iso_cts import IsotropicMergingCommonTaskSpecific
+from byom.merge.svc import SingularValueCalibration
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.tsv import TaskSingularVectors
 from byom.merge.wudi import Wudi
@@ -37,6 +38,7 @@ COMPARES = {
     "tsv": "equal for task vectors of full rank",
     "iso_c": "equal for a sum of full rank, rank=full everywhere",
     "iso_cts": "equal for task vectors of full rank",
+    "svc": "equal for a merged change of full rank, exclude=[]",
     "wudi": "the same loss and the same steps of Adam, with exclude=[] and rest=mean",
 }
 SHAPES = {"attention": (24, 16), "narrow": (9, 20), "square": (12, 12), "bias": (16,), "patches": (4, 3, 2, 2)}
@@ -111,6 +113,17 @@ def test_iso_c(tasks, rank):
 def test_iso_cts(tasks, common, rank):
     ours = merged(IsotropicMergingCommonTaskSpecific(1.0, common, rank), vectors(tasks))
     agree(ours, there().iso_cts(vectors(tasks), common, "cpu"))
+
+
+@pytest.mark.parametrize("floor", [0.1, 1.0])
+@pytest.mark.parametrize("then", [TaskArithmetic(1.0), TaskSingularVectors()], ids=lambda method: method.title)
+def test_svc(then, floor):
+    taus = vectors(3)
+    merged_by, ours = merged(then, taus), merged(SingularValueCalibration(then, floor, exclude=()), taus)
+    for name in ("attention", "narrow", "square"):
+        theirs = there().svc(torch.zeros(SHAPES[name]).double(), [tau[name] for tau in taus], merged_by[name], floor)
+        assert_close(ours[name], theirs)
+    assert torch.equal(ours["bias"], merged_by["bias"]) and torch.equal(ours["patches"], merged_by["patches"])
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 8])
