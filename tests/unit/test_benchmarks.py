@@ -38,7 +38,7 @@ def test_sizes_are_the_real_ones_or_in_their_proportions(suite, tested):
     )
 
 
-VISION8 = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
+VISION8 = ("sun397", "stanford_cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
 OWN_COLUMNS = ("fer2013", "cifar100")
 
 
