@@ -125,7 +125,7 @@ def methods(root: Path = ROOT / "results" / "methods") -> str:
     Returns:
         Markdown; a row that one suite lacks is left empty there.
     """
-    frames = {s: Tables(read_runs(root, s, b)).methods.set_index("method") for s, b in SUITES.items()}
+    frames = {s: _by_label(Tables(read_runs(root, s, b)).methods) for s, b in SUITES.items()}
     header = [f"{TITLES[s]}: accuracy | relative | stored | seconds" for s in SUITES]
     lines = [f"| | needs | {' | '.join(header)} |", "|---|---|" + "--:|--:|--:|--:|" * len(SUITES)]
     names = dict.fromkeys(name for frame in frames.values() for name in frame.index)
@@ -135,6 +135,15 @@ def methods(root: Path = ROOT / "results" / "methods") -> str:
         flags = " †" * bool(first["sees_test"]) + " ‡" * bool(first["by_batch"])
         lines.append(f"| {name} | {first['needs']}{flags} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _by_label(frame: pd.DataFrame) -> pd.DataFrame:
+    """Index rows by method, with the density where a method has several."""
+    densities = frame.groupby("method")["density"].transform("nunique")
+    shown = [
+        f", m = {_percent(density)}" if n > 1 else "" for density, n in zip(frame["density"], densities, strict=True)
+    ]
+    return frame.assign(label=frame["method"] + shown).set_index("label")
 
 
 def _costs(row: pd.Series) -> str:
