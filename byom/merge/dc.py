@@ -20,7 +20,7 @@ from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
 class DirectionalConsistency(TensorwiseMethod):
     """Express each task's leading directions in one orthonormal basis, merge the largest coordinates, and go back.
 
-    With ``tau_t`` cut to ``k = floor(min(m, n) / T)`` singular values, ``U = polar([U_1 .. U_T])`` and V alike: the
+    With ``tau_t`` cut to ``k = floor(min(m, n) / T)`` singular values, ``U = polar([U_1, ..., U_T])`` and V alike: the
     coordinates ``M_t = Uᵀ tau_t V`` keep the share `density` of their largest entries, are merged as by TIES (the mean
     of those whose sign is that of the sum), and count only within the T diagonal blocks of ``k x k``:
     ``theta = theta_0 + scale * U M Vᵀ``. What is not a matrix moves by ``scale`` times the mean of the task vectors,

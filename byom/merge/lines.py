@@ -25,8 +25,8 @@ class LayerIncreasingNetworkScaling(MergeMethod):
     """Scale what a method changes by a factor that grows linearly with depth.
 
     Shallow layers hold what all tasks share, and changes there interfere; deep ones hold what is a task's own. Block l
-    of L gets ``theta_0 + (alpha + beta l / (L - 1)) (theta_merged - theta_0)``, and what is in no block ``alpha``. A
-    block is the first whole number in a parameter's name, such as 3 in ``blocks.3.attn.qkv.weight``.
+    of L gets ``theta = theta_0 + (alpha + beta l / (L - 1)) (theta_merged - theta_0)``, and what is in no block the
+    factor alpha. A block is the first whole number in a parameter's name, such as 3 in ``blocks.3.attn.qkv.weight``.
 
     Args:
         then: The method that merges.

@@ -23,7 +23,7 @@ class SingularValueCalibration(MergeMethod):
     """Damp the singular directions of a merged change in which it does more than the tasks' own changes do.
 
     With ``M = U diag(s) Vᵀ`` the change that `then` makes of a matrix, and ``u_r`` the columns of U: task t does
-    ``a_t = u_rᵀ tau_t`` along ``u_r``, of which M does the multiple ``p_t = <u_rᵀ M, a_t> / ||a_t||²``. Tasks that
+    ``a_t = u_rᵀ tau_t`` along ``u_r``, of which M does the multiple ``p_t = u_rᵀ M a_tᵀ / ||a_t||²``. Tasks that
     share a direction are added up in it, so M does there what several of them do together. The singular value is
     divided by the mean of ``max(p_t, floor)`` over tasks; what is not a matrix stays as `then` merged it. One task
     merged with scale 1 is unchanged.

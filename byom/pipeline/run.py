@@ -121,7 +121,7 @@ def _header(settings: Settings, place: Place) -> dict[str, Any]:
         "format": FORMAT,
         "signature": place.signature,
         "created": now(),
-        "overrides": list(settings.overrides),
+        "overrides": [each for each in settings.overrides if not each.startswith("cache=")],  # a place of this machine
         "tasks": [task.name for task in settings.suite.tasks],
         "choices": settings.choices(),
         "titles": {
