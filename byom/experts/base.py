@@ -114,6 +114,10 @@ class Experts(ABC):
         """Say what would have to be fetched; nothing where nothing would."""
         yield from ()
 
+    def held(self, task: Task) -> bool:
+        """Say whether `key` can be asked without fetching anything: whether a task's expert is on this machine."""
+        return True
+
     def fetch(self, task: Task) -> None:  # noqa: B027 - most kinds need none
         """Bring a task's expert to this machine; nothing to do where it does not come from another."""
 

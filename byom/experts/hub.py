@@ -132,6 +132,10 @@ class Hub(Checkpoints):
         for task in tasks:
             yield hub.download(f"expert {task.name}", self.repository(task.name), self._patterns(task.name))
 
+    def held(self, task: Task) -> bool:
+        """Say whether files of a task's expert are in the hub's cache; see `Experts.held`."""
+        return any(hub.local(self.repository(task.name), kind) for kind in self._patterns(task.name))
+
     def fetch(self, task: Task) -> None:
         """Bring a task's expert to this machine."""
         self._folder(task.name)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from byom.data.suite import Task
 from byom.errors import ByomError
 from byom.pipeline.cached import Keys, note
 from byom.pipeline.inputs import Names
@@ -55,7 +56,8 @@ class Forecast:
 
     def __init__(self, cells: Sequence[Settings], pace: float | None = None) -> None:
         self._counted = all(examples(cell) is not None for cell in cells)
-        self._works = [(cell, _works(cell, counted=self._counted)) for cell in cells]
+        held: dict[str, bool] = {}
+        self._works = [(cell, _works(cell, held, counted=self._counted)) for cell in cells]
         self._made: set[str] = set()
         self._measured: dict[Kind, tuple[float, float]] = {}  # seconds and units
         self._earlier: dict[Kind, float] = {EVALUATE: pace} if pace is not None and self._counted else {}
@@ -159,15 +161,29 @@ def _fitted(cell: Settings) -> str:
     return ", ".join([*cell.wanted(), *([f"{members} models per task"] if members > 1 else [])])
 
 
-def _works(cell: Settings, *, counted: bool) -> list[Work]:
-    """Return what a cell needs and the cache does not hold; nothing of one that will be refused."""
+def _works(cell: Settings, held: dict[str, bool], *, counted: bool) -> list[Work]:
+    """Return what a cell needs and the cache does not hold; nothing of one that will be refused.
+
+    Args:
+        cell: The cell.
+        held: Whether an expert is here, for those that were looked at; grows.
+        counted: Whether examples are counted.
+    """
     try:
         names = Names(cell.backbone, cell.experts, cell.finetune, cell.seed, cell.cache, cell.precision)
-        experts = {task.name: names.expert(task) for task in cell.suite.tasks}
+        experts = {task.name: _named(names, cell, task, held) for task in cell.suite.tasks}
         keys = Keys.of(cell, signature(list(experts.values())))
         return [*_given(cell, experts, keys), *_made(cell, keys, counted=counted)]
     except ByomError:  # which its own run says
         return []
+
+
+def _named(names: Names, cell: Settings, task: Task, held: dict[str, bool]) -> str:
+    """Return the name of an expert; of one that is to be fetched, and of which nothing is here, any that is its own."""
+    known = f"{cell.experts} {task.name}"
+    if known not in held:
+        held[known] = cell.experts.held(task)
+    return names.expert(task) if held[known] else known
 
 
 def _given(cell: Settings, experts: Mapping[str, str], keys: Keys) -> Iterator[Work]:

@@ -84,6 +84,19 @@ def test_what_the_cache_holds_is_not_left(cells, tmp_path):
     assert {work.keys for work in works if work.kind == TRAIN} == {frozenset([lost])}
 
 
+def test_a_forecast_fetches_no_expert(monkeypatch, tmp_path):
+    def fetch(*given):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("byom.experts.hub.hub.fetch", fetch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cell = config.settings(["suite=vision8", "experts=clip_hf_b32", "merge=average", "byom=none", f"cache={tmp_path}"])
+    forecast = Forecast([cell])
+    assert {kind for kind, _ in (work[:2] for _, works in forecast._works for work in works)} >= {("merge", "Average")}
+    forecast.left()
+
+
 def test_records_of_this_machine_say_what_has_not_been_measured_yet(cells):
     [ours] = cells([*SUITE, "merge=ties", "byom=fft"])
     record = {
