@@ -185,6 +185,17 @@ def counted(weights, checksums=False):
     return Weights(specs, read, ties=weights.ties, origin=weights.origin, checksum=checksum), reads
 
 
+def random(*shape, seed=0):
+    """Return normal numbers in fp64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def one_tensor(deltas, name="w", base=0.5):
+    """Return the problem of one tensor, from task vectors ``[T, ...]`` on a constant pre-trained model."""
+    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
+    return Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts)
+
+
 def bits(tensor):
     """Return a tensor's bytes: equality that tells -0 from 0 and NaN from NaN."""
     flat = tensor.detach().contiguous().reshape(-1)

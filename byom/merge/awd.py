@@ -16,7 +16,7 @@ from byom.functional.linalg import VANISHING
 from byom.functional.tensors import wide
 from byom.merge.base import MergeMethod, Problem
 from byom.merge.base.checks import require_experts
-from byom.merge.base.needs import Needs
+from byom.merge.base.wrapper import Wrapper
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 
@@ -24,7 +24,7 @@ ROUNDING = 1e-12  # a loss is lower by more than this, or not at all
 
 
 @dataclass(frozen=True)
-class AdaptiveWeightDisentanglement(MergeMethod):
+class AdaptiveWeightDisentanglement(Wrapper):
     """Subtract from all task vectors what makes them alike, and merge what is left by another method.
 
     The redundant vector ``delta`` minimises ``L = mean_{i != j} |cos(tau_i - delta, tau_j - delta)| + penalty *
@@ -71,15 +71,6 @@ class AdaptiveWeightDisentanglement(MergeMethod):
         whole("merge.steps", self.steps, 0)
         one_of("merge.scope", self.scope, ("global", "tensor"))
         require_experts(self.then)
-
-    @property
-    def needs(self) -> Needs:
-        """The needs of the wrapped method."""
-        return self.then.needs
-
-    def simpler(self, problem: Problem) -> list[str]:
-        """Name what the wrapped method names."""
-        return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Find the coefficients, then merge lazily; see `MergeMethod.__call__`."""

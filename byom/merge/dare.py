@@ -15,7 +15,7 @@ from byom.functional.tensors import wide
 from byom.merge.base import Group, MergeMethod, Problem, TensorwiseMethod, blockwise
 from byom.merge.base.checks import require_experts
 from byom.merge.base.method import lazily
-from byom.merge.base.needs import Needs
+from byom.merge.base.wrapper import Wrapper
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 
@@ -23,7 +23,7 @@ Select = Literal["random", "magnitude"]
 
 
 @dataclass(frozen=True)
-class Dare(MergeMethod):
+class Dare(Wrapper):
     """Drop a share of each task's changes, enlarge the rest to make up for them, and merge by another method.
 
     ``theta'_t = theta_0 + m_t tau_t / (1 - drop)`` in fp32, with ``m_t`` independent coin flips of chance ``1 - drop``:
@@ -67,15 +67,6 @@ class Dare(MergeMethod):
         fraction("merge.drop", self.drop, below=1)
         one_of("merge.select", self.select, get_args(Select))
         require_experts(self.then)
-
-    @property
-    def needs(self) -> Needs:
-        """The needs of the wrapped method."""
-        return self.then.needs
-
-    def simpler(self, problem: Problem) -> list[str]:
-        """Name what the wrapped method names."""
-        return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Merge the thinned experts lazily; see `MergeMethod.__call__`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from byom.errors import OptionError
 from byom.merge.base import Group, MergeMethod, Problem
 from byom.merge.base.method import lazily
-from byom.merge.base.needs import Needs
+from byom.merge.base.wrapper import Wrapper
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 
@@ -21,7 +21,7 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class LayerIncreasingNetworkScaling(MergeMethod):
+class LayerIncreasingNetworkScaling(Wrapper):
     """Scale what a method changes by a factor that grows linearly with depth.
 
     Shallow layers hold what all tasks share, and changes there interfere; deep ones hold what is a task's own. Block l
@@ -62,15 +62,6 @@ class LayerIncreasingNetworkScaling(MergeMethod):
             number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
             if not (number or (name == "alpha" and value is None)):
                 raise OptionError(f"merge.{name}={value} is not a finite number; try 0.5")
-
-    @property
-    def needs(self) -> Needs:
-        """The needs of the wrapped method."""
-        return self.then.needs
-
-    def simpler(self, problem: Problem) -> list[str]:
-        """Name what the wrapped method names."""
-        return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Scale lazily; see `MergeMethod.__call__`."""

@@ -13,13 +13,13 @@ from byom.functional.linalg import VANISHING, truncated_svd
 from byom.merge.base import Group, MergeMethod, Problem
 from byom.merge.base.matrices import by_matrix, patterns
 from byom.merge.base.method import lazily
-from byom.merge.base.needs import Needs
+from byom.merge.base.wrapper import Wrapper
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Weights
 
 
 @dataclass(frozen=True)
-class SingularValueCalibration(MergeMethod):
+class SingularValueCalibration(Wrapper):
     """Damp the singular directions of a merged change in which it does more than the tasks' own changes do.
 
     With ``M = U diag(s) Vᵀ`` the change that `then` makes of a matrix, and ``u_r`` the columns of U: task t does
@@ -59,15 +59,6 @@ class SingularValueCalibration(MergeMethod):
         if self.floor is not None:
             positive("merge.floor", self.floor, "0.125")
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
-
-    @property
-    def needs(self) -> Needs:
-        """The needs of the wrapped method."""
-        return self.then.needs
-
-    def simpler(self, problem: Problem) -> list[str]:
-        """Name what the wrapped method names."""
-        return self.then.fallbacks(problem)
 
     def __call__(self, problem: Problem) -> Weights:
         """Calibrate lazily; see `MergeMethod.__call__`."""

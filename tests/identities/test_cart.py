@@ -6,20 +6,10 @@ from torch.testing import assert_close
 
 from byom.errors import OptionError
 from byom.merge.average import Average
-from byom.merge.base import Problem
 from byom.merge.cart import CenteredArithmeticWithRankReducedTaskVectors as Cart
 from byom.merge.cart import share_of
 from byom.variants.lora import ByomLora
-from byom.weights import Weights
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def posed(deltas, name="w", base=0.5):
-    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
-    return Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts)
+from tests.problems import one_tensor, random
 
 
 def literal(deltas, rank, scale):
@@ -35,13 +25,13 @@ def literal(deltas, rank, scale):
 def test_the_formula(shape):
     deltas = random(4, *shape)
     rank = min(shape) // 2 + 1
-    found = Cart(rank=(rank - 0.5) / min(shape), scale=1.7)(posed(deltas))["w"]
+    found = Cart(rank=(rank - 0.5) / min(shape), scale=1.7)(one_tensor(deltas))["w"]
     assert_close(found - 0.5, literal(deltas, rank, 1.7))
 
 
 def test_it_adds_what_byom_lora_puts_back_on_the_average():
     deltas = random(3, 8, 6)
-    problem = posed(deltas)
+    problem = one_tensor(deltas)
     average = Average()(problem)
     served = ByomLora(rank=2).serve(problem, average)
     back = sum(served.weights(task)["w"] - average["w"] for task in problem.tasks)
@@ -53,22 +43,22 @@ def test_golden():
     one, two = torch.zeros(2, 2, 2).double()
     one[0, 0], two[1, 1] = 2.0, 2.0
     assert_close(
-        Cart(rank=1.0)(posed(torch.stack([one, two])))["w"], torch.full((2, 2), 0.5).double() + (one + two) / 2
+        Cart(rank=1.0)(one_tensor(torch.stack([one, two])))["w"], torch.full((2, 2), 0.5).double() + (one + two) / 2
     )
     deltas = torch.tensor([[[3.0, 0.0]], [[0.0, 3.0]], [[0.0, 0.0]]]).double().expand(3, 2, 2)
-    assert_close(Cart(rank=0.5)(posed(deltas))["w"] - 0.5, deltas.mean(0))
+    assert_close(Cart(rank=0.5)(one_tensor(deltas))["w"] - 0.5, deltas.mean(0))
 
 
 @pytest.mark.parametrize("method", [Cart(rank=0.0), Cart(rank=1.0, scale=2.0), Cart(scale=0.0)], ids=str)
 def test_its_ends_are_the_average(method):
     deltas = random(3, 6, 5)
-    assert_close(method(posed(deltas))["w"], Average()(posed(deltas))["w"])
+    assert_close(method(one_tensor(deltas))["w"], Average()(one_tensor(deltas))["w"])
 
 
 def test_one_task_and_vectors_are_averaged():
-    assert_close(Cart()(posed(random(1, 6, 5)))["w"], 0.5 + random(1, 6, 5)[0])
-    assert_close(Cart()(posed(random(3, 6)))["w"], 0.5 + random(3, 6).mean(0))
-    matrices = posed(random(3, 6, 5), "text_projection")
+    assert_close(Cart()(one_tensor(random(1, 6, 5)))["w"], 0.5 + random(1, 6, 5)[0])
+    assert_close(Cart()(one_tensor(random(3, 6)))["w"], 0.5 + random(3, 6).mean(0))
+    matrices = one_tensor(random(3, 6, 5), "text_projection")
     assert_close(Cart()(matrices)["text_projection"], Average()(matrices)["text_projection"])
 
 

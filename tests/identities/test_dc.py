@@ -5,22 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import OptionError
-from byom.merge.base import Problem
 from byom.merge.dc import DirectionalConsistency
-from byom.weights import Weights
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def posed(deltas, name="w", base=0.5):
-    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
-    return Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts)
+from tests.problems import one_tensor, random
 
 
 def merged(method, deltas):
-    return method(posed(deltas))["w"] - 0.5
+    return method(one_tensor(deltas))["w"] - 0.5
 
 
 def literal(deltas, density):
@@ -76,8 +66,8 @@ def test_what_is_no_matrix_or_too_thin_is_averaged():
     vectors, thin = random(3, 5), random(4, 3, 9)
     assert_close(merged(DirectionalConsistency(), vectors), vectors.mean(0))
     assert_close(merged(DirectionalConsistency(), thin), thin.mean(0))
-    assert DirectionalConsistency().simpler(posed(thin)) == ["w"]
-    assert DirectionalConsistency().simpler(posed(random(3, 3, 9))) == []
+    assert DirectionalConsistency().simpler(one_tensor(thin)) == ["w"]
+    assert DirectionalConsistency().simpler(one_tensor(random(3, 3, 9))) == []
 
 
 def test_a_density_out_of_range_is_refused():

@@ -5,19 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import OptionError
-from byom.merge.base import Problem
 from byom.merge.fr import FrequencyMerging, filtered
 from byom.merge.task_arithmetic import TaskArithmetic
-from byom.weights import Weights
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def posed(deltas, name="w", base=0.5):
-    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
-    return Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts)
+from tests.problems import one_tensor, random
 
 
 def bands(matrix, radius):
@@ -58,14 +48,14 @@ def test_golden():
 
 def test_the_filtered_sum_is_added():
     deltas = random(3, 20, 30)
-    found = FrequencyMerging(radius=0.4, scale=0.3)(posed(deltas))["w"]
+    found = FrequencyMerging(radius=0.4, scale=0.3)(one_tensor(deltas))["w"]
     assert_close(found, 0.5 + 0.3 * sum(filtered(delta, 0.4) for delta in deltas))
 
 
 def test_what_is_no_matrix_is_added_whole():
     vectors, matrices = random(3, 5), random(3, 20, 20)
-    assert_close(FrequencyMerging(scale=0.3)(posed(vectors))["w"], TaskArithmetic(0.3)(posed(vectors))["w"])
-    embed = posed(matrices, "embed.weight")
+    assert_close(FrequencyMerging(scale=0.3)(one_tensor(vectors))["w"], TaskArithmetic(0.3)(one_tensor(vectors))["w"])
+    embed = one_tensor(matrices, "embed.weight")
     assert_close(FrequencyMerging(scale=0.3)(embed)["embed.weight"], TaskArithmetic(0.3)(embed)["embed.weight"])
 
 

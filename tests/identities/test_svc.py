@@ -6,20 +6,10 @@ from torch.testing import assert_close
 
 from byom.errors import OptionError
 from byom.merge.average import Average
-from byom.merge.base import Problem
 from byom.merge.svc import SingularValueCalibration, calibrated
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
-from byom.weights import Weights
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def posed(deltas, name="w", base=0.5):
-    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
-    return Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts)
+from tests.problems import one_tensor, random
 
 
 def literal(change, deltas, floor):
@@ -51,35 +41,35 @@ def test_golden():
 @pytest.mark.parametrize("then", [TaskArithmetic(1.0), Ties(0.6)], ids=lambda method: method.title)
 def test_it_calibrates_what_the_method_made(then):
     deltas = random(3, 6, 4)
-    merged = then(posed(deltas))["w"] - 0.5
-    assert_close(SingularValueCalibration(then)(posed(deltas))["w"] - 0.5, literal(merged, deltas, 1 / 3))
-    assert_close(SingularValueCalibration(then, floor=1.0)(posed(deltas))["w"] - 0.5, literal(merged, deltas, 1.0))
+    merged = then(one_tensor(deltas))["w"] - 0.5
+    assert_close(SingularValueCalibration(then)(one_tensor(deltas))["w"] - 0.5, literal(merged, deltas, 1 / 3))
+    assert_close(SingularValueCalibration(then, floor=1.0)(one_tensor(deltas))["w"] - 0.5, literal(merged, deltas, 1.0))
 
 
 def test_one_task_of_scale_one_is_unchanged():
     delta = random(1, 6, 4)
-    assert_close(SingularValueCalibration(TaskArithmetic(1.0))(posed(delta))["w"] - 0.5, delta[0])
+    assert_close(SingularValueCalibration(TaskArithmetic(1.0))(one_tensor(delta))["w"] - 0.5, delta[0])
 
 
 def test_equal_tasks_give_the_task_whatever_the_scale_above_the_floor():
     delta = random(1, 6, 4)
     for scale in (0.5, 1.0, 3.0):
-        merged = SingularValueCalibration(TaskArithmetic(scale))(posed(delta.expand(4, 6, 4)))["w"]
+        merged = SingularValueCalibration(TaskArithmetic(scale))(one_tensor(delta.expand(4, 6, 4)))["w"]
         assert_close(merged - 0.5, delta[0])
 
 
 def test_a_floor_of_one_only_damps():
     deltas = random(4, 6, 5)
     before = torch.linalg.svdvals(deltas.mean(0))
-    after = torch.linalg.svdvals(SingularValueCalibration(Average(), floor=1.0)(posed(deltas))["w"] - 0.5)
+    after = torch.linalg.svdvals(SingularValueCalibration(Average(), floor=1.0)(one_tensor(deltas))["w"] - 0.5)
     assert (after <= before * (1 + 1e-9)).all()
 
 
 def test_what_is_no_matrix_or_excluded_stays():
     vectors, matrices = random(3, 5), random(3, 5, 4)
     then = TaskArithmetic(0.3)
-    assert torch.equal(SingularValueCalibration(then)(posed(vectors))["w"], then(posed(vectors))["w"])
-    embed = posed(matrices, "embed.weight")
+    assert torch.equal(SingularValueCalibration(then)(one_tensor(vectors))["w"], then(one_tensor(vectors))["w"])
+    embed = one_tensor(matrices, "embed.weight")
     assert torch.equal(SingularValueCalibration(then)(embed)["embed.weight"], then(embed)["embed.weight"])
 
 

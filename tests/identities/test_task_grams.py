@@ -7,22 +7,16 @@ import torch
 from torch.testing import assert_close
 
 from byom.errors import OptionError
-from byom.merge.base import Problem
 from byom.merge.task_grams import TaskGrams, participation
 from byom.merge.wudi import Wudi
-from byom.weights import Weights
+from tests.problems import one_tensor, random
 
 SHAPES = [(6, 4), (4, 6), (8, 8)]
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def merge(method, deltas, name="w", base=0.0):
-    """Return the merged value of one tensor, from task vectors ``[T, ...]`` on a constant pre-trained model."""
-    experts = {str(t): Weights.of({name: delta + base}) for t, delta in enumerate(deltas)}
-    return method(Problem(Weights.of({name: torch.full_like(deltas[0], base)}), experts))[name]
+    """Return the merged value of one tensor."""
+    return method(one_tensor(deltas, name, base))[name]
 
 
 def literal(deltas, count, time=None, start="sum"):

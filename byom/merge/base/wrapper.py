@@ -1,0 +1,29 @@
+"""Merge methods that change what another one is given, or what it made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from byom.merge.base.method import MergeMethod
+from byom.merge.base.needs import Needs
+from byom.merge.base.problem import Problem
+
+
+@dataclass(frozen=True)
+class Wrapper(MergeMethod):
+    """A method around another one, whose needs and simpler rules are its own.
+
+    Args:
+        then: The method that merges.
+    """
+
+    then: MergeMethod
+
+    @property
+    def needs(self) -> Needs:
+        """The needs of the wrapped method."""
+        return self.then.needs
+
+    def simpler(self, problem: Problem) -> list[str]:
+        """Name what the wrapped method names."""
+        return self.then.fallbacks(problem)
