@@ -34,19 +34,14 @@ class TaskGrams(TensorwiseMethod):
 
     With the Gram ``C_t`` of the rows of ``tau_t``, weighted by `normalise`, and ``C = sum_t C_t = V diag(lambda) Vᵀ``,
     every M with ``M C = sum_t tau_t C_t`` minimises ``sum_t tr((M - tau_t) C_t (M - tau_t)ᵀ)``. The small eigenvalues
-    of C fit what no task's inputs need, and cost accuracy. So only directions k with a filter ``h_k`` above 0 go to the
-    minimum, and the others stay what they are in ``M_0``::
+    of C fit what no task's inputs need, and cost accuracy. So only directions with a filter ``h_k`` above 0 go to the
+    minimum, and the others stay what they are in ``M_0``:
+    ``M = M_0 - M_0 V diag(h) Vᵀ + (sum_t tau_t C_t) V diag(h / lambda) Vᵀ``, and ``theta = theta_0 + scale * M``.
 
-        M = M_0 - M_0 V diag(h) Vᵀ + (sum_t tau_t C_t) V diag(h / lambda) Vᵀ,    theta = theta_0 + scale * M
-
-    ============== ============================================================== ==============================
-    ASWUDI         the defaults: ``K = ceil((sum sqrt(lambda))^2 / sum lambda)``  https://arxiv.org/abs/2606.07289
-    SWUDI          ``cut=0.65 time=1300`` (ViT-B/32; ViT-B/16: 1800)              the same
-    exact minimum  ``cut=1``: that of WUDI, nearest to ``M_0``                    https://arxiv.org/abs/2503.08099
-    ACTMat         ``normalise=none start=zero cut=1``                            https://arxiv.org/abs/2604.01329
-    TACT           ACTMat with ``density=0.5``                                    its code
-    ACE, step 1    ``normalise=trace centred=true start=zero cut=1``              https://arxiv.org/abs/2603.02945
-    ============== ============================================================== ==============================
+    The defaults are ASWUDI, which takes the ``K = ceil((sum_k sqrt(lambda_k))^2 / sum_k lambda_k)`` largest.
+    ``cut=0.65 time=1300`` is SWUDI on ViT-B/32 (``time=1800`` on ViT-B/16), and ``cut=1`` the exact minimum of WUDI's
+    loss that is nearest to ``M_0``. ``normalise=none start=zero cut=1`` is ACTMat, with ``density=0.5`` TACT, and
+    ``normalise=trace centred=true start=zero cut=1`` the first step of ACE-Merging.
 
     Args:
         normalise: What a task's Gram is divided by: ``norm``, the squared Frobenius norm of its task vector; ``trace``,
@@ -67,7 +62,10 @@ class TaskGrams(TensorwiseMethod):
         OptionError: If a hyperparameter is unknown or out of range.
 
     References:
-        See the table; the formula with its filter is section 4 of the first.
+        SWUDI and ASWUDI, whose formula this is. https://arxiv.org/abs/2606.07289
+        ACTMat, and TACT in its code. https://arxiv.org/abs/2604.01329
+        ACE-Merging. https://arxiv.org/abs/2603.02945
+        WUDI-Merging. https://arxiv.org/abs/2503.08099
 
     Differences:
         Everything is in fp64, theirs in fp32, with eigenvalues raised to at least 1e-8; here directions that C does not
