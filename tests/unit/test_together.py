@@ -1,5 +1,7 @@
 """Merging several tensors at once: what is merged ahead, by whom, and what becomes of errors."""
 
+import os
+import signal
 import threading
 from collections import Counter
 
@@ -99,6 +101,18 @@ def test_a_pool_has_its_share_of_the_threads_and_leaves_others_theirs(threads):
     later.start()
     later.join()
     assert found == [4] == [torch.get_num_threads()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_has_threads_of_its_own(threads):
+    threads(2)
+    problem = posed(*states())
+    assert together.Together(problem, lambda name: torch.ones(()))("layer0")
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if together.Together(problem, lambda name: torch.ones(()))("layer0") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_merged_model_among_the_experts_is_merged_by_the_thread_that_needs_it(threads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -98,3 +99,7 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     begun.wait()
     torch.set_num_threads(threads)  # of this thread and of later ones, for which that of the last that asked is taken
     return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads are the parent's
