@@ -63,6 +63,11 @@ class LayerIncreasingNetworkScaling(Wrapper):
             if not (number or (name == "alpha" and value is None)):
                 raise OptionError(f"merge.{name}={value} is not a finite number; try 0.5")
 
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`: what is merged is compared with theta_0, and before that with the sum for alpha."""
+        return super().passes + (3 if self.alpha is None else 1)
+
     def __call__(self, problem: Problem) -> Weights:
         """Scale lazily; see `MergeMethod.__call__`."""
         self.check(problem)

@@ -60,6 +60,11 @@ class SingularValueCalibration(Wrapper):
             positive("merge.floor", self.floor, "0.125")
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))
 
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`: the tasks' own changes are read beside what is merged of them."""
+        return super().passes + 1
+
     def __call__(self, problem: Problem) -> Weights:
         """Calibrate lazily; see `MergeMethod.__call__`."""
         self.check(problem)

@@ -178,7 +178,7 @@ def test_a_path_with_marks_of_tables_stays_one_cell(models):
     assert row.replace(r"\|", "").count("|") == 5 and r"`` a\|`b ``" in row
 
 
-@pytest.mark.parametrize("method", ["average", "ties", "dare", "pcb", "knots"])
+@pytest.mark.parametrize("method", ["average", "ties", "dare", "pcb", "knots", "svc", "lines"])
 def test_the_bar_never_passes_its_total(method, models, monkeypatch):
     import byom.cli.folders as command
 

@@ -24,6 +24,11 @@ class Wrapper(MergeMethod):
         """The needs of the wrapped method."""
         return self.then.needs
 
+    @property
+    def passes(self) -> int:
+        """See `PlannedMethod.passes`: those of the wrapped method."""
+        return getattr(self.then, "passes", 0)
+
     def simpler(self, problem: Problem) -> list[str]:
         """Name what the wrapped method names."""
         return self.then.fallbacks(problem)
