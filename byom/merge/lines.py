@@ -65,7 +65,7 @@ class LayerIncreasingNetworkScaling(Wrapper):
 
     @property
     def passes(self) -> int:
-        """See `PlannedMethod.passes`: what is merged is compared with theta_0, and before that with the sum for alpha."""
+        """See `PlannedMethod.passes`: what is merged is read beside theta_0, and for alpha beside the sum before."""
         return super().passes + (3 if self.alpha is None else 1)
 
     def __call__(self, problem: Problem) -> Weights:
