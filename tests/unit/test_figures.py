@@ -191,6 +191,11 @@ def test_files_are_the_same_each_time(tmp_path, frame):
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
+def test_more_methods_than_can_be_told_apart_are_drawn_by_task_alone(tmp_path, frame, monkeypatch):
+    monkeypatch.setattr(figures, "MOST", frame["method"].nunique() - 1)
+    assert [path.stem for path in figures.save_all(frame, tmp_path, "s")] == ["s--accuracy-by-task"] * 2
+
+
 def row_wise(density: float, seed: int = 0) -> dict:
     """Return a record of a variant that no file of the report names."""
     one = synthetic.record("ties", "fft", seed, density)

@@ -277,6 +277,7 @@ def _row_label(row: dict) -> str:
     return row["method"] + ("" if np.isnan(row["density"]) else f", {percent(row['density'])} %")
 
 
+MOST = 40  # methods in a figure whose legend names each
 FIGURES = {
     "accuracy-by-density": accuracy_by_density,
     "accuracy-by-size": accuracy_by_size,
@@ -293,8 +294,10 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
         stem: What their names begin with.
 
     Returns:
-        The paths written; the figures against density and size need a method with several densities.
+        The paths written; the figures against density and size need a method with several densities, and no more
+        methods than labels and looks can tell apart.
     """
     several = any(part["density"].nunique() > 1 for part in families(frame).values())
-    names = FIGURES if several else ["accuracy-by-task"]
+    few = len(set(frame["method"])) <= MOST
+    names = FIGURES if several and few else ["accuracy-by-task"]
     return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]
