@@ -10,10 +10,11 @@ from torch import Tensor
 
 from byom.errors import fraction
 from byom.functional.deltas import agreeing, disjoint_mean, elect_sign, total
-from byom.functional.linalg import VANISHING, polar, truncated_each
+from byom.functional.linalg import polar, truncated_each
 from byom.functional.selection import kept, top_mask
 from byom.merge.base import Group, Problem, TensorwiseMethod
 from byom.merge.base.matrices import by_matrix, is_matrix, is_stack, patterns
+from byom.merge.tsv import existing
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class DirectionalConsistency(TensorwiseMethod):
         moving = deltas[deltas.flatten(1).any(1)]
         if not len(moving):
             return torch.zeros_like(deltas[0], dtype=torch.float64)
-        cut = [_existing(*parts) for parts in truncated_each(moving, rank)]
+        cut = [existing(*parts) for parts in truncated_each(moving, rank)]
         left = polar(torch.cat([each[0] for each in cut], 1))
         right = polar(torch.cat([each[2] for each in cut]))
         most = max(1, kept(self.density, side * side))
@@ -82,11 +83,6 @@ class DirectionalConsistency(TensorwiseMethod):
         merged = disjoint_mean(agreeing(coordinates, elect_sign(coordinates)))
         blocks = torch.block_diag(*(torch.ones(len(s), len(s)) for _, s, _ in cut)).to(merged)
         return left @ (merged * blocks) @ right
-
-
-def _existing(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    leading = values > VANISHING * values[:1]
-    return left[:, leading], values[leading], right[leading]
 
 
 def _largest(coordinates: Tensor, number: int) -> Tensor:

@@ -17,6 +17,7 @@ from byom.functional.selection import kept
 from byom.functional.tensors import wide
 from byom.merge.base import Group, TensorwiseMethod
 from byom.merge.base.matrices import by_matrix, patterns
+from byom.merge.cart import share_of
 
 Normalise = Literal["norm", "trace", "none"]
 Cut = float | Literal["automatic"]
@@ -140,7 +141,7 @@ class TaskGrams(TensorwiseMethod):
     def _directions(self, values: Tensor) -> int:
         if self.cut == "automatic":
             return participation(values)
-        return math.ceil(round(float(self.cut) * len(values), 6))  # 0.7 of 10 is 7, whatever binary makes of it
+        return share_of(float(self.cut), len(values))
 
 
 def share(option: str, value: float) -> None:

@@ -82,11 +82,21 @@ def add_orthogonalised(deltas: Tensor) -> Tensor:
     if not changed.any():
         return torch.zeros_like(deltas[0], dtype=torch.float64)
     moving = (delta for delta, moves in zip(deltas, changed.tolist(), strict=True) if moves)
-    left, values, right = zip(*(_existing(*triplets) for triplets in truncated_each(moving, rank)), strict=True)
+    left, values, right = zip(*(existing(*triplets) for triplets in truncated_each(moving, rank)), strict=True)
     return polar(torch.cat(left, 1)) * torch.cat(values) @ polar(torch.cat(right))
 
 
-def _existing(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def existing(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out directions whose singular value is below 1e-6 of the largest.
+
+    Args:
+        left: ``[m, k]``.
+        values: ``[k]`` descending.
+        right: ``[k, n]``.
+
+    Returns:
+        The same with as many directions as carry something.
+    """
     leading = values > VANISHING * values[:1]
     return left[:, leading], values[leading], right[leading]
 

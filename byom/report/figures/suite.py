@@ -294,10 +294,8 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
         stem: What their names begin with.
 
     Returns:
-        The paths written; the figures against density and size need a method with several densities, and no more
-        methods than labels and looks can tell apart.
+        The paths written; those against density and size need several densities, and at most `MOST` methods.
     """
-    several = any(part["density"].nunique() > 1 for part in families(frame).values())
-    few = len(set(frame["method"])) <= MOST
-    names = FIGURES if several and few else ["accuracy-by-task"]
+    several = len(set(frame["method"])) <= MOST and any(p["density"].nunique() > 1 for p in families(frame).values())
+    names = FIGURES if several else ["accuracy-by-task"]
     return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]
