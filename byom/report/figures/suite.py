@@ -18,8 +18,7 @@ from byom.report.rows import KINDS
 
 TYPICAL_DENSITY = 0.1
 SAME_SIZE = 0.02
-# the height of a line of labels, of the axes
-LABEL_GAP = 0.06
+LABEL_GAP = 0.06  # the height of a line of labels, of the axes
 
 
 def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
