@@ -66,6 +66,7 @@ class AdaptiveWeightDisentanglement(Wrapper):
     grid: ClassVar = {}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("merge.penalty", self.penalty, 0, "0.1")
         positive("merge.rate", self.rate, "0.01")
         whole("merge.steps", self.steps, 0)

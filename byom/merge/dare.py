@@ -64,6 +64,7 @@ class Dare(Wrapper):
     grid: ClassVar = {"drop": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("merge.drop", self.drop, below=1)
         one_of("merge.select", self.select, get_args(Select))
         require_experts(self.then)

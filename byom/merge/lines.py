@@ -57,6 +57,7 @@ class LayerIncreasingNetworkScaling(Wrapper):
     grid: ClassVar = {"beta": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

@@ -56,6 +56,7 @@ class SingularValueCalibration(Wrapper):
     grid: ClassVar = {"floor": (0.125, 0.25, 0.5, 1.0)}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.floor is not None:
             positive("merge.floor", self.floor, "0.125")
         object.__setattr__(self, "exclude", patterns("merge.exclude", self.exclude))

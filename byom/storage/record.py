@@ -36,6 +36,9 @@ VARIANTS = {
     "single_task": "Single-task", "post_pruning": "Post-Pruning", "fft": "BYOM-FFT", "lora": "BYOM-LoRA",
 }  # fmt: skip
 """Titles of variants, for the same records."""
+WRAPPERS = ("awd", "dare", "lines", "svc")
+WRAPPED = {"TaskArithmetic": "Task Arithmetic", "Ties": "TIES", "TaskSingularVectors": "TSV-M"}
+"""Titles of what these wrap, by class, for records of the time before their titles said it."""
 
 Json = Mapping[str, Any]
 
@@ -180,7 +183,7 @@ class Record:
             signature=values["signature"],
             status=values["status"],
             choices=choices,
-            titles=_titles(choices, values.get("titles") or {}),
+            titles=_titles(choices, values.get("titles") or {}, values.get("hyperparameters") or {}),
             hyperparameters=values.get("hyperparameters") or {},
             scores={split: {task: TaskScore.lift(row) for task, row in rows.items()} for split, rows in scores.items()},
             single_task=values.get("single_task") or {},
@@ -209,11 +212,19 @@ class Record:
         )
 
 
-def _titles(choices: Choices, titles: Json) -> Titles:
+def _titles(choices: Choices, titles: Json, hyperparameters: Json) -> Titles:
     merge = titles.get("merge") or MERGES.get(choices.merge, _worded(choices.merge))
+    if choices.merge in WRAPPERS and " of " not in merge:
+        merge += _wrapped((hyperparameters.get("merge") or {}).get("then"))
     return Titles(
         merge, titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom)), titles.get("router", "")
     )
+
+
+def _wrapped(then: Any) -> str:
+    """Return what a title adds of the method that is wrapped, such as `` of TIES``; nothing where that is not known."""
+    name = then.get("class", "") if isinstance(then, Mapping) else ""
+    return f" of {WRAPPED.get(name, name)}" if name else ""
 
 
 def _worded(name: str) -> str:

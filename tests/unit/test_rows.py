@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from byom.cli import config
+from byom.merge.base.wrapper import Wrapper
+from byom.merge.ties import Ties
 from byom.report import render
 from byom.report.comparable import check_comparable
 from byom.report.frame import display
@@ -39,6 +44,36 @@ def test_the_seed_of_a_method_is_the_seed_of_the_run():
 def test_rows_are_told_apart_by_a_word_where_a_number_differs_too():
     records = [made(merge={"density": number, "mode": word}) for number, word in ((0.1, "sum"), (0.2, "mean"))]
     assert {row.label for row in synthetic.tables(records).rows} == {"TIES (mode mean)", "TIES (mode sum)"}
+
+
+def of_svc(then: dict | str, **titles) -> dict:
+    """Make a record of what calibrates another method, in the shape of its time."""
+    one = synthetic.record("ties", "none", 0)
+    one["choices"]["merge"] = "svc"
+    one["hyperparameters"]["merge"] = {"floor": 1.0, "then": then}
+    return one | ({"titles": {"byom": "merged model alone", "router": ""} | titles} if titles else {})
+
+
+@pytest.mark.parametrize(
+    ("then", "titles", "label"),
+    [
+        ({"class": "TaskArithmetic", "scale": 1.0}, {"merge": "SVC"}, "SVC of Task Arithmetic"),
+        ({"class": "TaskSingularVectors"}, {"merge": "SVC"}, "SVC of TSV-M"),
+        ({"class": "Mine"}, {"merge": "SVC"}, "SVC of Mine"),
+        ({"class": "TaskGrams"}, {"merge": "SVC of ASWUDI"}, "SVC of ASWUDI"),
+        ({"class": "Ties"}, {}, "Svc of TIES"),
+        ("TIES", {"merge": "SVC"}, "SVC"),
+    ],
+)
+def test_a_wrapper_is_named_with_what_it_wraps(then, titles, label):
+    assert [row.label for row in synthetic.tables([of_svc(then, **titles)]).rows] == [label]
+
+
+def test_every_wrapper_is_titled_with_what_it_wraps():
+    every = [config.option("merge", name) for name in config.options("merge")]
+    wrappers = [type(option)(then=Ties(0.5)) for option in every if isinstance(option, Wrapper)]
+    assert len(wrappers) >= 4
+    assert [one.title for one in wrappers] == [f"{type(one).title} of TIES" for one in wrappers]
 
 
 def test_a_recipe_whose_class_was_moved_is_the_same_recipe():

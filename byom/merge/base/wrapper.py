@@ -11,13 +11,16 @@ from byom.merge.base.problem import Problem
 
 @dataclass(frozen=True)
 class Wrapper(MergeMethod):
-    """A method around another one, whose needs and simpler rules are its own.
+    """A method around another one, whose needs and simpler rules are its own; tables name both, as in ``SVC of TSV-M``.
 
     Args:
         then: The method that merges.
     """
 
     then: MergeMethod
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", f"{type(self).title} of {self.then.title}")
 
     @property
     def needs(self) -> Needs:
