@@ -89,13 +89,13 @@ def of_cell(results: Path, suite: str, backbone: str | None, row: str, column: s
 
 
 def _row(tables: Tables, name: str) -> Row:
-    full = {_named(row): row for row in tables.rows}
+    full = {row.named: row for row in tables.rows}
     text = _plain(name)
     exact = [row for label, row in full.items() if _plain(label) == text]
     rows = exact or [row for row in tables.rows if _plain(row.label) == text]
     if len(rows) > 1:
         densities = ", ".join(f"{percent(row.density)} %" for row in rows)
-        raise OptionError(f"there are {len(rows)} rows '{name}', of {densities}; name one, as in '{_named(rows[0])}'")
+        raise OptionError(f"there are {len(rows)} rows '{name}', of {densities}; name one, as in '{rows[0].named}'")
     if not rows:
         here = any("methods" in path.parts for path in (record.path for record in tables.runs.done) if path)
         elsewhere = "" if here else "; results=results/methods has the sweep over all methods"
@@ -105,10 +105,6 @@ def _row(tables: Tables, name: str) -> Row:
 
 def _plain(name: str) -> str:
     return re.sub(r"\s*%", " %", name.strip()).lower()
-
-
-def _named(row: Row) -> str:
-    return row.label if row.density != row.density else f"{row.label}, {percent(row.density)} %"
 
 
 def _column(tables: Tables, name: str) -> str:
@@ -135,11 +131,11 @@ def _explained(tables: Tables, row: Row, column: str, results: Path, records: Se
         head = HEADS.get(column, column)
         shown = tables.shown[head].iloc[place]
     runs, count = tables.runs, len(row.records)
-    top = f"{runs.suite}, {runs.backbone}: {_named(row)}, {head}: {shown}"
+    top = f"{runs.suite}, {runs.backbone}: {row.named}, {head}: {shown}"
     over = f" (over {count} seed{'s' * (count > 1)})" if column not in ("chosen", "seeds") else ""
     parts = [f"{top}{over}\n", *(_run(record, results, _value(tables, row, record, column)) for record in records)]
     if further and (other := further.against(row, tables.rows)):
-        parts += [f"\nagainst {_named(other)}\n", *(_run(record, results, "") for record in other.records)]
+        parts += [f"\nagainst {other.named}\n", *(_run(record, results, "") for record in other.records)]
     return "".join([*parts, f"\n{AGAIN}\n"])
 
 
@@ -184,7 +180,7 @@ class Further:
         """
         table = self.table(row, [other for other in rows if other.records])
         if not len(table) or self.head not in table:
-            raise OptionError(f"'{_named(row)}' has no '{self.head}': {self.absent}")
+            raise OptionError(f"'{row.named}' has no '{self.head}': {self.absent}")
         return str(table[self.head].iloc[0])
 
 

@@ -79,6 +79,23 @@ def gain_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> tupl
     return _ends([_resampled_gains([(a[task], b[task]) for a, b in pairs], task, rng) for task in pairs[0][0]])
 
 
+def relative_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of what one model scores divided by another, averaged over pairs and over tasks.
+
+    Both are resampled together, example by example, so that what is hard for both makes the interval no wider.
+
+    Args:
+        pairs: Task to score of the model and of the one it is divided by, a pair for each seed; all on the same examples.
+        seed: Of the 2000 resamples.
+
+    Returns:
+        The lower and the upper end, as fractions; NaN where the other model may score nothing.
+    """
+    rng = np.random.default_rng(seed)
+    ratios = [_resampled_ratios([(a[task], b[task]) for a, b in pairs], task, rng) for task in pairs[0][0]]
+    return _ends(ratios) if np.isfinite(ratios).all() else (np.nan, np.nan)
+
+
 def _ends(resampled: Sequence[np.ndarray]) -> tuple[float, float]:
     tail = 50 * (1 - LEVEL)
     lower, upper = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail])
@@ -91,6 +108,19 @@ def _resampled_gains(pairs: Sequence[tuple[TaskScore, TaskScore]], task: str, rn
         return _resampled_means(np.mean([points(a, task) - points(b, task) for a, b in pairs], axis=0), rng)
     places = rng.integers(first.examples, size=(RESAMPLES, first.examples))
     return np.mean([_rescored(a, places) - _rescored(b, places) for a, b in pairs], axis=0)
+
+
+def _resampled_ratios(pairs: Sequence[tuple[TaskScore, TaskScore]], task: str, rng: np.random.Generator) -> np.ndarray:
+    first = pairs[0][0]
+    if first.hits or first.points:
+        seen = np.stack([points(score, task) for pair in pairs for score in pair])
+        values, counts = np.unique(seen, axis=1, return_counts=True)
+        resampled = rng.multinomial(seen.shape[1], counts / counts.sum(), size=RESAMPLES) @ values.T
+    else:
+        places = rng.integers(first.examples, size=(RESAMPLES, first.examples))
+        resampled = np.stack([_rescored(score, places) for pair in pairs for score in pair], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (resampled[:, 0::2] / resampled[:, 1::2]).mean(1)
 
 
 def _rescored(score: TaskScore, places: np.ndarray) -> np.ndarray:

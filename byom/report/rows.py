@@ -70,6 +70,11 @@ class Row:
         return self.name + self.apart
 
     @property
+    def named(self) -> str:
+        """The label with the density, which no other row of the table has: what ``byom why`` is asked for."""
+        return self.label if np.isnan(self.density) else f"{self.label}, {100 * self.density:.6g} %"
+
+    @property
     def base(self) -> str:
         """The label of the merged model that the variant starts from; the row's own where it has none."""
         if self.variant == "none" or self.merge == "pretrained":
