@@ -26,6 +26,9 @@ Folders: a base and fine-tuned models of any architecture
   convert  a checkpoint of another format (pickles run nothing) as safetensors:
                        byom convert finetuned.pt FOLDER like=clip_vit_b32
 
+  recommend  what to use when, with reasons, from records; byom recommend --help lists its options:
+                       byom recommend kilobytes=300 inputs=none task_known=true
+
 Laboratory: experiments on suites of tasks
   run      one cell:   byom run merge=ties byom=fft byom.density=0.1 suite=vision8_offline
            a sweep:    byom -m merge=average,ties byom=none,fft byom.density=0.01,0.1
@@ -100,7 +103,7 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name in ("-m", "--multirun") or "=" in name:
         name, rest = "run", arguments
-    if "-h" in rest or "--help" in rest:
+    if ("-h" in rest or "--help" in rest) and name != "recommend":
         sys.stdout.write(HELP)
         return 0
     if name not in COMMANDS:
@@ -153,6 +156,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _command("list_options", "listing"),
     "clean": _command("clean", "caches"),
     "why": _command("why", "why"),
+    "recommend": _command("recommend"),
     **{name: _command(name, "provision") for name in ("plan", "fetch", "convert")},
     **{name: _command(name, "folders") for name in ("merge", "unpack")},
     "convert-recipe": _command("convert_recipe", "recipes"),

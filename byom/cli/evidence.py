@@ -11,9 +11,11 @@ from pathlib import Path
 from byom.cli import config
 from byom.cli.rebuilt import rebuilt
 from byom.errors import ByomError, NothingFinished, OptionError
-from byom.report.evidence import Command, Course, Entry, Evidence, courses, entry
+from byom.report.entries import Command, courses, entry
+from byom.report.evidence import Course, Entry, Evidence
 from byom.report.report import Runs, Tables, read_runs
 from byom.report.rows import Row
+from byom.variants.base.variant import PackingVariant
 
 REFERENCES = ("pretrained", "single_task")
 """Kinds of rows that others are compared with; records of these alone recommend nothing."""
@@ -69,8 +71,13 @@ def _runs(folder: Path) -> Iterator[tuple[str, Runs]]:
 
 
 def _courses(every: Sequence[tuple[str, Runs]], folder: str) -> Iterator[Course]:
-    parts = sorted((pair for pair in every if pair[0] != pair[1].suite), key=lambda pair: (pair[0], pair[1].backbone))
-    for (whole, _), group in groupby(parts, lambda pair: (pair[0], pair[1].backbone)):
+    """Yield methods by number of tasks, of the subsets of each suite, backbone and recipe of fine-tuning."""
+
+    def subset_of(pair: tuple[str, Runs]) -> tuple[str, str, str]:
+        return pair[0], pair[1].backbone, pair[1].done[0].choices.finetune or ""
+
+    parts = sorted((pair for pair in every if pair[0] != pair[1].suite), key=subset_of)
+    for (whole, *_), group in groupby(parts, subset_of):
         yield from courses([runs for _, runs in group], folder, whole)
 
 
@@ -86,7 +93,7 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _command(row: Row) -> Command:
-    return Command(options_of(row), _stores(row.variant))
+    return Command(options_of(row), *_variant(row.variant))
 
 
 def options_of(row: Row) -> tuple[str, ...]:
@@ -121,9 +128,13 @@ def _backbone_of(suite: str) -> str:
 
 
 @cache
-def _stores(variant: str) -> str:
-    """Return what a variant stores for each task, in words; empty for one that is gone."""
+def _variant(name: str) -> tuple[str, bool]:
+    """Return what a variant stores for each task, in words, and whether it packs each for itself.
+
+    Of one that is gone nothing is known.
+    """
     try:
-        return config.option("byom", variant).stores
+        variant = config.option("byom", name)
     except ByomError:
-        return ""
+        return "", False
+    return variant.stores, isinstance(variant, PackingVariant) and type(variant).suited is PackingVariant.suited

@@ -85,7 +85,7 @@ def relative_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> 
     Both are resampled together, example by example, so that what is hard for both makes the interval no wider.
 
     Args:
-        pairs: Task to score of the model and of the one it is divided by, a pair for each seed; all on the same examples.
+        pairs: Task to score of the model and of the one it is divided by, a pair for each seed, on the same examples.
         seed: Of the 2000 resamples.
 
     Returns:
