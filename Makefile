@@ -66,6 +66,7 @@ tables: $(READY) ## regenerate the committed tables, figures and README parts fr
 	@for results in results results/methods results/lora/adapters results/lora/full results/lora/rank1 results/lora/ia3 \
 	  results/lora/bottleneck; do for suite in vision8_offline text8_offline; do \
 	  $(BIN)/byom report suite=$$suite results=$$results || exit 1; done; done
+	@$(BIN)/python -m experiments.evidence
 	@$(BIN)/python -m experiments.readme
 	@$(BIN)/python -m experiments.lora
 

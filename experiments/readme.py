@@ -15,6 +15,7 @@ from byom.cli import config
 from byom.report import render, scaling
 from byom.report.report import Tables, read_runs
 from byom.storage.atomic import write_text
+from experiments import what_to_use
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")
@@ -189,6 +190,7 @@ PARTS = {
     "true-size-long": long_stages,
     "number-of-tasks": number_of_tasks,
     "headline": headline,
+    "what-to-use": what_to_use.sentences,
     "results": results,
     "comparison": comparison,
     "benchmark": benchmark,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -38,6 +39,7 @@ def gather(folders: Iterable[Path]) -> Evidence:
         OptionError: If one of them holds no record of a run.
         ByomError: If one cannot be read, or they cannot stand in one table.
     """
+    folders = list(folders)
     entries: list[Entry] = []
     found: list[Course] = []
     signatures: set[tuple[str, str]] = set()
@@ -56,7 +58,16 @@ def gather(folders: Iterable[Path]) -> Evidence:
             if whole == runs.suite and any(row.kind not in REFERENCES for row in tables.rows):
                 entries += [entry(row, tables, folder.as_posix(), _command(row)) for row in tables.rows]
         found += _courses(every, folder.as_posix())
-    return Evidence(tuple(_distinct(entries)), tuple(found), len(signatures), tuple(sorted(notes)))
+    return Evidence(tuple(_distinct(entries)), tuple(found), len(signatures), digest(folders), tuple(sorted(notes)))
+
+
+def digest(folders: Iterable[Path]) -> str:
+    """Return the SHA-256 of the files of all records in some results folders, their names included."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((folder / "runs").glob("*/*/*.json")):
+            found.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def _runs(folder: Path) -> Iterator[tuple[str, Runs]]:

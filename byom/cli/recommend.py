@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from byom.cli import given
 from byom.errors import OptionError, one_of
 from byom.report import advice
 from byom.report.evidence import Evidence
 from byom.report.recommend import Question, answer
+from byom.storage.place import at_home
 
 HELP = """byom recommend: what to use when, with reasons, from records.
 
@@ -45,8 +45,8 @@ def recommend(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         sys.stdout.write(HELP)
         return 0
+    given.require_known({argument.partition("=")[0]: "" for argument in arguments}, OPTIONS)
     options = given.options(arguments)
-    given.require_known(options, OPTIONS)
     asked, show = question(options), _whole("show", options.get("show", "3"), 1)
     folders = given.items("results", options["results"]) if "results" in options else []
     evidence = _evidence(folders)
@@ -86,7 +86,7 @@ def _evidence(folders: Sequence[str]) -> Evidence:
         return Evidence.read()
     from byom.cli.evidence import gather  # which needs Hydra, and what comes with byom does not
 
-    return gather([Path(folder) for folder in folders])
+    return gather([at_home(folder) for folder in folders])
 
 
 def _whole(option: str, text: str, least: int) -> int:

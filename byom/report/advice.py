@@ -193,7 +193,7 @@ def left_out(answer: Answer) -> Iterator[str]:
 def limits(answer: Answer, evidence: Evidence) -> Iterator[str]:
     """Yield under which conditions the records were made, and what that says of the question's."""
     question, best = answer.question, answer.best
-    yield _conditions(best)
+    yield _conditions(best, len(answer.fitting))
     yield from _of_tasks(question, best, evidence)
     if question.finetune != "full":
         yield from _of_recipe(question, best, evidence)
@@ -206,14 +206,14 @@ def limits(answer: Answer, evidence: Evidence) -> Iterator[str]:
         )
 
 
-def _conditions(best: Candidate) -> str:
+def _conditions(best: Candidate, fitting: int) -> str:
     models = listed([f"{suite}: {entry.backbone}" for suite, entry in best.entries.items()])
     sizes = listed([f"{entry.model / 1e6:.0f} MB" for entry in best.entries.values()])
     tasks = listed(list(dict.fromkeys(str(entry.tasks) for entry in best.entries.values())))
     return (
         f"The records are of {tasks} tasks ({models}), models of {sizes}; in a larger model the same share of "
         "it is more bytes. Intervals (95 %) are over test examples, not over seeds. Other models and tasks may order "
-        "methods otherwise."
+        f"methods otherwise, and the best of {fitting} that fit owes a little to these test examples."
     )
 
 
@@ -274,7 +274,7 @@ def source_of(evidence: Evidence, folders: Sequence[str]) -> str:
     if folders:
         return f"Evidence: {evidence.records} records of {roots}."
     return (
-        f"Evidence: {evidence.records} records of byom's own experiments, summed up in byom/report/evidence.json, a file "
-        "that is installed with byom.\nNone of your models was looked at. byom why reads the records themselves, in a "
-        f"checkout of byom's repository:\n{roots}."
+        f"Evidence: {evidence.records} records of byom's own experiments, summed up in byom/report/evidence.json,\n"
+        "which is installed with byom. None of your models was looked at. byom why reads the records themselves,\n"
+        f"in a checkout of the repository: {roots}."
     )

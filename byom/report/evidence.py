@@ -129,17 +129,20 @@ class Evidence:
         entries: Rows of whole suites.
         courses: Methods by number of tasks.
         records: Number of records that were read.
+        digest: SHA-256 of their files.
         notes: What every table of them must say.
     """
 
     entries: tuple[Entry, ...]
     courses: tuple[Course, ...]
     records: int
+    digest: str = ""
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the content of a file, one entry on a line."""
-        parts = [f'{{\n"format": {FORMAT},\n"records": {self.records},\n"notes": {json.dumps(list(self.notes))}']
+        head = {"format": FORMAT, "records": self.records, "digest": self.digest, "notes": list(self.notes)}
+        parts = ["{\n" + ",\n".join(f'"{name}": {json.dumps(value)}' for name, value in head.items())]
         for name, rows in (("entries", self.entries), ("courses", self.courses)):
             lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
             parts.append(f'"{name}": [\n{lines}\n]')
@@ -158,7 +161,7 @@ class Evidence:
                 raise ByomError(f"{file} has format {values['format']}, this byom reads {FORMAT}; install byom again")
             entries = tuple(Entry(**_tuples(one)) for one in values["entries"])
             courses = tuple(Course(**_tuples(one)) for one in values["courses"])
-            return cls(entries, courses, values["records"], tuple(values["notes"]))
+            return cls(entries, courses, values["records"], values["digest"], tuple(values["notes"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ByomError(f"{file} cannot be read ({error}); install byom again") from error
 
