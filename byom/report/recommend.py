@@ -69,8 +69,8 @@ class Candidate:
 
     @property
     def alone(self) -> bool:
-        """True where one model serves all tasks and nothing is stored for them."""
-        return not any(one.each for one in self.entries.values())
+        """True where one model serves all tasks and nothing is stored for them, nor beside it but a router."""
+        return not any(one.each or one.shared > one.routing for one in self.entries.values())
 
     def kilobytes(self, tasks: int) -> float:
         """Return what a task takes beside one model, on the suite where it takes most; see `Entry.kilobytes`."""
@@ -280,11 +280,11 @@ def _word(value: bool) -> str:
 
 
 def number(value: float, *, plain: bool = False) -> str:
-    """Return a size in kB as it is written: whole from 100 on, with two digits below.
+    """Return a size in kB as it is written: whole from 10 on, with two digits below.
 
     Args:
         value: The size.
         plain: Without commas, as an option takes it.
     """
-    digits = f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value else "0"
+    digits = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
     return digits.replace(",", "") if plain else digits
