@@ -199,7 +199,12 @@ def limits(answer: Answer, evidence: Evidence) -> Iterator[str]:
         yield from _of_recipe(question, best, evidence)
     if len({entry.seeds for one in answer.listed for entry in one.entries.values()}) > 1:
         yield "Some rows are means over several seeds and others are of one: a point between them may be seeds."
-    if question.task_known is False and any(one.alone for one in answer.listed):
+    if any(one.searched for one, _ in answer.barred):
+        yield (
+            "What was tuned runs without data at the values that were chosen here (inputs=labelled prints them); on "
+            "other models it may then keep less than it did."
+        )
+    if not question.task_known and any(one.alone for one in answer.listed):
         yield (
             "A merged model's accuracy was measured with each task's own head, which names the task; routed rows were "
             "measured without it, so that the two are not quite comparable."
@@ -209,11 +214,12 @@ def limits(answer: Answer, evidence: Evidence) -> Iterator[str]:
 def _conditions(best: Candidate, fitting: int) -> str:
     models = listed([f"{suite}: {entry.backbone}" for suite, entry in best.entries.items()])
     sizes = listed([f"{entry.model / 1e6:.0f} MB" for entry in best.entries.values()])
-    tasks = listed(list(dict.fromkeys(str(entry.tasks) for entry in best.entries.values())))
+    tasks = listed(dict.fromkeys(str(entry.tasks) for entry in best.entries.values()))
+    luck = f", and the best of {fitting} that fit owes a little to these test examples" if fitting > 1 else ""
     return (
         f"The records are of {tasks} tasks ({models}), models of {sizes}; in a larger model the same share of "
         "it is more bytes. Intervals (95 %) are over test examples, not over seeds. Other models and tasks may order "
-        f"methods otherwise, and the best of {fitting} that fit owes a little to these test examples."
+        f"methods otherwise{luck}."
     )
 
 

@@ -178,4 +178,32 @@ REPORT = (
         "best = int(accuracies(record.joint, shown).mean(1).argmax())",
         ("tests/unit/test_preview.py -k 'shown or chosen'",),
     ),
+    Mutant(
+        "recommended-methods-may-read-test-inputs",
+        "report",
+        'if "test" in first.inputs and "test" not in given:',
+        'if "test" in first.inputs and not given:',
+        ("tests/unit/test_recommend.py -k fit",),
+    ),
+    Mutant(
+        "tuning-needs-no-labels",
+        "report",
+        'if one.searched and "labelled" not in given:',
+        "if one.searched and not given:",
+        ("tests/unit/test_recommend.py -k fit",),
+    ),
+    Mutant(
+        "what-tasks-share-is-free",
+        "report",
+        "return (self.each + self.shared / tasks) / 1000",
+        "return self.each / 1000",
+        ("tests/unit/test_recommend.py -k fit",),
+    ),
+    Mutant(
+        "ratios-are-resampled-apart",
+        "report",
+        "values, counts = np.unique(seen, axis=1, return_counts=True)",
+        "values, counts = np.unique(np.sort(seen, axis=1), axis=1, return_counts=True)",
+        ("tests/unit/test_recommend.py -k paired",),
+    ),
 )
