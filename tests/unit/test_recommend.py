@@ -315,6 +315,14 @@ def test_options_run_the_very_cell(monkeypatch):
         assert config.settings(again).signature() == record.signature
 
 
+def test_a_row_of_an_option_that_is_not_here_is_run_as_it_was_typed():
+    one = synthetic.record("ties", "novel", 0)
+    one["overrides"] = ["suite=vision8_offline", "merge=ties", "byom=novel", "byom.kilobytes=90", "seed=0", "results=x"]
+    (novel,) = rows([Record.lift(one)])
+    assert options_of(novel) == ("merge=ties", "byom=novel", "byom.kilobytes=90")
+    assert _command(novel).stores == "" and not _command(novel).apart
+
+
 QUESTIONS = (
     "tasks=8 finetune=full kilobytes=300 inputs=none task_known=true suite=vision8_offline",
     "finetune=lora kilobytes=300 tasks=4",
