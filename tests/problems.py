@@ -34,6 +34,15 @@ QUICK = {  # laws of methods that adapt hold after any number of steps; more wou
 }
 
 
+SHRUNK = {  # options that many variants have, in a few combinations: all of them would take minutes
+    "fft": [{"positions": "entropy"}],
+    "post_pruning": [{"values": "int4", "positions": "entropy"}],
+    "twin": [{"values": "int8"}, {"compress": "svd", "values": "bf16"}],
+    "tsv_compress": [{"values": "int6"}],
+    "lora": [{"values": "int3"}],
+}
+
+
 def grid(shape, generator, span):
     """Multiples of 1/64: sums and differences are exact in fp32, and magnitudes often tie."""
     return torch.randint(-span, span + 1, shape, generator=generator) / 64
@@ -222,10 +231,13 @@ def options(group):
         option = replace(option, **QUICK.get(choice, {}))
         built[choice] = option
         built |= {f"{choice}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
+        fewer = SHRUNK.get(choice, ()) if group == "byom" else ()
+        built |= {f"{choice}-{','.join(f'{n}={v}' for n, v in more.items())}": replace(option, **more) for more in fewer}
     return built
 
 
 def _others(option):
     hints = get_type_hints(type(option))
-    literals = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    shrinks = {name for every in SHRUNK.values() for more in every for name in more} - {"compress"}
+    literals = {n: get_args(hint) for n, hint in hints.items() if get_origin(hint) is Literal and n not in shrinks}
     return [(f.name, v) for f in fields(option) for v in literals.get(f.name, ()) if v != getattr(option, f.name)]
