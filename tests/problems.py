@@ -34,12 +34,9 @@ QUICK = {  # laws of methods that adapt hold after any number of steps; more wou
 }
 
 
-SHRUNK = {  # options that many variants have, in a few combinations: all of them would take minutes
-    "fft": [{"positions": "entropy"}],
-    "post_pruning": [{"values": "int4", "positions": "entropy"}],
-    "twin": [{"values": "int8"}, {"compress": "svd", "values": "bf16"}],
-    "tsv_compress": [{"values": "int6"}],
-    "lora": [{"values": "int3"}],
+SHRUNK = {  # options that many variants have, of one that is sparse and one that is not: all would take minutes
+    "post_pruning": {"values": "int4", "positions": "entropy"},
+    "lora": {"values": "int3"},
 }
 
 
@@ -231,13 +228,13 @@ def options(group):
         option = replace(option, **QUICK.get(choice, {}))
         built[choice] = option
         built |= {f"{choice}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
-        fewer = SHRUNK.get(choice, ()) if group == "byom" else ()
-        built |= {f"{choice}-{','.join(f'{n}={v}' for n, v in more.items())}": replace(option, **more) for more in fewer}
+        if group == "byom" and (fewer := SHRUNK.get(choice)):
+            built[f"{choice}-{','.join(f'{name}={value}' for name, value in fewer.items())}"] = replace(option, **fewer)
     return built
 
 
 def _others(option):
     hints = get_type_hints(type(option))
-    shrinks = {name for every in SHRUNK.values() for more in every for name in more} - {"compress"}
-    literals = {n: get_args(hint) for n, hint in hints.items() if get_origin(hint) is Literal and n not in shrinks}
+    hints = {name: hint for name, hint in hints.items() if name not in ("values", "positions")}
+    literals = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     return [(f.name, v) for f in fields(option) for v in literals.get(f.name, ()) if v != getattr(option, f.name)]

@@ -23,7 +23,7 @@ Categorical, Uniform = constriction.stream.model.Categorical, constriction.strea
 RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
 
 FINE = 4  # classes of an octave
-LARGEST = 1 << 48  # numbers below it have classes: 196
+LARGEST = 1 << 48  # numbers below it have classes: 188
 PLACE = 16  # bits of a number's place in its class that are written at once
 CLOSING, ENDS = 0xB1, 1 << 16  # the number that ends the words, and how many it might be
 FLOATS = np.array([0, *((16 + byte % 16) << byte // 16 for byte in range(1, 256))], dtype=np.int64)
@@ -82,7 +82,7 @@ def decode(data: Array, count: int, weights: Array | None = None) -> Array:
     if weights is None:
         classes = int(data[0]) if len(data) else 0
         weights, data = FLOATS[data[1 : 1 + classes]].astype(np.float64), data[1 + classes :]
-        if len(weights) != classes or not weights.any():
+        if not classes or len(weights) != classes or (count and not weights.any()):
             raise corrupt("their weights are cut short")
     if len(data) % 4:
         raise corrupt(f"{len(data)} bytes are no whole number of words")
