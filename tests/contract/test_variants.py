@@ -44,7 +44,9 @@ VARIANTS = options("byom")
 SPARSE = {
     name: variant
     for name, variant in VARIANTS.items()
-    if isinstance(variant, SparseVariant) and getattr(variant, "rescale", "none") == "none" and variant.values == "native"
+    if isinstance(variant, SparseVariant)
+    and getattr(variant, "rescale", "none") == "none"
+    and variant.values == "native"
 }
 """Those that put back the target's own values; what rescales or rounds them is in identities."""
 RANKED = {name: variant for name, variant in SPARSE.items() if isinstance(variant, TopMagnitude)}

@@ -75,7 +75,7 @@ def test_golden_bytes():
     assert coded.encode(numbers).tobytes()[:20].hex() == "11d5e500e5e50000e5e5f5e500e5e5fff5ffbdef"
     assert sum(coded.encode(numbers).tolist()) == 87841
     kind, data = smallest(torch.arange(0, 20_000, 40) + torch.arange(500) % 7, 20_000)
-    assert (kind, data[:12].tolist(), len(data)) == ('coded', [18, 115, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 247)
+    assert (kind, data[:12].tolist(), len(data)) == ("coded", [18, 115, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 247)
 
 
 def test_what_is_out_of_range_is_refused():

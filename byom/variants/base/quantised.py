@@ -111,16 +111,15 @@ def _differences(
     positions, values = encoding.decoded(parts, numel)
     at = reference.reshape(-1)[positions.to(reference.device)]
     differences = (wide(values).to(at.device) - wide(at)).cpu()
-    if not bits:
-        return dict([place(positions, numel)]) | {DIFFERENCES: _halved(differences)}
     whole, vector = len(positions) == numel, numel == max(reference.shape, default=1)
-    bits = max(bits, 8) if whole and vector else bits
-    codes, scale = rounded.rounded(differences, bits)
+    bits = max(bits, 8) if bits and whole and vector else bits
+    codes, scale = rounded.rounded(differences, bits) if bits else (_halved(differences), None)
     if not whole:
         positions, codes = positions[codes.to(positions.device) != 0], codes[codes != 0]
     if not bool(codes.any()):
         return {}
-    return dict([place(positions, numel)]) | {DIFFERENCES: rounded.pack(codes, bits), SCALE: scale.reshape(())}
+    stored = {DIFFERENCES: codes} if scale is None else {DIFFERENCES: rounded.pack(codes, bits), SCALE: scale.squeeze()}
+    return dict([place(positions, numel)]) | stored
 
 
 def _values(parts: Parts, reference: Tensor) -> Parts:
