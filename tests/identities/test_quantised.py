@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from byom.checkpoint.adapters.export import adapters
+from byom.checkpoint.adapters.export import adapters, write_one
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
 from byom.storage import tensor_files as storage
@@ -201,7 +201,9 @@ def test_peft_gets_the_factors_that_are_put_back(variant, tmp_path):
     target, reference = (Weights.of({n: v[:30] for n, v in state.items()}) for state in made)
     delta = variant.delta(target, reference)
     [folder] = adapters(Served(reference, {"task": delta}), tmp_path / "export", base_model="base")
+    alone = write_one(Served(reference, {"task": delta}), "task", tmp_path / "alone", base_model="base")
     file = storage.TensorFiles(folder / "adapter_model.safetensors")
+    assert storage.TensorFiles(alone / "adapter_model.safetensors").read(next(iter(file.specs))).is_floating_point()
     held = {name.removeprefix("base_model.model.attention."): file.read(name) for name in file.specs}
     served = delta.apply(reference)
     product = held["lora_B.weight"] @ held["lora_A.weight"]

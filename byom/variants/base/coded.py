@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from byom.errors import CheckpointError
 
 Array = NDArray[Any]
-Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
-RangeEncoder, RangeDecoder = constriction.stream.queue.RangeEncoder, constriction.stream.queue.RangeDecoder
+_STREAM: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
+Categorical, Uniform = _STREAM.model.Categorical, _STREAM.model.Uniform
+RangeEncoder, RangeDecoder = _STREAM.queue.RangeEncoder, _STREAM.queue.RangeDecoder
 
 FINE = 4  # classes of an octave
 LARGEST = 1 << 48  # numbers below it have classes: 188
