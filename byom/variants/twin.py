@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import fraction, one_of
+from byom.errors import OptionError, fraction, one_of
 from byom.functional.seeding import keyed
 from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
@@ -66,6 +66,10 @@ class TwinMerging(CompactVariant):
         super().__post_init__()
         fraction("byom.density", self.density)
         one_of("byom.compress", self.compress, ("magnitude", "bernoulli", "svd"))
+        if self.compress == "svd" and self.positions != "bytes":
+            raise OptionError(
+                "byom.compress=svd stores no positions, which byom.positions codes; leave one of them out"
+            )
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> str:
         """Return what tells this expert's randomness from another's; the names of tasks do not matter."""

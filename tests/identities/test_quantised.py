@@ -115,7 +115,7 @@ def test_four_bits_at_their_entropy(share):
 @pytest.mark.parametrize("values", ["bf16", "int3"])
 def test_disk_memory_and_a_live_model_have_the_same_bits(variant, values, tmp_path):
     target, reference = pair()
-    variant = replace(variant, values=values, **({"positions": "entropy"} if hasattr(variant, "positions") else {}))
+    variant = replace(variant, values=values, **({} if variant in FACTORED else {"positions": "entropy"}))
     delta = variant.delta(target, reference)
     opened = Bundle.open(Bundle(reference, {"task": delta}).save(tmp_path / "bundle"))
     assert opened.deltas["task"].variant == variant and opened.deltas["task"].nbytes == delta.nbytes
@@ -235,6 +235,20 @@ def test_unknown_bits_are_refused(kind):
     if hasattr(kind, "positions"):
         with pytest.raises(OptionError, match=r"byom\.positions=zip.*bytes or entropy"):
             kind(positions="zip")
+
+
+def test_an_option_that_would_change_nothing_is_refused():
+    with pytest.raises(OptionError, match=r"byom\.compress=svd stores no positions"):
+        TwinMerging(compress="svd", positions="entropy")
+
+
+def test_values_that_rounding_takes_beyond_float16_are_refused():
+    reference = Weights.of({"w": torch.zeros(4, 2, dtype=torch.float16)})
+    largest = torch.tensor([[65504.0, 65504], [30000, 1], [2, 3], [-9000, 7]], dtype=torch.float16)
+    delta = PostPruning(1.0, values="int3").delta(Weights.of({"w": largest}), reference)
+    delta.parts["w"]["scale"].mul_(1.1)
+    with pytest.raises(CheckpointError, match=r"beyond what torch\.float16 holds.*pack again"):
+        delta.apply(reference)["w"]
 
 
 def spoiled(variant, name, **parts):

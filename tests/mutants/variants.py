@@ -27,7 +27,7 @@ VARIANTS = (
     Mutant(
         "rounded-values-add-zero-to-minus-zero",
         "variants",
-        "torch.where(differences == 0, at, (wide(at) + differences).to(at.dtype))",
+        "torch.where(differences == 0, wide(at), wide(at) + differences).to(at.dtype)",
         "(wide(at) + differences).to(at.dtype)",
         ("tests/identities/test_quantised.py",),
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from byom.errors import CheckpointError, one_of
-from byom.functional.tensors import wide, widened
+from byom.functional.tensors import WIDER_BASE, wide, widened
 from byom.storage.signature import ADDED
 from byom.variants.base import positions as encoding
 from byom.variants.base import rounded
@@ -27,9 +27,9 @@ SIDES = {"left": -2, "right": -1}  # part of singular vectors: the axis along wh
 class QuantisedVariant(PackingVariant):
     """A packing variant of which floating-point values may be stored in fewer bits.
 
-    Integers of b bits lie in ``[-L, L]``, ``L = 2^(b-1) - 1``, with one scale in fp32 per group, and are written by a
-    range coder where that takes less than b bits each. The scale is ``max|x| / L`` with 8 bits and the least-squares
-    one with fewer (`byom.variants.base.rounded`).
+    Integers of b bits lie in ``[-L, L]``, ``L = 2^(b-1) - 1``, with one scale per group in fp32 (in fp64 for models in
+    fp64), and are written by a range coder where that takes less than b bits each. The scale is ``max|x| / L`` with 8
+    bits and the least-squares one with fewer (`byom.variants.base.rounded`).
 
     Values that native parts assign are stored as differences to the reference and added to it: rounding the weights
     themselves would lose far more. Their group is what is stored of a tensor. A tensor that is stored whole and is a
@@ -137,7 +137,11 @@ def _values(parts: Parts, reference: Tensor) -> Parts:
         )
     positions, differences = encoding.decoded(kinds | {"values": differences}, reference.numel())
     at = reference.reshape(-1)[positions.to(reference.device)].to(differences.device)
-    values = torch.where(differences == 0, at, (wide(at) + differences).to(at.dtype))  # -0 + 0 would be 0
+    values = torch.where(differences == 0, wide(at), wide(at) + differences).to(at.dtype)  # -0 + 0 would be 0
+    if at.dtype == torch.float16 and not bool(values.isfinite().all()):
+        raise CheckpointError(
+            f"rounded values of a task are beyond what {at.dtype} holds; {WIDER_BASE}, and pack again"
+        )
     return {**(kinds if "all" in kinds else {encoding.PLAIN: positions}), "values": values}
 
 
