@@ -263,6 +263,7 @@ def spoiled(variant, name, **parts):
     [
         ({"scale": None}, "integers without their 'scale'"),
         ({"scale": torch.empty(0)}, "integers without their 'scale'"),
+        ({"gap8": None}, "values and their positions are not stored together"),
         ({"differences": torch.zeros(3, dtype=torch.uint8)}, "coded integers are corrupt"),
         ({"differences": rounded.pack(torch.ones(5, dtype=torch.int8), 4)}, "positions where 5 are expected"),
         ({"differences": rounded.pack(torch.ones(2, 2, dtype=torch.int8), 4)}, r"shape \(2, 2\) are no flat ones"),
@@ -277,6 +278,7 @@ def test_corrupt_differences_are_refused(parts, said):
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
+        ({"left": None}, "integers without their 'left'"),
         ({"singular": None}, "integers without their 'singular'"),
         ({"singular": torch.ones(2)}, r"'left' of shape \(40, 9\) does not fit \(2,\) singular values"),
         ({"right": rounded.pack(torch.ones(8, 30, dtype=torch.int8), 4)}, r"'right' of shape \(8, 30\) does not fit"),

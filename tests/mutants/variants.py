@@ -48,7 +48,7 @@ VARIANTS = (
     Mutant(
         "coded-numbers-end-unseen",
         "variants",
-        "if int(coder.decode(Uniform(ENDS), 1)[0]) != CLOSING or not coder.maybe_exhausted():",
+        "if int(_read(coder, Uniform(ENDS), 1)[0]) != CLOSING or not coder.maybe_exhausted():",
         "if not coder.maybe_exhausted():",
         ("tests/unit/test_coded.py",),
     ),

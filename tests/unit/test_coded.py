@@ -116,6 +116,7 @@ def test_corrupt_numbers_are_found_but_for_the_odds_of_the_closing_one():
         ([2, 0, 0, 1, 2, 3, 4], "weights are cut short"),
         ([2, 255, 255, 1, 2, 3], "3 bytes are no whole number of words"),
         ([2, 255, 255], "not as they were written"),
+        ([2, 255, 255, *[255] * 8], "no numbers have their words"),
     ],
 )
 def test_bytes_that_hold_no_numbers_are_refused(data, said):

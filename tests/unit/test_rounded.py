@@ -96,6 +96,8 @@ def test_a_normal_vector_takes_the_entropy_of_its_integers():
         ([4, 1, 255], "end within their shape"),
         ([1, 1, 1, 0], "not 2 to 8 bits of 9 values"),
         ([4, 1, 10, 0, 0, 0, 0, 0], r"\(10,\) of 4 bits are not 2 to 8 bits of 9 values"),
+        ([4, 2, 0, *[255] * 5, 1], "not 2 to 8 bits of 9 values"),
+        ([4, 2, *[*[128] * 5, 2] * 2], "not 2 to 8 bits of 9 values"),
         ([4, 1, 4, 0], "4 integers of 4 bits are 2 bytes, not 1"),
         ([3, 1, 2, 255], "one is beyond the 3 of 3 bits"),
         ([20, 1, 4, 9, 1], "weights are cut short"),

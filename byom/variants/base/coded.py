@@ -88,15 +88,15 @@ def decode(data: Array, count: int, weights: Array | None = None) -> Array:
     if len(data) % 4:
         raise corrupt(f"{len(data)} bytes are no whole number of words")
     coder = RangeDecoder(np.frombuffer(data.tobytes(), dtype="<u4").astype(np.uint32))
-    found = coder.decode(_model(weights), count).astype(np.int64)
+    found = _read(coder, _model(weights), count)
     if count and int(found.max()) >= len(weights):
         raise corrupt(f"one is of class {found.max()}, of {len(weights)}")
     widths, numbers = _widths(found), first(found)
     for width in range(1, int(widths.max(initial=0)) + 1):
         chosen = widths == width
         for low, bits in _pieces(width):
-            numbers[chosen] += coder.decode(Uniform(1 << bits), int(chosen.sum())).astype(np.int64) << low
-    if int(coder.decode(Uniform(ENDS), 1)[0]) != CLOSING or not coder.maybe_exhausted():
+            numbers[chosen] += _read(coder, Uniform(1 << bits), int(chosen.sum())) << low
+    if int(_read(coder, Uniform(ENDS), 1)[0]) != CLOSING or not coder.maybe_exhausted():
         raise corrupt(f"they are not {count}, or not as they were written")
     return numbers
 
@@ -128,6 +128,13 @@ def first(classes: Array) -> Array:
 def corrupt(what: str) -> CheckpointError:
     """Return the error about bytes that cannot have been written here."""
     return CheckpointError(f"coded integers are corrupt: {what}; pack or fetch it again")
+
+
+def _read(coder: Any, model: Any, count: int) -> Array:
+    try:
+        return coder.decode(model, count).astype(np.int64)
+    except AssertionError as error:  # the coder's own error for words that no number leads to
+        raise corrupt("no numbers have their words") from error
 
 
 def _classes(numbers: Array) -> tuple[Array, Array]:

@@ -122,6 +122,8 @@ def decoded(parts: Parts, numel: int) -> Entries:
     Raises:
         CheckpointError: If values and positions do not fit the parameter.
     """
+    if "values" not in parts or len(parts) < 2:
+        raise CheckpointError("values and their positions are not stored together; pack or fetch it again")
     values = parts["values"]
     if len(values) > numel:
         raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {numel}")

@@ -177,6 +177,8 @@ def _factors(parts: Parts, reference: Tensor) -> Parts:
     found = {part: factor(part, t) if t.dtype == torch.uint8 else t.to(dtype) for part, t in parts.items()}
     for part, tensor in found.items():
         side, mark, place = part.partition("@")
+        for other in SIDES:
+            _required(found, f"{other}{mark}{place}")
         rank = _required(found, f"singular{mark}{place}").shape
         if side in SIDES and (tensor.ndim < 2 or (*tensor.shape[:-2], tensor.shape[-3 - SIDES[side]]) != rank):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from byom.variants.base import coded, integers
 CLIPPED = 0.82  # each scale that is tried is this much below the one before it
 TRIED = 24  # the smallest covers 1 % of the largest magnitude: what is left of a heavy tail beyond it is clipped
 REFINED = 3  # times that the best of them is replaced by the least-squares scale of its own integers
+LONGEST = 1 << 31  # no axis of what is rounded is longer
 CODED = 1 << 4  # added to the bits where the integers are coded, not packed
 
 
@@ -126,8 +128,8 @@ def unpack(data: Tensor, most: int) -> Tensor:
         raise coded.corrupt(f"they are {data.dtype} of shape {tuple(data.shape)}, not bytes")
     raw = data.cpu()
     bits, small, shape, start = _head(raw.numpy().tobytes())
-    count = torch.Size(shape).numel()
-    if not 2 <= bits <= 8 or count > most:
+    count = math.prod(shape)
+    if not 2 <= bits <= 8 or count > most or max(shape, default=0) > LONGEST:
         raise coded.corrupt(f"{shape} of {bits} bits are not 2 to 8 bits of {most} values")
     limit = largest(bits)
     if small:
