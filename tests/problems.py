@@ -34,6 +34,12 @@ QUICK = {  # laws of methods that adapt hold after any number of steps; more wou
 }
 
 
+SHRUNK = {  # options that many variants have, of one that is sparse and one that is not: all would take minutes
+    "post_pruning": {"values": "int4", "positions": "entropy"},
+    "lora": {"values": "int3"},
+}
+
+
 def grid(shape, generator, span):
     """Multiples of 1/64: sums and differences are exact in fp32, and magnitudes often tie."""
     return torch.randint(-span, span + 1, shape, generator=generator) / 64
@@ -222,10 +228,13 @@ def options(group):
         option = replace(option, **QUICK.get(choice, {}))
         built[choice] = option
         built |= {f"{choice}-{name}={value}": replace(option, **{name: value}) for name, value in _others(option)}
+        if group == "byom" and (fewer := SHRUNK.get(choice)):
+            built[f"{choice}-{','.join(f'{name}={value}' for name, value in fewer.items())}"] = replace(option, **fewer)
     return built
 
 
 def _others(option):
     hints = get_type_hints(type(option))
+    hints = {name: hint for name, hint in hints.items() if name not in ("values", "positions")}
     literals = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
     return [(f.name, v) for f in fields(option) for v in literals.get(f.name, ()) if v != getattr(option, f.name)]

@@ -92,7 +92,7 @@ class Attached:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of the positions that are kept decoded."""
+        """Bytes of the positions, and of values of fewer bits, that are kept decoded."""
         return sum(patch.nbytes for patch in self._patches.values())
 
     @property

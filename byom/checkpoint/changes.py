@@ -26,11 +26,13 @@ class Sparse:
         positions: ``[k]`` flat and ascending, int32 where they fit: half the bytes, and 1.1 times the time, of int64.
         values: ``[k]``, in the dtype in which they are stored.
         rounded: The reference's dtype, to which the values are rounded first.
+        decoded: Whether the values are not the bundle's own, which holds them in fewer bits.
     """
 
     positions: Tensor
     values: Tensor
     rounded: torch.dtype
+    decoded: bool = False
 
     def cast(self, like: Tensor) -> Tensor:
         """Return the values as a tensor's dtype and device have them."""
@@ -57,8 +59,8 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of decoded positions; the values are the bundle's own."""
-        return sum(each.positions.nbytes for each in self.sparse.values())
+        """Bytes of decoded positions, and of values that are not the bundle's own."""
+        return sum(e.positions.nbytes + e.values.nbytes * e.decoded for e in self.sparse.values())
 
     @property
     def road(self) -> str:
@@ -102,7 +104,7 @@ def prepare(served: Served, task: str, slots: Sequence[Slot]) -> Patch:
             continue
         if len(values) > 1:
             _require_one(slot, values, weights, task)
-        found = _sparse(delta, values[0], slot, weights) if len(values) == 1 else None
+        found = _sparse(delta, values[0], slot, weights, served.reference) if len(values) == 1 else None
         if found is None:
             whole[slot] = values[0]
         else:
@@ -110,11 +112,12 @@ def prepare(served: Served, task: str, slots: Sequence[Slot]) -> Patch:
     return Patch(sparse, whole, weights, delta.variant.title, READOUT in delta.parts)
 
 
-def _sparse(delta: Delta, name: str, slot: Slot, weights: Weights) -> Sparse | None:
-    parts, tensor = delta.parts[name], slot.tensor
-    if OWN in parts or not tensor.is_contiguous() or tensor.itemsize == 1:  # torch scatters nothing of 8 bits
+def _sparse(delta: Delta, name: str, slot: Slot, weights: Weights, reference: Weights) -> Sparse | None:
+    stored, tensor = delta.parts[name], slot.tensor
+    if OWN in stored or not tensor.is_contiguous() or tensor.itemsize == 1:  # torch scatters nothing of 8 bits
         return None
-    entries = delta.variant.entries({**delta.parts.get(WHOLE, {}), **parts}, tensor.numel())
+    parts = delta.restored(name, lambda: reference[name])
+    entries = delta.variant.entries(parts, tensor.numel())
     if entries is None:
         return None
     small = tensor.numel() <= torch.iinfo(torch.int32).max
@@ -122,7 +125,7 @@ def _sparse(delta: Delta, name: str, slot: Slot, weights: Weights) -> Sparse | N
     what = f"{weights.origin}: tensor '{name}'"
     rounded = narrowed(entries.values, weights.dtype(name), what)
     narrowed(rounded, tensor.dtype, what, KEEP)
-    return Sparse(positions.to(tensor.device), entries.values, weights.dtype(name))
+    return Sparse(positions.to(tensor.device), entries.values, weights.dtype(name), "values" not in stored)
 
 
 def _require_one(slot: Slot, names: Sequence[str], weights: Weights, task: str) -> None:

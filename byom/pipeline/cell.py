@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from byom.pipeline.router.base import Routing
 from byom.pipeline.settings import Settings
 from byom.storage.atomic import write_json
 from byom.storage.lock import alone, held
-from byom.storage.signature import describe
+from byom.storage.signature import recorded
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 from byom.weights.placed import chosen
@@ -251,9 +251,9 @@ def execute(cell: Cell) -> dict[str, Any]:
     settings, lab = cell.settings, cell.lab
     scores, norms, routed = cell.scores
     return {
-        "hyperparameters": {"merge": _described(cell.method), "byom": _described(settings.byom)}
-        | ({"router": _described(settings.router)} if settings.routed else {})
-        | ({"statistics": {n: _described(s) for n, s in settings.wanted().items()}} if settings.wanted() else {}),
+        "hyperparameters": {"merge": recorded(cell.method), "byom": recorded(settings.byom)}
+        | ({"router": recorded(settings.router)} if settings.routed else {})
+        | ({"statistics": {n: recorded(s) for n, s in settings.wanted().items()}} if settings.wanted() else {}),
         "scores": scores,
         "single_task": cell.single,
         "summary": {split: measure.summary(scores[split], cell.single[split]) for split in scores},
@@ -292,7 +292,3 @@ class _Known:
             head = self.served.deltas[task].readout(self.lab.head(task))
             write_json(file, self.lab.score(task, self.model(task), split, head).to_json())
         return Score.from_json(json.loads(file.read_text(encoding="utf-8")), self.lab.tasks[task].metric)
-
-
-def _described(option: Any) -> Any:
-    return describe({f.name: getattr(option, f.name) for f in fields(option)})

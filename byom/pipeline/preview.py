@@ -27,7 +27,7 @@ from byom.pipeline.settings import Settings
 from byom.storage.place import Place, now
 from byom.storage.preview import Summary, Weighting, accuracies
 from byom.storage.record import FORMAT
-from byom.storage.signature import describe, signature
+from byom.storage.signature import describe, recorded, signature
 from byom.weights import Weights
 
 STEPS = {2: 20, 3: 8}
@@ -285,15 +285,11 @@ def _header(preview: Preview, settings: Mapping[str, Settings], place: Place) ->
         "preview": describe({f.name: getattr(preview, f.name) for f in fields(preview)}),
         "titles": {name: one.merge.title for name, one in settings.items()},
         "hyperparameters": {
-            name: {k: v for k, v in _described(one.merge).items() if k != "weights"} for name, one in settings.items()
+            name: {k: v for k, v in recorded(one.merge).items() if k != "weights"} for name, one in settings.items()
         },
-        "statistics": {n: _described(w) for one in settings.values() for n, w in one.wanted().items()},
+        "statistics": {n: recorded(w) for one in settings.values() for n, w in one.wanted().items()},
         "needs": {name: one.merge.needs.words for name, one in settings.items()},
         "config": {key: value for key, value in s.resolved.items() if key not in ("results", "cache", "merge")},
         "skipped_tasks": list(s.suite.missing),
         "provenance": provenance(),
     }
-
-
-def _described(option: Any) -> Any:
-    return describe({f.name: getattr(option, f.name) for f in fields(option)})

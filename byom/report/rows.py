@@ -117,11 +117,19 @@ class Row:
 
 
 def name_of(record: Record) -> str:
-    """Return the name of a run, such as ``BYOM-FFT on TIES``."""
+    """Return the name of a run, such as ``BYOM-FFT on TIES`` or ``BYOM-FFT (int4, coded positions) on TIES``."""
     choices, titles = record.choices, record.titles
     if choices.byom == "none":
         return _routed(record, titles.merge)
-    return _routed(record, titles.byom + ("" if choices.merge == "pretrained" else f" on {titles.merge}"))
+    name = titles.byom + _bits(record.hyperparameters.get("byom") or {})
+    return _routed(record, name + ("" if choices.merge == "pretrained" else f" on {titles.merge}"))
+
+
+def _bits(options: Mapping[str, Any]) -> str:
+    """Say in how many bits a variant stores values and positions, which records hold where it is not as they are."""
+    words = [options["values"]] if options.get("values", "native") != "native" else []
+    words += ["coded positions"] if options.get("positions") == "entropy" else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _routed(record: Record, name: str) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SCALARS = (str, int, float, bool, type(None))
+ADDED = {"added": True}
+"""Metadata of a field that an option got after records of it were made; its default is what the option did before."""
 
 
 def describe(value: Any) -> Any:
@@ -42,6 +44,22 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no stable description; make it a frozen dataclass")
+
+
+def recorded(option: Any) -> Any:
+    """Return every field of an option as records hold it.
+
+    Fields declared with ``metadata=ADDED`` are there only if they differ from the default, so that a run is one row
+    with records that were made before the option had them.
+
+    Args:
+        option: A frozen dataclass.
+
+    Returns:
+        Field name to JSON value.
+    """
+    every = dataclasses.fields(option)
+    return describe({f.name: getattr(option, f.name) for f in every if "added" not in f.metadata or _counts(f, option)})
 
 
 def _counts(field: dataclasses.Field, owner: Any) -> bool:

@@ -15,6 +15,8 @@ class ByomFft(RescaledTopMagnitude):
         density: Fraction of entries kept (m), in [0, 1].
         scope: ``global``, ``tensor`` or ``row``.
         rescale: ``none``, ``norm``, ``free`` or ``dare``; see `RescaledTopMagnitude`.
+        values: ``native``, or the bits of the differences that are put back; see `QuantisedVariant`.
+        positions: ``bytes`` or ``entropy``; see `CompactVariant`.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (BYOM-FFT). https://arxiv.org/abs/2310.01886

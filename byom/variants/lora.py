@@ -16,7 +16,8 @@ from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
 from byom.merge.base.matrices import is_matrix, is_stack
 from byom.storage import tensor_files as storage
-from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base import Parts, Shared, sparse
+from byom.variants.base.quantised import QuantisedVariant
 from byom.variants.base.variant import PacksFactors
 from byom.weights import Weights
 from byom.weights.lowrank import Adapted, Piece, add
@@ -27,7 +28,7 @@ Factors = tuple[Tensor, Tensor, Tensor]  # U [m, k], s [k] descending, Vt [k, n]
 
 
 @dataclass(frozen=True)
-class ByomLora(PackingVariant, PacksFactors):
+class ByomLora(QuantisedVariant, PacksFactors):
     """Keep the q largest singular values of each task's low-rank product: inference uses ``W_0 + U_q diag(s_q) Vt_q``.
 
     The product ``A_t B_tᵀ`` of an adapter (`byom.weights.lowrank.Adapted`) is factored by QR of its thin factors and
@@ -47,6 +48,7 @@ class ByomLora(PackingVariant, PacksFactors):
         rest: ``whole`` stores tensors that are not matrices, or were trained whole alongside an adapter; ``drop``
             leaves them the reference's.
         seed: Seeds ``randomised``, together with the parameter's name.
+        values: ``native``, or the bits of singular vectors and of other tensors; see `QuantisedVariant`.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -80,6 +82,7 @@ class ByomLora(PackingVariant, PacksFactors):
         return self.reference
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole("byom.rank", self.rank, least=1)
         one_of("byom.rank_allocation", self.rank_allocation, ("uniform", "global"))
         one_of("byom.reference", self.reference, ("pretrained", "merged"))

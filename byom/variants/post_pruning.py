@@ -17,6 +17,8 @@ class PostPruning(RescaledTopMagnitude):
         density: Fraction of entries kept (m), in [0, 1].
         scope: ``global``, ``tensor`` or ``row``.
         rescale: ``none``, ``norm``, ``free`` or ``dare``; see `RescaledTopMagnitude`.
+        values: ``native``, or the bits of the differences that are put back; see `QuantisedVariant`.
+        positions: ``bytes`` or ``entropy``; see `CompactVariant`.
 
     References:
         BYOM: Building Your Own Multi-Task Model For Free, section 3 (the Post-Pruning baseline).

@@ -20,6 +20,8 @@ class PruneMergePrune(TopMagnitude):
         density: Fraction of ``theta_t - theta_merged`` put back (m), in [0, 1].
         scope: ``global``, ``tensor`` or ``row``, for both prunings.
         before_density: Fraction of ``theta_t - theta_0`` kept before merging, in [0, 1]; 1 is BYOM-FFT.
+        values: ``native``, or the bits of the differences that are put back; see `QuantisedVariant`.
+        positions: ``bytes`` or ``entropy``; see `CompactVariant`.
 
     Raises:
         OptionError: If a hyperparameter is out of range.

@@ -12,13 +12,14 @@ from byom.functional.selection import kept
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
 from byom.merge.base.matrices import is_matrix, is_stack
-from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base import Parts, Shared, sparse
 from byom.variants.base import factors as truncated
+from byom.variants.base.quantised import QuantisedVariant
 from byom.weights import Weights
 
 
 @dataclass(frozen=True)
-class TaskSingularVectorsCompress(PackingVariant):
+class TaskSingularVectorsCompress(QuantisedVariant):
     """Store each matrix of a task vector as its ``1/T`` largest singular values and their vectors.
 
     ``tau_t ~ U_k diag(s_k) Vt_k`` with ``k = floor(share * min(m, n))`` but at least 1, in fp32; inference uses
@@ -28,9 +29,10 @@ class TaskSingularVectorsCompress(PackingVariant):
     Args:
         share: Fraction of a matrix's singular values that a task keeps, in (0, 1]. None divides them evenly among
             the tasks served together, so that all tasks take as many as one model has.
+        values: ``native``, or the bits of singular vectors and of other tensors; see `QuantisedVariant`.
 
     Raises:
-        OptionError: If `share` is out of range.
+        OptionError: If a hyperparameter is out of range.
 
     References:
         Task Singular Vectors: Reducing Task Interference in Model Merging, section 4.1 (TSV-Compress).
@@ -50,6 +52,7 @@ class TaskSingularVectorsCompress(PackingVariant):
     on = "pretrained"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.share is not None and not fraction("byom.share", self.share):
             raise OptionError("byom.share=0 would keep nothing; use a fraction above 0, or null for 1 / tasks")
 

@@ -8,19 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from byom.errors import fraction, one_of
+from byom.errors import OptionError, fraction, one_of
 from byom.functional.seeding import keyed
 from byom.functional.selection import kept, top_mask
 from byom.functional.tensors import wide
 from byom.merge.base.matrices import is_matrix, is_stack
-from byom.variants.base import PackingVariant, Parts, Shared, sparse
+from byom.variants.base import Parts, Shared, sparse
 from byom.variants.base import factors as truncated
-from byom.variants.base.delta import Entries
+from byom.variants.base.quantised import CompactVariant
+from byom.variants.base.unpacker import Entries
 from byom.weights import Weights
 
 
 @dataclass(frozen=True)
-class TwinMerging(PackingVariant):
+class TwinMerging(CompactVariant):
     """Put back each task's exclusive knowledge ``theta_t - theta_merged``, compressed tensor by tensor.
 
     Inference uses ``theta_merged + v_t``, where ``v_t`` is the compressed difference.
@@ -37,6 +38,8 @@ class TwinMerging(PackingVariant):
         density: Fraction kept of each tensor's entries, or of each matrix's singular values (m), in [0, 1].
         compress: ``magnitude``, ``bernoulli`` or ``svd``.
         seed: Seeds ``bernoulli``, together with the expert's own values and the parameter's name.
+        values: ``native``, or the bits of differences and singular vectors; see `QuantisedVariant`.
+        positions: ``bytes`` or ``entropy``; see `CompactVariant`.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -60,8 +63,13 @@ class TwinMerging(PackingVariant):
     on = "merged"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("byom.density", self.density)
         one_of("byom.compress", self.compress, ("magnitude", "bernoulli", "svd"))
+        if self.compress == "svd" and self.positions != "bytes":
+            raise OptionError(
+                "byom.compress=svd stores no positions, which byom.positions codes; leave one of them out"
+            )
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> str:
         """Return what tells this expert's randomness from another's; the names of tasks do not matter."""

@@ -197,7 +197,12 @@ def test_the_bar_never_passes_its_total(method, models, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    ["merge=ties byom=fft", "merge=consensus byom=fft", "merge=average byom=tall_mask", "byom=post_pruning"],
+    [
+        "merge=ties byom=fft",
+        "merge=consensus byom=fft",
+        "merge=average byom=tall_mask",
+        "byom=post_pruning byom.values=int4 byom.positions=entropy",
+    ],
 )
 def test_packing_reads_what_its_bar_announces(options, models, monkeypatch):
     import byom.cli.folders as command

@@ -117,6 +117,17 @@ def test_rows_that_read_alike_are_told_apart_by_what_differs():
     assert [row.label for row in synthetic.tables([one, two]).rows] == ["TIES (density 0.1)", "TIES (density 0.2)"]
 
 
+def test_bits_of_values_and_positions_are_part_of_a_name():
+    made = [synthetic.record("ties", "fft", 0, 0.1) for _ in range(4)]
+    fewer = [{}, {"values": "int4"}, {"values": "int4", "positions": "entropy"}]
+    for one, options in zip(made, [*fewer, fewer[2] | {"rescale": "norm"}], strict=True):
+        one["hyperparameters"]["byom"] |= options
+    rows = {row.label: row.base for row in synthetic.tables(made).rows}
+    coded = "BYOM-FFT (int4, coded positions) on TIES"
+    assert set(rows) == {"BYOM-FFT on TIES", coded, f"{coded} (rescale norm)", "BYOM-FFT (int4) on TIES"}
+    assert rows["BYOM-FFT on TIES"] == rows["BYOM-FFT (int4) on TIES"] == "TIES"
+
+
 def test_unknown_names_are_written_in_title_case():
     one = synthetic.record("average", "none", 0)
     one["choices"] |= {"merge": "brand_new", "byom": "even_newer"}

@@ -79,7 +79,8 @@ def adapters(
         CheckpointError: If a value is not finite, or the folder holds other files or cannot be written.
     """
     require_server(server)
-    folder, modules = Path(folder), Modules.of(_nameable(served), prefix, module, base_model)
+    served = _expanded(_nameable(served))
+    folder, modules = Path(folder), Modules.of(served, prefix, module, base_model)
     merged = any(delta.variant.on == "merged" for delta in served.deltas.values())
     base = str(folder / REFERENCE) if merged else base_model
     written = {}
@@ -129,7 +130,7 @@ def write_one(
     """
     require_server(server)
     folder, weights = Path(folder), served.weights(task)
-    alone = Served(served.reference, {task: served.deltas[task]}, served.base)
+    alone = _expanded(Served(served.reference, {task: served.deltas[task]}, served.base))
     modules, delta = Modules.of(alone, "", module, base_model), alone.deltas[task]
     adapter = modules.adapter(modules.factors(delta) or modules.spare(alone), delta, weights)
     adapter = fitted(modules, adapter, server)
@@ -244,6 +245,11 @@ def _write_head(folder: Path, head: Readout, task: str, classes: Sequence[str]) 
     from byom.functional import heads
 
     storage.write_file(folder / "head.safetensors", heads.pack(head), {"task": task, "classes": list(classes)})
+
+
+def _expanded(served: Served) -> Served:
+    """Return the same tasks with factors in floating point, which is what adapters hold."""
+    return Served(served.reference, {t: d.expanded(served.reference) for t, d in served.deltas.items()}, served.base)
 
 
 def _nameable(served: Served) -> Served:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,69 +17,13 @@ from byom.functional.heads import Changed, Readout
 from byom.functional.tensors import WIDER_BASE, finite
 from byom.storage import tensor_files as storage
 from byom.storage.streamed import write_streamed
+from byom.variants.base.unpacker import Parts, Shared, Unpacker
 from byom.weights import Weights
 
-Parts = dict[str, Tensor]  # what is stored for one parameter: part name -> dense tensor
 READOUT = "@readout"  # the entry of a packed difference that belongs to the task's head
 OWN = "own"  # the part that is a task's own value whatever the variant, of running statistics
 WHOLE = "@whole"  # the entry that belongs to all parameters: `unpack` finds its parts next to each parameter's own
 _CPU = torch.device("cpu")
-
-
-class Entries(NamedTuple):
-    """The entries of one parameter that a task assigns; all others are the reference's."""
-
-    positions: Tensor  # int64 [k], flat, strictly ascending
-    values: Tensor  # [k], in the dtype in which they are stored
-
-
-class Shared(NamedTuple):
-    """One parameter of the models that all tasks share."""
-
-    reference: Tensor  # [*shape], what differences are taken to
-    base: Tensor | None = None  # [*shape], of the second shared model where a variant stores two
-
-
-@dataclass(frozen=True)
-class Unpacker(ABC):
-    """The half of a variant that a stored difference needs: how it is put back, and onto which shared models."""
-
-    on: ClassVar[Literal["merged", "pretrained"]]
-    """The model that differences are taken to: the merged one, or the pre-trained one, with no part for merging."""
-    shares_reference: ClassVar[bool] = True
-    """True if that model has to be stored alongside the packed differences."""
-    shares_base: ClassVar[bool] = False
-    """True if a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
-    title: ClassVar[str]
-    """Name in tables."""
-
-    @abstractmethod
-    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
-        """Put a packed difference back.
-
-        Args:
-            parts: What is stored for one parameter, and what is stored under `WHOLE`.
-            shared: The parameter in the shared models; not modified.
-
-        Returns:
-            ``[*shape]`` values for the task, in the reference's dtype.
-        """
-
-    def entries(self, parts: Parts, numel: int) -> Entries | None:
-        """Return which entries `unpack` assigns, so that a live model can be changed at these alone.
-
-        Args:
-            parts: What `unpack` is given.
-            numel: Number of entries of the parameter.
-
-        Returns:
-            Positions and values; None where any entry may change, which is also what variants have that say nothing.
-        """
-        return None
-
-    def readout(self, parts: Parts, head: Readout) -> Readout:
-        """Return a task's head with what is stored under `READOUT`; variants that store nothing there have none."""
-        raise CheckpointError(f"{self.title} stores nothing for heads, but {sorted(parts)} came with its difference")
 
 
 @dataclass(frozen=True)
@@ -115,9 +58,8 @@ class Delta:
             CheckpointError: If the difference does not fit the reference.
             OptionError: If a second shared model is needed and not given.
         """
-        names, whole = self.parts.keys() - {READOUT, WHOLE}, self.parts.get(WHOLE, {})
-        if unknown := sorted(names - set(reference)):
-            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} does not have")
+        names = self.parts.keys() - {READOUT, WHOLE}
+        self._require_known(reference)
         if odd := [n for n, shape in sorted(self.shapes.items()) if tuple(shape) != reference.shape(n)]:
             raise CheckpointError(
                 f"the packed difference was taken to another model: '{odd[0]}' was {tuple(self.shapes[odd[0]])}, and "
@@ -132,13 +74,44 @@ class Delta:
             value = reference[name]
             if name not in names:
                 return value
-            parts = _moved({**whole, **self.parts[name]}, value.device)
+            parts = self.restored(name, lambda: value, value.device)
             if OWN in parts:
                 return parts[OWN]
             shared = Shared(value, base[name] if base else None)
             return _within(self.variant.unpack(parts, shared), name, reference)
 
         return reference.derived(read, f"{reference.origin} + {self.variant.title}")
+
+    def restored(self, name: str, read: Callable[[], Tensor], place: torch.device = _CPU) -> Parts:
+        """Return what `Unpacker.unpack` and `entries` are given of one parameter, values in floating point.
+
+        Args:
+            name: One of `parts`.
+            read: Returns the parameter in the reference; called where what is stored of it takes fewer bits.
+            place: Where the parts are to be.
+
+        Returns:
+            What was packed, up to rounding; the stored parts themselves where they are not shrunk.
+
+        Raises:
+            CheckpointError: If they are corrupt.
+        """
+        parts = _moved({**self.parts.get(WHOLE, {}), **self.parts[name]}, place)
+        return parts if OWN in parts else self.variant.expand(parts, read)
+
+    def expanded(self, reference: Weights) -> Delta:
+        """Return the difference with the parts that were packed, none of them in fewer bits; see `restored`."""
+        self._require_known(reference)
+        own = {n: parts if n in (READOUT, WHOLE) else self._expanded(n, reference) for n, parts in self.parts.items()}
+        return Delta(self.variant, own, self.shapes)
+
+    def _expanded(self, name: str, reference: Weights) -> Parts:
+        parts = self.parts[name]
+        return parts if OWN in parts else self.variant.expand(parts, lambda: reference[name])
+
+    def _require_known(self, reference: Weights) -> None:
+        if unknown := sorted(self.parts.keys() - {READOUT, WHOLE} - set(reference)):
+            raise CheckpointError(f"the packed difference holds {unknown[:3]}, which {reference.origin} does not have")
 
     def readout(self, head: Readout) -> Readout:
         """Return the task's head, changed if the variant stores something for heads."""
@@ -148,7 +121,7 @@ class Delta:
 
     @property
     def stored_parameters(self) -> int:
-        """Floating-point values stored, positions and masks not counted (the BYOM convention)."""
+        """Floating-point values stored; positions, masks and integers of a few bits are bytes (the BYOM convention)."""
         return sum(t.numel() for parts in self.parts.values() for t in parts.values() if t.is_floating_point())
 
     @property

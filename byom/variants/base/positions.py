@@ -1,4 +1,4 @@
-"""Positions of kept entries as bytes: one byte per gap or one bit per place, whichever is smaller."""
+"""Positions of kept entries as bytes: a byte per gap, a bit per place, or a range coder's words, as is smaller."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from byom.errors import CheckpointError, suggest
 from byom.functional.compiled import kernels
+from byom.variants.base import coded
+from byom.variants.base.unpacker import Entries, Parts
 
 Array = NDArray[Any]
 
 ESCAPE = 255  # a byte that adds 255 to the gap and is followed by more of it
+PLAIN = "positions"  # the part that holds positions as they are, in memory
 CHUNK = 1 << 23  # places of a bitmap unpacked at once; a multiple of 8
 
 
@@ -50,11 +53,37 @@ def encode(indices: Tensor, numel: int) -> tuple[str, Tensor]:
     return kind, torch.from_numpy(write.get(kind, _nothing)())
 
 
+def smallest(indices: Tensor, numel: int) -> tuple[str, Tensor]:
+    """Write sorted positions in the smallest form of all, those of `encode` and near the entropy of positions.
+
+    Kind `coded` holds the gaps as `byom.variants.base.coded` writes them, with the weights of their own distribution
+    where that is smaller, as it is where kept entries lie close together; otherwise those of a geometric one, behind a
+    byte 0. Positions drawn at random take ``log2 C(n, k)`` bits, and 6 bytes or so.
+
+    Args:
+        indices: As in `encode`.
+        numel: Number of places (n).
+
+    Returns:
+        The kind and its bytes, uint8 on the CPU.
+
+    Raises:
+        ValueError: As in `encode`.
+    """
+    kind, data = encode(indices, numel)
+    if kind in ("all", "none"):
+        return kind, data
+    gaps = np.diff(indices.detach().cpu().numpy().reshape(-1), prepend=-1) - 1
+    fair = np.concatenate([np.zeros(1, dtype=np.uint8), coded.encode(gaps, coded.geometric(len(gaps), numel))])
+    least = min(fair, coded.encode(gaps), key=len)
+    return ("coded", torch.from_numpy(least)) if len(least) < len(data) else (kind, data)
+
+
 def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
     """Read positions back.
 
     Args:
-        kind: `gap8`, `bitmap`, `all` or `none`.
+        kind: `gap8`, `bitmap`, `coded`, `all` or `none`.
         data: The bytes, uint8, flat.
         numel: Number of places.
         count: Number of positions, k.
@@ -68,6 +97,7 @@ def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
     readers: dict[str, Callable[[Array, int], Array]] = {
         "gap8": _from_gaps,
         "bitmap": _from_bitmap,
+        "coded": lambda data, numel: _from_coded(data, numel, count),
         "all": lambda data, numel: _only_empty(data, np.arange(numel, dtype=np.int64)),
         "none": lambda data, _: _only_empty(data, np.empty(0, dtype=np.int64)),
     }
@@ -79,6 +109,36 @@ def decode(kind: str, data: Tensor, numel: int, count: int) -> Tensor:
     if len(places) != count:
         raise _corrupt(f"'{kind}' holds {len(places)} positions where {count} are expected")
     return torch.from_numpy(places).to(data.device)
+
+
+def decoded(parts: Parts, numel: int) -> Entries:
+    """Return the values and positions among the parts of one parameter.
+
+    Args:
+        parts: ``values [k]`` and their positions, as `encode` or `smallest` gives them under their kind, or as int64
+            ``positions [k]``.
+        numel: Number of entries of the parameter.
+
+    Raises:
+        CheckpointError: If values and positions do not fit the parameter.
+    """
+    if "values" not in parts or len(parts) < 2:
+        raise CheckpointError("values and their positions are not stored together; pack or fetch it again")
+    values = parts["values"]
+    if len(values) > numel:
+        raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {numel}")
+    kind = next(part for part in parts if part != "values")
+    if kind == PLAIN:
+        return Entries(_required(parts[kind], numel, len(values)), values)
+    return Entries(decode(kind, parts[kind], numel, len(values)), values)
+
+
+def _required(places: Tensor, numel: int, count: int) -> Tensor:
+    """Return positions that are held as they are, refusing those that are none."""
+    fit = places.dtype == torch.int64 and len(places) == count
+    if not fit or (count and (places[0] < 0 or places[-1] >= numel or bool((places.diff() <= 0).any()))):
+        raise _corrupt(f"they are not {count} ascending ones of {numel} places")
+    return places
 
 
 def _smallest(count: int, escapes: int, numel: int) -> str:
@@ -148,6 +208,17 @@ def _from_bitmap(data: Array, numel: int) -> Array:
     step = CHUNK // 8
     pieces = [_ones(data[start : start + step]) + 8 * start for start in range(0, len(data), step)]
     return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+
+def _from_coded(data: Array, numel: int, count: int) -> Array:
+    if not 0 < count < numel:
+        raise _corrupt(f"{count} of {numel} places are not coded")
+    fair = len(data) > 0 and data[0] == 0
+    gaps = coded.decode(data[1:], count, coded.geometric(count, numel)) if fair else coded.decode(data, count)
+    places = np.cumsum(gaps + 1) - 1
+    if int(gaps.max()) >= numel or places[-1] >= numel:
+        raise _corrupt(f"a position lies beyond the {numel} places")
+    return places
 
 
 def _ones(data: Array) -> Array:

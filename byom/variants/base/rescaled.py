@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from byom.errors import one_of
 from byom.functional.tensors import wide
+from byom.storage.signature import ADDED
 from byom.variants.base.delta import Parts, Shared
-from byom.variants.base.sparse import TopMagnitude, decoded
+from byom.variants.base.positions import decoded
+from byom.variants.base.sparse import TopMagnitude
 
 Rescale = Literal["none", "norm", "free", "dare"]
 
@@ -35,7 +37,7 @@ class RescaledTopMagnitude(TopMagnitude):
         OptionError: If a hyperparameter is out of range.
     """
 
-    rescale: Rescale = "none"
+    rescale: Rescale = field(default="none", metadata=ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

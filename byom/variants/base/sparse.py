@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byom.errors import CheckpointError, fraction
+from byom.errors import fraction
 from byom.functional.compiled import kernels
 from byom.functional.election import Election
 from byom.functional.rows import RowCut
 from byom.functional.selection import Cut
 from byom.functional.tensors import wide
 from byom.variants.base import positions as encoding
-from byom.variants.base.delta import Entries, Parts, Shared
-from byom.variants.base.variant import PackingVariant
+from byom.variants.base.delta import Parts, Shared
+from byom.variants.base.positions import decoded
+from byom.variants.base.quantised import CompactVariant
+from byom.variants.base.unpacker import Entries
 from byom.weights import Weights
 from byom.weights.cuts import Cuts, Scope, cuts, cuts_of_each, require_scope
 
@@ -26,7 +28,7 @@ PIECE = 1 << 18  # elements of a difference formed at a time: a whole one would 
 
 
 @dataclass(frozen=True)
-class SparseVariant(PackingVariant):
+class SparseVariant(CompactVariant):
     """Keep some of the target's own values and their positions; `mask` says which.
 
     A subclass states its `title`, the model `on` which values are put back, and `mask`, such as the largest changes of
@@ -41,6 +43,8 @@ class SparseVariant(PackingVariant):
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
+        values: ``native``, or the bits in which differences are stored instead; see `QuantisedVariant`.
+        positions: ``bytes`` or ``entropy``; see `CompactVariant`.
 
     Raises:
         OptionError: If a hyperparameter is out of range.
@@ -51,6 +55,7 @@ class SparseVariant(PackingVariant):
     stores = "m d values and their positions"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("byom.density", self.density)
 
     @abstractmethod
@@ -212,12 +217,3 @@ def entries(parts: Parts, numel: int) -> Entries | None:
         CheckpointError: If values and positions do not fit the parameter.
     """
     return None if "values" not in parts or "all" in parts else decoded(parts, numel)
-
-
-def decoded(parts: Parts, numel: int) -> Entries:
-    """Return the stored values and their positions; see `assign`."""
-    values = parts["values"]
-    if len(values) > numel:
-        raise CheckpointError(f"{len(values)} stored values do not fit a tensor of {numel}")
-    kind = next(part for part in parts if part != "values")
-    return Entries(encoding.decode(kind, parts[kind], numel, len(values)), values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeGuard
@@ -114,6 +114,18 @@ class PackingVariant(Variant):
             (positions, masks) as bytes only.
         """
 
+    def shrink(self, parts: Parts, read: Callable[[], Tensor]) -> Parts:
+        """Return what is stored of the parts that `pack` or `pack_factors` made; `Unpacker.expand` turns it back.
+
+        Args:
+            parts: What was packed of one parameter.
+            read: Returns the parameter in the reference.
+
+        Returns:
+            Dense tensors; the parts themselves unless the variant stores them in fewer bytes.
+        """
+        return parts
+
     def suited(self, problem: Problem, reference: Weights) -> PackingVariant:
         """Return the variant that packs these tasks: this one, or one that depends on how many or what they are."""
         return self
@@ -153,7 +165,8 @@ class PackingVariant(Variant):
         base = shared[0] if shared else None
         if isinstance(self, PacksFactors) and adapts(target, reference):
             require_finite(target, reference)
-            packed = self.pack_factors(target, reference)
+            factors = self.pack_factors(target, reference)
+            packed = {n: self.shrink(parts, lambda n=n: reference[n]) for n, parts in factors.items()}
         else:
             packed = self._pack_entries(target, reference, base)
         stored = {name: parts for name, parts in packed.items() if parts}
@@ -166,8 +179,11 @@ class PackingVariant(Variant):
             shared = Shared(read(reference, name), base.read_finite(name) if base else None)
             values = read(target, name)
             narrowed(values, reference.dtype(name), f"{target.origin}: tensor '{name}'", WIDER_BASE)
-            packed[name] = own(values, shared) if is_running(name) else self.pack(name, values, shared, plan)
+            packed[name] = own(values, shared) if is_running(name) else self._packed(name, values, shared, plan)
         return packed
+
+    def _packed(self, name: str, target: Tensor, shared: Shared, plan: Any) -> Parts:
+        return self.shrink(self.pack(name, target, shared, plan), lambda: shared.reference)
 
 
 class PacksFactors(ABC):
