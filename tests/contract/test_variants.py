@@ -65,6 +65,7 @@ EXEMPT = {
         "t_switch": "a tensor has one magnitude; tests/identities has the exact cases",
         "tsv_compress": "all singular values of a matrix give it back up to rounding; tests/identities says how near",
         "lora": "all singular values of a matrix give it back up to rounding; tests/identities says how near",
+        "bitdelta": "a matrix has one magnitude; tests/identities has the exact cases",
         "twin-compress=svd": "all singular values of a matrix give it back up to rounding; tests/identities says so",
     },
     "test_the_order_of_tasks_does_not_matter": {
