@@ -69,6 +69,7 @@ EXEMPT = {
         "bitdelta": "a matrix has one magnitude; tests/identities has the exact cases",
         "tvq": "a tensor has 2^b values; tests/identities has the exact cases and the bound of the others",
         "ultradelta": "a matrix has 2^b values; tests/identities has the exact cases",
+        "dts": "a factor has four values; tests/identities has the exact cases",
         "twin-compress=svd": "all singular values of a matrix give it back up to rounding; tests/identities says so",
     },
     "test_the_order_of_tasks_does_not_matter": {
