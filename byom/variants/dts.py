@@ -23,11 +23,10 @@ class DecompositionThresholdingScaling(PackingVariant):
     """Keep a matrix's largest singular vectors in two bits an entry: ``theta_0 + Q(U_k) diag(s_k) Q(Vt_k)``.
 
     ``U_k diag(s_k) Vt_k`` are the ``k = floor(share * min(m, n))`` largest singular values of ``tau_t``, but at least
-    one, and their vectors. Q leaves each entry its sign: of the positive entries of the whole factor the
-    ``floor(n / 2)`` largest become the root of their mean square and the others the root of theirs, and so do the
-    negative ones; what is 0 stays 0. So the norm of a factor stays as it is. Tensors that are not matrices get Q
-    itself, or are stored whole where that takes no more bytes. Experts of a mixture that lie in one tensor are one
-    matrix each.
+    one, and their vectors. Q leaves each entry its sign: the larger half of the positive entries of a whole factor
+    become the root of their mean square and the others the root of theirs, and so do the negative ones; what is 0 stays
+    0. So the norm of a factor stays as it is. Tensors that are not matrices get Q itself, or are stored whole where
+    that takes no more bytes. Experts of a mixture that lie in one tensor are one matrix each.
 
     Args:
         share: Fraction of a matrix's singular values that is kept, in (0, 1].

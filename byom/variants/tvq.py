@@ -29,9 +29,9 @@ class TaskVectorQuantisation(PackingVariant):
     Tensors with fewer than two axes, those that `exclude` names and those of which all entries changed alike are stored
     whole, and unchanged ones are not stored.
 
-    RTVQ, with `shared_bits`, rounds the average task vector ``tau_avg`` to that many bits, and what each task differs
-    by from ``theta_0 + tau_avg^`` to `bits`, so that the error of the former is corrected by the latter. That sum is
-    the shared model; the merge method plays no part.
+    RTVQ, with `shared_bits`, rounds the average of the task vectors to that many bits and shares theta_0 with it added;
+    what a task differs by from that sum is rounded to `bits`, and so corrects what the average is off by. The merge
+    method plays no part.
 
     Args:
         bits: Bits of an entry (b), from 1 to 8.
@@ -71,6 +71,11 @@ class TaskVectorQuantisation(PackingVariant):
             one_of("byom.shared_bits", self.shared_bits, BITS)
             object.__setattr__(self, "title", "RTVQ")
         object.__setattr__(self, "exclude", patterns("byom.exclude", self.exclude))
+
+    @property
+    def passes(self) -> int:
+        """Once to average, where that is asked for, and once to pack."""
+        return 1 + (self.shared_bits is not None)
 
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Pack every task; see `Variant.serve`. The shared model is made once."""

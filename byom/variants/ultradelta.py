@@ -57,11 +57,12 @@ class Rounded(NamedTuple):
 class UltraDelta(PackingVariant):
     """Keep a few entries of each matrix's change, drawn at random and rounded: ``theta_0 + gamma_t / m * kept(tau_t)``.
 
-    Changes are rounded to ``2^b`` even steps between the extremes of their matrix, and of the entries of each rounded
-    value the same fraction is dropped at random, so that the values keep their shares. Matrices are sorted by the
-    standard deviation of what that gives into thirds of all entries: the first drops ``1 - m + spread``, the second
-    ``1 - m``, the last what makes it ``1 - m`` of all. ``gamma_t = min_s N_s / N_t`` where ``N_t`` is the sum of the
-    singular values of all kept changes of task t, so that tasks that changed more are shortened; alone, a task is not.
+    Changes are rounded to the nearest of ``2^b`` values, evenly spaced from the least to the largest of their matrix.
+    Of the entries of each value the same fraction is dropped at random, so that the values keep their shares. Matrices
+    are sorted by the standard deviation of the rounded changes into thirds of all entries: the first drops
+    ``1 - m + spread``, the second ``1 - m``, the last what makes it ``1 - m`` of all. ``gamma_t = min_s N_s / N_t``
+    where ``N_t`` is the sum of the singular values of all kept changes of task t, so that tasks that changed more are
+    shortened; alone, a task is not.
 
     Args:
         density: Fraction of entries kept (m), in [0, 1].
@@ -110,6 +111,11 @@ class UltraDelta(PackingVariant):
             at_least("byom.smallest", self.smallest, 0, example="null, which finds it")
         one_of("byom.rest", self.rest, ("drop", "whole"))
         object.__setattr__(self, "exclude", patterns("byom.exclude", self.exclude))
+
+    @property
+    def passes(self) -> int:
+        """Once each for deviations, for norms, and to pack."""
+        return 3
 
     def suited(self, problem: Problem, reference: Weights) -> UltraDelta:
         """Find the smallest sum of singular values among the tasks; see `PackingVariant.suited`."""
@@ -213,13 +219,15 @@ def thinned(change: Rounded, drop: float, seed: int) -> tuple[Tensor, Tensor]:
     every = [*zip(change.counts, change.values, strict=True)]
     zero = sum(count for count, value in every if value == 0) / len(change.codes)
     further = max(0.0, (drop - zero) / (1 - zero)) if zero < 1 else 0.0
-    generator, kept = torch.Generator().manual_seed(seed), []
-    for code, (count, value) in enumerate(every):
+    generator, start = torch.Generator().manual_seed(seed), 0
+    order = change.codes.sort(stable=True).indices  # the entries of each value together
+    keeps = torch.zeros_like(change.codes, dtype=torch.bool)
+    for count, value in every:
         stays = count - round(count * further) if value else 0
-        if stays:
-            left = torch.randperm(count, generator=generator)[count - stays :]
-            kept.append((change.codes == code).nonzero().reshape(-1)[left.to(change.codes.device)])
-    positions = torch.cat(kept).sort().values if kept else change.codes.new_empty(0, dtype=torch.int64)
+        left = torch.randperm(count, generator=generator)[count - stays :]
+        keeps[order[start : start + count][left.to(order.device)]] = True
+        start += count
+    positions = keeps.nonzero().reshape(-1)
     return positions, change.codes[positions]
 
 

@@ -13,7 +13,7 @@ from byom.pipeline import measure
 from byom.variants.base import Shared
 from byom.variants.tvq import TaskVectorQuantisation, dequantised, quantised
 from byom.weights import Weights
-from tests.problems import models, problem, random, same
+from tests.problems import counted, models, problem, random, same
 
 ROUNDED = "layer.weight"
 
@@ -179,3 +179,12 @@ def test_bits_out_of_range_are_refused(bits):
         TaskVectorQuantisation(bits)
     with pytest.raises(OptionError, match=r"byom\.shared_bits="):
         TaskVectorQuantisation(2, shared_bits=bits)
+
+
+@pytest.mark.parametrize("shared_bits", [None, 3])
+def test_every_expert_is_read_as_often_as_it_says(shared_bits):
+    given, reference = three()
+    expert, reads = counted(given.finetuned["task1"])
+    variant = TaskVectorQuantisation(2, shared_bits)
+    variant.serve(Problem(given.pretrained, given.finetuned | {"task1": expert}), reference)
+    assert reads.count(ROUNDED) == variant.passes

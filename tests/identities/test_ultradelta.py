@@ -11,7 +11,7 @@ from byom.merge.base import Problem
 from byom.variants.base import Shared
 from byom.variants.ultradelta import UltraDelta, drops, rounded, thinned, trace_norm
 from byom.weights import Weights
-from tests.problems import models, problem, random, same
+from tests.problems import counted, models, problem, random, same
 
 
 def pair(delta):
@@ -188,3 +188,10 @@ def test_a_stated_norm_takes_the_place_of_the_tasks():
     for task, expert in given.finetuned.items():
         alone = known.delta(expert, given.pretrained).apply(given.pretrained)
         assert_close(alone["layer.weight"], together.weights(task)["layer.weight"], rtol=0, atol=0)
+
+
+def test_every_expert_is_read_as_often_as_it_says():
+    given = problem(*models(2, seed=7))
+    (expert, reads), other = counted(given.finetuned["task1"], checksums=True), given.finetuned["task2"]
+    UltraDelta(density=0.5).serve(Problem(given.pretrained, {"a": expert, "b": other}), given.pretrained)
+    assert reads.count("layer.weight") == UltraDelta().passes
