@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byom.errors import one_of
+from byom.errors import one_of, whole
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
 from byom.merge.base.matrices import patterns
@@ -66,9 +66,9 @@ class TaskVectorQuantisation(PackingVariant):
     on = "pretrained"
 
     def __post_init__(self) -> None:
-        one_of("byom.bits", self.bits, BITS)
+        one_of("byom.bits", whole("byom.bits", self.bits, least=1), BITS)
         if self.shared_bits is not None:
-            one_of("byom.shared_bits", self.shared_bits, BITS)
+            one_of("byom.shared_bits", whole("byom.shared_bits", self.shared_bits, least=1), BITS)
             object.__setattr__(self, "title", "RTVQ")
         object.__setattr__(self, "exclude", patterns("byom.exclude", self.exclude))
 
@@ -79,7 +79,8 @@ class TaskVectorQuantisation(PackingVariant):
 
     def serve(self, problem: Problem, reference: Weights) -> Served:
         """Pack every task; see `Variant.serve`. The shared model is made once."""
-        lazy = super().streamed(problem, self._shared(problem, reference).materialise())
+        shared = self._shared(problem, reference)
+        lazy = super().streamed(problem, shared if shared is reference else shared.materialise())
         return Served(lazy.reference, dict(lazy.deltas), lazy.base)
 
     def streamed(self, problem: Problem, reference: Weights) -> Served:

@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from byom.errors import at_least, fraction, one_of
+from byom.errors import at_least, fraction, one_of, whole
+from byom.functional.iterative import square
 from byom.functional.seeding import keyed
 from byom.functional.tensors import wide
 from byom.merge.base import Problem
@@ -106,7 +108,7 @@ class UltraDelta(PackingVariant):
     def __post_init__(self) -> None:
         fraction("byom.density", self.density)
         fraction("byom.spread", self.spread)
-        one_of("byom.bits", self.bits, range(1, 9))
+        one_of("byom.bits", whole("byom.bits", self.bits, least=1), range(1, 9))
         if self.smallest is not None:
             at_least("byom.smallest", self.smallest, 0, example="null, which finds it")
         one_of("byom.rest", self.rest, ("drop", "whole"))
@@ -121,7 +123,8 @@ class UltraDelta(PackingVariant):
         """Find the smallest sum of singular values among the tasks; see `PackingVariant.suited`."""
         if self.smallest is not None or len(problem.tasks) == 1:
             return self
-        norms = [self._norm(*matched(expert, reference)) for expert in problem.finetuned.values()]
+        bar = tqdm(problem.finetuned.values(), desc=self.title, unit="task", leave=False, mininterval=1)
+        norms = [self._norm(*matched(expert, reference)) for expert in bar]
         return replace(self, smallest=min([norm for norm in norms if norm > 0], default=None))
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> Plan:
@@ -258,8 +261,9 @@ def drops(sized: Mapping[str, tuple[float, int]], drop: float, spread: float) ->
 
 def trace_norm(matrix: Tensor) -> float:
     """Return the sum of the singular values of ``[m, n]``, or of every matrix of ``[E, m, n]``, given in fp64."""
-    tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
-    return float(torch.linalg.eigvalsh(tall.mT @ tall).clamp(min=0).sqrt().sum())
+    every = matrix.reshape(-1, *matrix.shape[-2:])
+    grams = (square(each if len(each) >= each.shape[1] else each.T) for each in every)
+    return sum(float(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()) for gram in grams)
 
 
 def _delta(target: Weights, reference: Weights, name: str) -> Tensor:
