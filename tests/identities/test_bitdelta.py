@@ -43,10 +43,10 @@ def test_longer_task_vectors_are_served_as_much_farther(factor):
 
 
 def test_experts_of_a_mixture_have_a_scale_each():
-    name, stack = "mlp.experts.gate_up_proj", torch.stack([random(6, 4), 10 * random(6, 4, seed=1)])
+    name, stack = "mlp.experts.gate_up_proj", torch.stack([random(6, 4), 10 * random(6, 4, seed=1), torch.zeros(6, 4)])
     packed, put_back = served(stack, name)
-    assert packed.parts[name]["scale"].shape == (2,)
-    assert all(torch.equal(put_back[e], served(stack[e])[1]) for e in range(2))
+    assert packed.parts[name]["scale"].shape == (3,)
+    assert all(torch.equal(put_back[e], served(stack[e])[1]) for e in range(3))
 
 
 def test_on_a_merged_model_it_is_the_same_of_what_is_left():

@@ -115,7 +115,7 @@ def test_experts_of_a_mixture_are_one_matrix_each():
 
 
 def test_rows_and_columns_that_did_not_change_stay():
-    delta = random(12, 8)
+    delta = random(60, 40)  # of which LAPACK returns entries of 1e-16 for the column
     delta[[2, 5]], delta[:, 3] = 0, 0
     packed, put_back = served(delta)
     assert not put_back[[2, 5]].any() and not put_back[:, 3].any() and put_back.any()
