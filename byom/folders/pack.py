@@ -71,10 +71,10 @@ def reads(result: Result) -> int:
     What is packed against the shared models is read from where these were written, which does not count.
     """
     variant, experts = result.request.variant, sum(nbytes(each) for each in result.models.completed.values())
-    plans = isinstance(variant, PackingVariant) and type(variant).plan is not PackingVariant.plan
+    passes = variant.passes if isinstance(variant, PackingVariant) else 1
     merging, base = variant is not None and variant.on == "merged", nbytes(result.models.base)
     shared = (result.reads if merging else base) + (base if variant is not None and variant.shares_base else 0)
-    return shared + (1 + plans) * experts
+    return shared + passes * experts
 
 
 def _typed(reference: Weights, dtype: str) -> Weights:

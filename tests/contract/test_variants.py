@@ -41,6 +41,7 @@ from tests.problems import (
 )
 
 VARIANTS = options("byom")
+VARIANTS |= {"tvq-shared_bits=3": replace(VARIANTS["tvq"], shared_bits=3)}  # shares a model of its own making
 SPARSE = {
     name: variant
     for name, variant in VARIANTS.items()
@@ -68,6 +69,10 @@ EXEMPT = {
         "tsv_compress": "all singular values of a matrix give it back up to rounding; tests/identities says how near",
         "lora": "all singular values of a matrix give it back up to rounding; tests/identities says how near",
         "post_pruning-values=int4,positions=entropy": "differences are rounded; tests/identities says how",
+        "bitdelta": "a matrix has one magnitude; tests/identities has the exact cases",
+        "tvq": "a tensor has 2^b values; tests/identities has the exact cases and the bound of the others",
+        "ultradelta": "a matrix has 2^b values; tests/identities has the exact cases",
+        "dts": "a factor has four values; tests/identities has the exact cases",
         "twin-compress=svd": "all singular values of a matrix give it back up to rounding; tests/identities says so",
     },
     "test_the_order_of_tasks_does_not_matter": {
@@ -75,6 +80,7 @@ EXEMPT = {
     },
     "test_a_task_that_changed_nothing_is_served_the_pretrained_model": {
         "tinting": "its shared model is a merged one of its own making",
+        "tvq-shared_bits=3": "its shared model holds the average of the tasks",
     },
     "test_another_architecture_is_refused": {"tinting": "it ignores the reference and makes its own"},
 }

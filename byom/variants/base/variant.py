@@ -91,6 +91,11 @@ class PackingVariant(Variant):
         """True where `plan` has refused a target or reference with a value that is not finite: no second look then."""
         return False
 
+    @property
+    def passes(self) -> int:
+        """How many times packing reads every fine-tuned model."""
+        return 1 + (type(self).plan is not PackingVariant.plan)
+
     def foresee(self, targets: Sequence[Weights], reference: Weights) -> None:
         """Find together what `plan` finds of each task, where that takes less time; it is never needed.
 
