@@ -37,16 +37,18 @@ class Block(NamedTuple):
 class FlexMerge(Variant):
     """Start with every task's own blocks, and merge those that are most alike until all take `size` models.
 
-    A block is a part of the network; its groups of tasks start with one task each. Of all blocks' groups, always the
-    two of highest similarity become one, until the parameters of all groups are at most ``size * d``. The similarity of
-    two groups is the least cosine ``<tau_i, tau_j> / (||tau_i|| ||tau_j||)`` between their members' task vectors in
-    that block. A group of one task has theta_t, a group of several what the merge method makes of these tasks' models,
-    and a group of all the merged model. So size 1 is the merged model, and size T every task's own.
+    A block is a part of the network, and its groups of tasks start with one task each. Of all blocks' groups, always
+    the two of highest similarity become one, until ``sum_b g_b d_b <= size * d``, where block b has d_b parameters and
+    g_b groups. The similarity of two groups is ``min_{i, j} cos(tau_i, tau_j)`` over the members i of one and j of the
+    other, of their task vectors in that block. A group of one task has theta_t, a group of several what the merge
+    method makes of these tasks' models, and a group of all the merged model. So size 1 is the merged model, and size T
+    every task's own.
 
     The shared model holds the largest group of each block. A task stores the other groups that it is in, and what
     several tasks have in common is stored once.
 
-    Methods that see whole models (TIES trims over all parameters) are given the members' whole models. A `scale` that
+    Methods that see whole models (TIES trims over all parameters) are given the members' whole models, and look at them
+    once for every different group. A `scale` that
     multiplies a sum over tasks, as that of Task Arithmetic, keeps the factor that it has on the mean of all: for g of T
     tasks it is multiplied by ``T / g``. Methods that look at inputs or train are refused.
 
@@ -222,6 +224,6 @@ def _products(problem: Problem, names: Iterable[str]) -> Tensor:
     total = torch.zeros(len(problem.tasks), len(problem.tasks), dtype=torch.float64)
     for name in names:
         group = problem.group(name)  # which refuses what is not finite, also in statistics
-        if not is_running(name):
-            total += inner_products(group.deltas)
+        for _, piece in group.blocks() if not is_running(name) else ():  # near the caches
+            total += inner_products(piece.deltas)
     return total
