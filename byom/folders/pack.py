@@ -48,11 +48,6 @@ def pack(result: Result, out: Path, watch: Watch | None = None) -> Path:
     models, variant = result.models, result.request.variant
     assert variant is not None
     variant = variant.merged_by(result.request.merge)
-    if variant.merges and (result.kept or result.request.scale):
-        raise OptionError(
-            f"{variant.title} merges some of the experts by itself, without keep, only, exclude and scale; leave them "
-            "out, or choose a variant that changes the merged model, such as byom=fft"
-        )
     every = {"base": models.source} | {name: expert.source for name, expert in models.experts.items()}
     require_apart(out, every.values())
     require_own(out, own_files(out))
