@@ -49,7 +49,7 @@ def grouped(
         The groups of each block, the largest first and those of one size by their members. Ties go to the earlier
         block, and to the groups with the earlier members.
     """
-    groups = [[(task,) for task in range(len(each))] for each in similarities]
+    groups: list[list[Members]] = [[(task,) for task in range(len(each))] for each in similarities]
     rows = [each.tolist() for each in similarities]
     left = sum(size * len(each) for size, each in zip(sizes, groups, strict=True))
     pairs = [pair for block, each in enumerate(groups) if (pair := _nearest(block, each, rows[block], linkage))]

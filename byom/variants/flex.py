@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal, NamedTuple, get_args
@@ -57,7 +57,8 @@ class FlexMerge(Variant):
             keeps its own model.
         blocks: ``module`` divides each layer into the modules in it, such as attention, MLP and norms; ``layer`` does
             not; ``tensor`` takes every tensor as a block, ``model`` the whole model. A layer is what a parameter's name
-            begins with as far as its first whole number; modules in none, such as embeddings, are blocks of their own.
+            begins with as far as its first whole number. Outside of layers, a module without others in it, such as the
+            last norm, is a block, and so is a parameter of any other module, such as a class embedding.
         similarity: Cosine that stands for two groups: the ``min``, ``mean`` or ``max`` over their members.
         method: The merge method of the groups; None takes the one of the run (``merge=``).
 
@@ -69,11 +70,13 @@ class FlexMerge(Variant):
 
     Differences:
         In the authors' code ``single`` linkage is the least cosine, which clustering calls complete linkage; their
-        script for vision has it, and the code's default compares the merged task vectors of groups. They merge a number
-        of times, not down to a size. Parameters in none of their lists of blocks are never merged; here every one is
-        in a block. Two task vectors of zeros have cosine 0 there and 1 here: they are the same model. They take 1.5 on
-        the mean for Task Arithmetic whatever the group, and with validation data search a factor for each group as it
-        is merged; here it is one for all. Ties go to the block, then the tasks, that come first by name.
+        script for vision has it, and the code's default compares the merged task vectors of groups. For TIES they
+        compare trimmed task vectors, and where a trimmed sum is 0 take the sign that most coordinates of the block
+        elect, not of the model. They merge a number of times, not down to a size. Parameters in none of their lists of
+        blocks are never merged; here every one is in a block. Two task vectors of zeros have cosine 0 there and 1 here:
+        they are the same model. They take 1.5 on the mean for Task Arithmetic whatever the group, and with validation
+        data search a factor for each group as it is merged; here it is one for all. Ties go to the block, then the
+        tasks, that come first by name.
     """
 
     size: float = 2.0
@@ -201,20 +204,26 @@ def divided(names: Iterable[str], blocks: Blocks) -> list[list[str]]:
     Returns:
         The names of each block, in the order in which they are given.
     """
+    every = list(names)
+    outer = {module[:dot] for module in map(_module, every) for dot, letter in enumerate(module) if letter == "."}
     parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(_block(name, blocks), []).append(name)
+    for name in every:
+        parts.setdefault(_block(name, blocks, outer), []).append(name)
     return list(parts.values())
 
 
-def _block(name: str, blocks: Blocks) -> str:
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _block(name: str, blocks: Blocks, outer: Collection[str]) -> str:
     if blocks == "tensor":
         return name
     if blocks == "model":
         return ""
-    module = name.rpartition(".")[0]
+    module = _module(name)
     if (layer := LAYER.match(module)) is None:
-        return module or name
+        return name if not module or module in outer else module
     inner = INNER.match(module, layer.end()) if blocks == "module" else None
     return module[: inner.end()] if inner else layer[0]
 

@@ -30,7 +30,7 @@ GOLDEN = {  # task vectors: cosines of A, B and C are .8, 0 and .6 in the first 
     "B": {FIRST: [4.0, 3], SECOND: [0.0, 0, 0, 2]},
     "C": {FIRST: [0.0, 1], SECOND: [1.0, 0, 0, 0]},
 }
-NAMES = ["cls", "e.0.attn.b", "e.0.attn.w", "e.0.norm.w", "e.1.sub.0.f.w", "e.1.sub.1.f.w", "e.1.w", "n.w"]
+NAMES = "cls e.0.attn.b e.0.attn.w e.0.norm.w e.1.sub.0.f.w e.1.sub.1.f.w e.1.w e.b e.class n.b n.w".split()  # noqa: SIM905
 METHODS = [Average(), TaskArithmetic(0.4), Ties(), Ties(combine="sum", scale=0.3)]
 
 
@@ -110,8 +110,31 @@ def test_values_golden(method, first, second):
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
-        ("module", ["cls", "e.0.attn.b e.0.attn.w", "e.0.norm.w", "e.1.sub.0.f.w", "e.1.sub.1.f.w", "e.1.w", "n.w"]),
-        ("layer", ["cls", "e.0.attn.b e.0.attn.w e.0.norm.w", "e.1.sub.0.f.w e.1.sub.1.f.w e.1.w", "n.w"]),
+        (
+            "module",
+            [
+                "cls",
+                "e.0.attn.b e.0.attn.w",
+                "e.0.norm.w",
+                "e.1.sub.0.f.w",
+                "e.1.sub.1.f.w",
+                "e.1.w",
+                "e.b",
+                "e.class",
+                "n.b n.w",
+            ],
+        ),
+        (
+            "layer",
+            [
+                "cls",
+                "e.0.attn.b e.0.attn.w e.0.norm.w",
+                "e.1.sub.0.f.w e.1.sub.1.f.w e.1.w",
+                "e.b",
+                "e.class",
+                "n.b n.w",
+            ],
+        ),
         ("tensor", NAMES),
         ("model", [" ".join(NAMES)]),
     ],

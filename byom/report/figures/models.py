@@ -26,7 +26,7 @@ def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows that differ in their size alone, by name, each curve by size; those of few sizes are left out."""
     sized = pd.DataFrame(frame.loc[frame["curve"].ne("") & frame["models"].notna()])
     parts = {str(name): part.sort_values(by="models") for name, part in sized.groupby("curve", sort=False)}
-    return {name: part for name, part in parts.items() if part["models"].nunique() >= FEWEST}
+    return {name: part for name, part in parts.items() if len(set(part["models"])) >= FEWEST}
 
 
 @styled
@@ -59,6 +59,6 @@ def accuracy_by_models(frame: pd.DataFrame) -> Figure:
 
 def _draw_merged(axes: Axes, frame: pd.DataFrame, part: pd.DataFrame, look: Look) -> None:
     """Mark the merged model that a curve begins with, unfilled and a little larger than its own first marker."""
-    alone = frame.loc[(frame["kind"] == "merged") & frame["method"].isin(set(part["base"]))]
+    alone = frame.loc[(frame["kind"] == "merged") & frame["method"].isin(list(part["base"]))]
     for models, mean in np.asarray(alone[["models", "mean"]], float):
         axes.plot(models, 100 * mean, **{**look.hollow.line, "linestyle": "none"}, markersize=7, zorder=1)
