@@ -39,18 +39,18 @@ class FlexMerge(Variant):
 
     A block is a part of the network, and its groups of tasks start with one task each. Of all blocks' groups, always
     the two of highest similarity become one, until ``sum_b g_b d_b <= size * d``, where block b has d_b parameters and
-    g_b groups. Two groups are as alike as the members that are least so: of the
-    task vectors in that block, ``similarity(S, R) = min_{i in S, j in R} cos(tau_i, tau_j)``. A group of one task has
-    theta_t, a group of several what the merge method makes of these tasks' models, and a group of all the merged model.
-    So size 1 is the merged model, and size T every task's own.
+    g_b groups. Two groups are as alike as the members that are least so: of the task vectors in that block,
+    ``similarity(S, R) = min_{i in S, j in R} cos(tau_i, tau_j)``. A group of one task has theta_t, a group of several
+    what the merge method makes of these tasks' models, and a group of all the merged model. So size 1 is the merged
+    model, and size T every task's own.
 
     The shared model holds the largest group of each block. A task stores the other groups that it is in, and what
     several tasks have in common is stored once.
 
     Methods that see whole models (TIES trims over all parameters) are given the members' whole models, and look at them
-    once for every different group. A `scale` that
-    multiplies a sum over tasks, as that of Task Arithmetic, keeps the factor that it has on the mean of all: for g of T
-    tasks it is multiplied by ``T / g``. Methods that look at inputs or train are refused.
+    once for every different group. A `scale` that multiplies a sum over tasks, as that of Task Arithmetic, keeps the
+    factor that it has on the mean of all: for g of T tasks it is multiplied by ``T / g``. Methods that look at inputs
+    or train are refused.
 
     Args:
         size: Models' worth of parameters that serve all tasks, at least 1; from the number of tasks on, every task

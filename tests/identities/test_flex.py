@@ -14,6 +14,7 @@ from byom.merge.adamerging import AdaMerging
 from byom.merge.average import Average
 from byom.merge.base import Problem
 from byom.merge.dare import Dare
+from byom.merge.fisher import FisherMerging
 from byom.merge.pretrained import Pretrained
 from byom.merge.svc import SingularValueCalibration
 from byom.merge.task_arithmetic import TaskArithmetic
@@ -214,8 +215,9 @@ def test_groups_of_one_block_are_those_of_scipys_linkage(way):
         assert {*grouped([alike], [7], 7 * count, way)[0]} == expected
 
 
-def test_groups_are_merged_by_the_method_on_whole_models():
-    given, method = setting(4), Ties(density=0.3)
+@pytest.mark.parametrize("method", [Ties(density=0.3), FisherMerging(), Dare(then=Average())], ids=str)
+def test_groups_are_merged_by_the_method_on_whole_models(method):
+    given = setting(4)
     served = serve(given, 2.5, method)
     found = FlexMerge(2.5).grouping(given)
     some = [(block, group) for block in found for group in block.groups if 1 < len(group) < 4]
