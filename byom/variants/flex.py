@@ -49,8 +49,9 @@ class FlexMerge(Variant):
 
     Methods that see whole models (TIES trims over all parameters) are given the members' whole models, and look at them
     once for every different group. A `scale` that multiplies a sum over tasks, as that of Task Arithmetic, keeps the
-    factor that it has on the mean of all: for g of T tasks it is multiplied by ``T / g``. Methods that look at inputs
-    or train are refused.
+    factor that it has on the mean of all: for g of T tasks it is multiplied by ``T / g``. A factor far above the
+    authors' 1.5, such as validation data may choose for the mean of all, takes groups of few tasks too far. Methods
+    that look at inputs or train are refused.
 
     Args:
         size: Models' worth of parameters that serve all tasks, at least 1; from the number of tasks on, every task
