@@ -163,11 +163,10 @@ def test_size_t_is_every_task_s_own_model(size):
     assert measure.stored(served, given)["parameters"] == 5 * given.pretrained.numel
 
 
-@pytest.mark.parametrize("blocks", ["module", "layer", "tensor", "model"])
-@pytest.mark.parametrize("similarity", LINKAGES)
+@pytest.mark.parametrize(("blocks", "similarity"), [("module", "min"), ("tensor", "mean"), ("model", "max")])
 def test_the_size_is_never_exceeded_and_groups_nest(blocks, similarity):
     given, before = setting(6), None
-    for size in (6, 5.2, 4, 3.3, 2.5, 1.7, 1.2, 1):
+    for size in (6, 5.2, 3.3, 2.5, 1.7, 1):
         served = serve(given, size, blocks=blocks, similarity=similarity)
         assert measure.stored(served, given)["parameters"] <= size * given.pretrained.numel
         now = [{*block.groups} for block in FlexMerge(size, blocks, similarity).grouping(given)]
