@@ -79,7 +79,7 @@ class Bench:
             yield self._take(f"merge {label}", true_stages.merge, method(label), None, out / label, SHARD)
 
     def _variant(self, label: str, reference: Path, place: Path) -> Iterator[tuple[str, Row]]:
-        option = variant(label)
+        option = variant(label).merged_by(method(REFERENCE))
         with scratch(place) as out:
             if option.before:
                 reference, stage = out / "prepared", f"merge {REFERENCE} for {label}"

@@ -11,6 +11,7 @@ from torch import nn
 from byom.cli import config
 from byom.functional.seeding import keyed
 from byom.merge.base import Member, Problem
+from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Spec, Weights
 from tests.probes import TinyProbe
 
@@ -30,6 +31,7 @@ QUICK = {  # laws of methods that adapt hold after any number of steps; more wou
     "wudi": {"steps": 3},
     "surgery": {"steps": 3},
     "tinting": {"steps": 3},
+    "flex": {"method": TaskArithmetic(0.5)},  # by which laws merge the reference; a run gives the variant its own
     "localize_and_stitch": {"steps": 3, "learning_rate": 4.0},  # far enough for scores to change places
 }
 

@@ -19,6 +19,7 @@ from byom.storage import tensor_files as storage
 from byom.storage.atomic import replacing
 from byom.storage.names import require_file_names
 from byom.variants.base import Variant
+from byom.variants.base.common import apart, together
 from byom.variants.base.delta import Delta, Served
 from byom.variants.base.variant import Packing
 from byom.weights import Spec, Weights
@@ -66,9 +67,9 @@ class Bundle(Served):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the shared models and all packed differences."""
+        """Bytes of the shared models and all packed differences; what several of these hold alike counts once."""
         shared = sum(storage.size(w.shape(n), w.dtype(n)) for w in self.models.values() for n in w.canonical())
-        return shared + sum(delta.nbytes for delta in self.deltas.values())
+        return shared + sum(delta.nbytes for delta in apart(self.deltas).values())
 
     @property
     def models(self) -> dict[str, Weights]:
@@ -142,7 +143,7 @@ class Bundle(Served):
             deltas = self.deltas
             if isinstance(deltas, Packing):  # tasks are packed against what lies there, not merged anew for each
                 deltas = replace(deltas, reference=placed["reference"], base=placed.get("base"))
-            _write_each(deltas, partial)
+            _write_each(deltas if isinstance(deltas, Packing) else apart(deltas), partial)
             for task, head in self.heads.items():
                 place = partial / HEADS / task / HEAD
                 storage.write_file(place, head.state(), {"format": 1})
@@ -185,7 +186,7 @@ class Bundle(Served):
             raise CheckpointError(f"{folder} lacks {missing[0]}.safetensors; make or fetch the bundle again")
         models = {name: _opened(Path(folder) / name, expected) for name, expected in prints.items()}
         deltas = {task: Delta.open(Path(folder) / f"{task}.safetensors") for task in tasks}
-        return cls(models["reference"], deltas, models.get("base"), heads, starts)
+        return cls(models["reference"], together(deltas), models.get("base"), heads, starts)
 
 
 def own_files(folder: Path) -> Callable[[Path], bool]:

@@ -47,6 +47,7 @@ def pack(result: Result, out: Path, watch: Watch | None = None) -> Path:
     """
     models, variant = result.models, result.request.variant
     assert variant is not None
+    variant = variant.merged_by(result.request.merge)
     every = {"base": models.source} | {name: expert.source for name, expert in models.experts.items()}
     require_apart(out, every.values())
     require_own(out, own_files(out))

@@ -75,6 +75,12 @@ class Request:
         require_weights_alone(self.merge.needs, f"merge={_option(self.merge)}")
         if self.variant is not None:
             require_weights_alone(self.variant.needs, f"byom={_option(self.variant)}")
+            given = {"keep": self.keep, "only": self.only, "exclude": self.exclude, "scale": self.scale}
+            if self.variant.merges and (stray := [name for name, value in given.items() if value]):
+                raise OptionError(
+                    f"byom={_option(self.variant)} merges some of the experts by itself, and {listed(stray)} would not "
+                    "hold there; leave it out, or choose a variant that changes the merged model, such as byom=fft"
+                )
 
 
 def _option(chosen: object) -> str:

@@ -73,6 +73,11 @@ class ModelBreadcrumbs(TensorwiseMethod):
         one_of("merge.granularity", self.granularity, get_args(Granularity))
         object.__setattr__(self, "weights", signed_weights(self.weights))
 
+    @property
+    def scales_sum(self) -> bool:
+        """See `MergeMethod.scales_sum`."""
+        return True
+
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0`` plus the scaled sum of what is neither large nor small."""
         if self.granularity == "per_row" and group.pretrained.dim():

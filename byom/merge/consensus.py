@@ -70,6 +70,11 @@ class ConsensusMerging(PlannedMethod):
         """Trim as TIES does where it is asked for; the sum needs nothing."""
         return Ties(self.density).plan(problem) if self.unified == "ties" else None
 
+    @property
+    def scales_sum(self) -> bool:
+        """See `MergeMethod.scales_sum`."""
+        return True
+
     def merge(self, group: Group, plan: Trimming | None) -> Tensor:
         """Return ``theta_0`` plus what the tasks agree on of the scaled multi-task vector, block by block."""
 

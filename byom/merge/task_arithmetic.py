@@ -46,6 +46,11 @@ class TaskArithmetic(TensorwiseMethod):
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", signed_weights(self.weights))
 
+    @property
+    def scales_sum(self) -> bool:
+        """See `MergeMethod.scales_sum`."""
+        return True
+
     def merge(self, group: Group) -> Tensor:
         """Return ``theta_0 + scale * sum_t w_t tau_t``."""
         return group.moved(self.scale, self.weights)

@@ -133,6 +133,11 @@ class Ties(PlannedMethod):
         """See `PlannedMethod.passes`."""
         return 2
 
+    @property
+    def scales_sum(self) -> bool:
+        """See `MergeMethod.scales_sum`."""
+        return self.combine == "sum"
+
     def plan(self, problem: Problem) -> Trimming:
         """Find each task's cut, then the sign elected by most coordinates of the whole model."""
         elements = len(problem.tasks) * problem.pretrained.numel

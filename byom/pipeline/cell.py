@@ -169,7 +169,7 @@ class Cell:
 
         What took training is kept on disk, because the cells of a sweep may differ in their routers alone.
         """
-        variant = self.settings.byom
+        variant = self.settings.byom.merged_by(self.method)
         if (folder := self.folders.get("variant")) is None:
             packed = variant.serve(self.merging, self.reference)
             base = packed.base and packed.base.materialise()  # every task's model reads all of it
@@ -187,7 +187,7 @@ class Cell:
         """The same as `served`, each task packed whenever its difference is asked for, as saving does once."""
         if "variant" in self.folders:
             return self.served
-        return self.settings.byom.streamed(self.merging, self.reference)
+        return self.settings.byom.merged_by(self.method).streamed(self.merging, self.reference)
 
     @cached_property
     def routing(self) -> Routing | None:

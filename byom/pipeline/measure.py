@@ -10,6 +10,7 @@ from byom.merge.base import Problem
 from byom.pipeline.lab import Lab, count_differing
 from byom.pipeline.router.base import Routing
 from byom.storage import tensor_files as storage
+from byom.variants.base.common import apart
 from byom.variants.base.delta import Served
 from byom.weights import Weights
 
@@ -52,10 +53,11 @@ def stored(
         Values only (shared models + all tasks: the BYOM convention), honest bytes (positions and masks included),
         and the density: values stored per task relative to all parameters of one model, and to those that differ
         from the pre-trained model. Masks and signs are bytes and no values, so that the density of a variant that
-        stores masks is near 0, and ``task_bytes`` says what they take. Where `frozen` is given, ``with_frozen``
+        stores masks is near 0, and ``task_bytes`` says what they take. What several tasks have in common beyond the
+        shared models counts once, with the first of them. Where `frozen` is given, ``with_frozen``
         holds model parameters, parameters and density with those counted in.
     """
-    base, tasks = problem.pretrained, served.deltas
+    base, tasks = problem.pretrained, apart(served.deltas)
     shared = sum(weights.numel for weights in served.shared)
     values = {task: delta.stored_parameters for task, delta in tasks.items()}
     nbytes = {task: delta.nbytes for task, delta in tasks.items()}

@@ -185,7 +185,8 @@ class Settings:
         )
 
     def _size(self) -> str:
-        """Return what tells the cells of a sweep apart, for people: ``m10-seed0``, ``q16-seed0`` or ``seed0``."""
+        """Return what tells the cells of a sweep apart, for people: ``m10-seed0``, ``q16-seed0`` or ``2x-seed0``."""
         density, rank = getattr(self.byom, "density", None), getattr(self.byom, "rank", None)
         size = f"m{100 * density:g}-" if density is not None else f"q{rank}-" if rank is not None else ""
-        return f"{size}seed{self.seed}"
+        models = getattr(self.byom, "size", None)
+        return f"{size}{models:g}x-seed{self.seed}" if models is not None else f"{size}seed{self.seed}"

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byom.report.rows import Row, flatten, full
+from byom.report.rows import Row, flatten, full, told_apart
 
 HEADS = {
     "mean": "Mean", "normalised": "Normalised mean", "parameters": "Parameters (M)", "bytes": "Bytes (MB)",
     "chosen": "λ / searched", "seeds": "Seeds",
 }  # fmt: skip
-DRAWN = ("kind", "base", "one_model", "given")
+DRAWN = ("kind", "base", "one_model", "given", "models", "curve")
 """Columns for figures alone, which no file holds."""
 MISSING = "—"
 
@@ -27,9 +27,14 @@ def numbers(rows: Iterable[Row]) -> pd.DataFrame:
 
     Returns:
         One row per method and density. Task columns are ``accuracy_<task>`` and ``accuracy_<task>_std``, whatever
-        the task's metric; the columns of `DRAWN` are for figures alone.
+        the task's metric; the columns of `DRAWN` are for figures alone. ``models`` is the size in models' worth of
+        parameters, and ``curve`` the name that rows share which differ in the size they were asked for.
     """
-    return pd.DataFrame([_numbers(row) for row in rows])
+    every = list(rows)
+    sized = [row for row in every if row.size is not None]
+    alike = zip(sized, told_apart([row.sizeless for row in sized]), strict=True)
+    curves = {id(row): {"curve": one.label, "base": one.base} for row, one in alike}
+    return pd.DataFrame([_numbers(row) | curves.get(id(row), {"curve": ""}) for row in every])
 
 
 def _numbers(row: Row) -> dict[str, Any]:
@@ -44,6 +49,8 @@ def _numbers(row: Row) -> dict[str, Any]:
     out["validation"] = float(np.mean(chosen))
     out["parameters"] = float(np.mean([record.storage.parameters for record in records]))
     out["bytes"] = float(np.mean([record.storage.bytes for record in records]))
+    stored = [record.storage for record in records]
+    out["models"] = float(np.mean([one.parameters / (one.model_parameters or np.nan) for one in stored]))
     out |= {"chosen": _chosen(row), "searched": max(record.tuning.searched for record in records)}
     return out | {"seeds": len(records), "kind": row.kind, "base": row.base, "one_model": row.one_model}
 

@@ -16,6 +16,7 @@ from byom.storage.parts import Needs
 from byom.storage.record import Record
 
 MERGES = ("pretrained", "average", "task_arithmetic", "ties")  # first in the table; all others follow by name
+SIZE = "byom.size"
 KINDS = ("pretrained", "single_task", "merged", "post_pruning", "fft")
 
 
@@ -85,6 +86,16 @@ class Row:
     def density(self) -> float:
         """The fraction put back for each task, or NaN where nothing is chosen by a fraction."""
         return float(self.settings.get("byom.density", np.nan)) if self.variant != "none" else np.nan
+
+    @property
+    def size(self) -> float | None:
+        """The number of models' worth of parameters that was asked for; None where nothing is chosen by it."""
+        return self.settings.get(SIZE)
+
+    @property
+    def sizeless(self) -> Row:
+        """The row as one of those that differ in nothing but the size that was asked for."""
+        return replace(self, settings={name: value for name, value in self.settings.items() if name != SIZE})
 
     @property
     def one_model(self) -> bool:

@@ -134,6 +134,7 @@ class Storage(Lifted):
     Args:
         parameters: Values alone, shared ones and those of every task.
         bytes: Everything, positions and masks included.
+        model_parameters: Values of one model; 0 where a record does not say.
         task_parameters: Task to its values.
         task_bytes: Task to its bytes; empty in the oldest records.
         router_bytes: Of the router.
@@ -143,6 +144,7 @@ class Storage(Lifted):
 
     parameters: float
     bytes: float
+    model_parameters: float = 0
     task_parameters: Mapping[str, int] = field(default_factory=dict)
     task_bytes: Mapping[str, int] = field(default_factory=dict)
     router_bytes: int = 0

@@ -63,6 +63,7 @@ EXEMPT = {
         "prune_then_merge": "it keeps nothing",
         "surgery": "it changes features, not weights",
         "tinting": "it keeps a head or one layer; tests/identities says which",
+        "flex": "its size says how much; tests/identities has both ends",
         "emr": "several tasks share one vector; tests/identities has the exact cases",
         "tall_mask": "several tasks share one merged model; tests/identities has the exact cases",
         "t_switch": "a tensor has one magnitude; tests/identities has the exact cases",

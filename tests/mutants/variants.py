@@ -203,4 +203,32 @@ VARIANTS = (
             "tests/identities/test_single_task.py",
         ),
     ),
+    Mutant(
+        "flex-merges-once-less-than-its-size",
+        "functional",
+        "while left > most and pairs:",
+        "while left - min(sizes) > most and pairs:",
+        ("tests/identities/test_flex.py",),
+    ),
+    Mutant(
+        "what-tasks-have-in-common-is-stored-for-each",
+        "variants",
+        "held.update(delta.common.items())",
+        "held.update(())",
+        ("tests/identities/test_flex.py",),
+    ),
+    Mutant(
+        "a-sum-of-fewer-tasks-keeps-its-scale",
+        "merge",
+        "* len(every) / len(tasks)",
+        "* 1",
+        ("tests/identities/test_flex.py",),
+    ),
+    Mutant(
+        "running-statistics-say-which-blocks-are-alike",
+        "variants",
+        "in group.blocks() if not is_running(name) else ()",
+        "in group.blocks()",
+        ("tests/identities/test_flex.py",),
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar
@@ -22,6 +22,9 @@ from byom.weights import Weights
 from byom.weights.lowrank import Adapted
 from byom.weights.placed import within_memory
 from byom.weights.spec import Rounding
+
+BY_TASK = ("weights", "densities")
+"""Hyperparameters that hold one value per task, by the names that all methods give them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,28 @@ class MergeMethod(ABC):
     def needs(self) -> Needs:
         """The input that it cannot work without besides weights; a wrapper adds the needs of the wrapped method."""
         return Needs()
+
+    @property
+    def scales_sum(self) -> bool:
+        """True where `scale` multiplies a sum over the tasks, which grows with their number, and not a mean."""
+        return False
+
+    def among(self, tasks: Sequence[str], every: Sequence[str]) -> MergeMethod:
+        """Return the method for some of the tasks that it was chosen for.
+
+        Args:
+            tasks: The names of some tasks, in the order in which they are going to be merged.
+            every: The names of all, in the order of hyperparameters that hold one value per task.
+
+        Returns:
+            The method with these tasks' own values, and the factor on the mean of the task vectors that it has for all.
+        """
+        places = [every.index(task) for task in tasks]
+        held = {name: getattr(self, name, ()) for name in BY_TASK}
+        fewer: dict[str, Any] = {name: tuple(each[place] for place in places) for name, each in held.items() if each}
+        if self.scales_sum and len(tasks) != len(every):
+            fewer["scale"] = getattr(self, "scale", 1.0) * len(every) / len(tasks)
+        return replace(self, **fewer) if fewer else self
 
     def fallbacks(self, problem: Problem) -> list[str]:
         """Name what gets a simpler rule than the method's own, running statistics included; the record lists it."""

@@ -80,6 +80,16 @@ class Problem:
         members = {t: [Member(agreed(m.weights), m.statistics) for m in each] for t, each in self.members.items()}
         return replace(self, pretrained=agreed(self.pretrained), finetuned=finetuned, members=members)
 
+    def only(self, tasks: Sequence[str]) -> Problem:
+        """Return the problem of some of its tasks, whose models keep the ties that all tasks' models agree on.
+
+        Args:
+            tasks: Their names, in the order of the new problem.
+        """
+        some = copy(self)  # not replace, which would compare the models again
+        object.__setattr__(some, "finetuned", {task: self.finetuned[task] for task in tasks})
+        return some
+
     def watched(self, callback: Callable[[int], None]) -> Problem:
         """Return the same problem, whose models call back with the bytes of each tensor that is read.
 

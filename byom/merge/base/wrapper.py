@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from byom.merge.base.method import MergeMethod
 from byom.merge.base.needs import Needs
@@ -31,6 +32,10 @@ class Wrapper(MergeMethod):
     def passes(self) -> int:
         """See `PlannedMethod.passes`: those of the wrapped method."""
         return getattr(self.then, "passes", 0)
+
+    def among(self, tasks: Sequence[str], every: Sequence[str]) -> MergeMethod:
+        """Wrap what the wrapped method is for these tasks."""
+        return replace(super().among(tasks, every), then=self.then.among(tasks, every))
 
     def simpler(self, problem: Problem) -> list[str]:
         """Name what the wrapped method names."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -129,6 +130,37 @@ def spread_out(values: np.ndarray, gap: float) -> np.ndarray:
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     return np.concatenate([np.full(len(b), np.mean(b)) for b in blocks] or [steps]) + steps
+
+
+def errorbar(axes: Axes, x: Any, rows: pd.DataFrame, look: Look, label: str) -> None:
+    """Draw the mean accuracy of some rows, with bars of one deviation over seeds.
+
+    Args:
+        axes: The axes.
+        x: One place per row.
+        rows: Rows of a frame made by `byom.report.frame.numbers`.
+        look: Their look.
+        label: Their name in the legend.
+    """
+    spread = 100 * rows["mean_std"].fillna(0)
+    axes.errorbar(x, 100 * rows["mean"], yerr=spread, capsize=1.8, elinewidth=0.7, label=label, **look.line)
+
+
+def reference_line(axes: Axes, frame: pd.DataFrame, what: str, label: str, right: float) -> None:
+    """Draw a labelled line across, and its label just above, at the left (0) or right (1) end.
+
+    Args:
+        axes: The axes.
+        frame: A frame made by `byom.report.frame.numbers`; without such a row nothing is drawn.
+        what: The kind of row whose mean accuracy it is.
+        label: What it is called.
+        right: The end.
+    """
+    for value in 100 * frame.loc[frame["kind"] == what, "mean"].head(1):
+        axes.axhline(value, color=LOOKS[what].color, linewidth=0.8, zorder=0)
+        side = "right" if right else "left"
+        spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
+        axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
 
 
 def size_axis(axes: Axes, sizes: Any, longest: int) -> None:

@@ -12,7 +12,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from byom.report.figures.style import LOOKS, Look, blank, legend, looks, save, size_axis, spread_out, styled
+from byom.report.figures.models import accuracy_by_models, has_curves
+from byom.report.figures.style import (
+    LOOKS,
+    Look,
+    blank,
+    errorbar,
+    legend,
+    looks,
+    reference_line,
+    save,
+    size_axis,
+    spread_out,
+    styled,
+)
 from byom.report.frame import percent, task_names
 from byom.report.rows import KINDS
 
@@ -80,11 +93,11 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     zero = _zero_place(densities)
     for name, rows in curves.items():
         style = look[name]
-        _errorbar(axes, 100 * rows["density"], rows, style, name)
+        errorbar(axes, 100 * rows["density"], rows, style, name)
         _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
     _density_axis(axes, densities, zero)
-    _reference(axes, frame, "single_task", "Single-task", 1.0)
-    _reference(axes, frame, "pretrained", "Pre-trained", 0.0)
+    reference_line(axes, frame, "single_task", "Single-task", 1.0)
+    reference_line(axes, frame, "pretrained", "Pre-trained", 0.0)
     axes.set_ylabel("Mean test accuracy (%)")
     legend(figure, axes)
     return figure
@@ -92,11 +105,6 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
 
 def _zero_place(densities: Sequence[float]) -> float:
     return 100 * densities[0] / 2.6 if densities else 0.1
-
-
-def _errorbar(axes: Axes, x: Any, rows: pd.DataFrame, look: Look, label: str) -> None:
-    spread = 100 * rows["mean_std"].fillna(0)
-    axes.errorbar(x, 100 * rows["mean"], yerr=spread, capsize=1.8, elinewidth=0.7, label=label, **look.line)
 
 
 def _draw_start(axes: Axes, row: pd.DataFrame, zero: float, first: float, look: Look) -> None:
@@ -122,15 +130,6 @@ def _mark_break(axes: Axes, place: float) -> None:
     axes.annotate("//", (place, 0), xycoords=("data", "axes fraction"), ha="center", va="center", fontsize=7)
 
 
-def _reference(axes: Axes, frame: pd.DataFrame, what: str, label: str, right: float) -> None:
-    """Draw a labelled line across, and its label just above, at the left or right end."""
-    for value in 100 * _where(frame, frame["kind"] == what)["mean"].head(1):
-        axes.axhline(value, color=LOOKS[what].color, linewidth=0.8, zorder=0)
-        side = "right" if right else "left"
-        spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
-        axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
-
-
 @styled
 def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     """Draw the mean accuracy against the bytes stored for all tasks together.
@@ -145,7 +144,7 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     figure, axes = blank(2.75, [*curves, "Pareto front"])
     look = _looks(frame)
     for name, rows in curves.items():
-        _errorbar(axes, rows["bytes"] / 1e6, rows, look[name], name)
+        errorbar(axes, rows["bytes"] / 1e6, rows, look[name], name)
     shared = _where(frame, frame["kind"].isin(["pretrained", "merged"]))
     _draw_front(axes, pd.concat([*curves.values(), shared, _where(frame, frame["variant"] == "single_task")]))
     _label_single(axes, frame)
@@ -293,8 +292,9 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
         stem: What their names begin with.
 
     Returns:
-        The paths written; those against density and size need several densities, and at most `MOST` methods.
+        The paths written; those against density and bytes need several densities, and at most `MOST` methods.
     """
     several = len(set(frame["method"])) <= MOST and any(p["density"].nunique() > 1 for p in families(frame).values())
-    names = FIGURES if several else ["accuracy-by-task"]
-    return [path for name in names for path in save(FIGURES[name](frame), folder / f"{stem}--{name}")]
+    drawn = FIGURES if several else {"accuracy-by-task": accuracy_by_task}
+    drawn = drawn | ({"accuracy-by-models": accuracy_by_models} if has_curves(frame) else {})
+    return [path for name, draw in drawn.items() for path in save(draw(frame), folder / f"{stem}--{name}")]

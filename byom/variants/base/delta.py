@@ -35,11 +35,14 @@ class Delta:
         parts: Parameter name to stored tensors, which are kept on the CPU; parameters that are not listed are the
             reference's.
         shapes: Parameter name to the shape it was packed from.
+        common: Parameter name to what names its tensors among those that several tasks' differences hold alike, which
+            are stored once; see `byom.variants.base.common`.
     """
 
     variant: Unpacker
     parts: Mapping[str, Parts]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    common: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", {name: _moved(parts, _CPU) for name, parts in self.parts.items()})
@@ -66,6 +69,11 @@ class Delta:
                 f"is {reference.shape(odd[0])} in {reference.origin}; apply it to the model it was packed against"
             )
         require_base(self.variant, base)
+        if lacking := sorted(self.common.keys() - self.parts.keys()):
+            raise CheckpointError(
+                f"the packed difference lacks '{lacking[0]}', which its bundle stores once for several tasks; open the "
+                "bundle's folder with Bundle.open"
+            )
         aliases = names & reference.ties.keys()
         if aliases:  # a task whose names are not one tensor, though the reference's are
             reference = reference.tied({a: n for a, n in reference.ties.items() if a not in aliases})
@@ -162,6 +170,7 @@ class Delta:
     def _write(self, path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
         specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         notes = {"format": 1, "variant": _named(self.variant), "shapes": {n: list(s) for n, s in self.shapes.items()}}
+        notes |= {"common": dict(self.common)} if self.common else {}
         write_streamed(path, specs, read, notes)
 
     @classmethod
@@ -185,7 +194,8 @@ class Delta:
         for key in file.specs:
             name, part = key.rsplit("//", 1)
             parts.setdefault(name, {})[part] = file.read(key)
-        return cls(_built(notes["variant"]), parts, {n: tuple(s) for n, s in notes.get("shapes", {}).items()})
+        shapes = {n: tuple(s) for n, s in notes.get("shapes", {}).items()}
+        return cls(_built(notes["variant"]), parts, shapes, notes.get("common", {}))
 
 
 @dataclass(frozen=True)

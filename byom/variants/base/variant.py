@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byom.errors import WeightsMismatch
 from byom.functional.tensors import WIDER_BASE, finite, narrowed
-from byom.merge.base import Problem
+from byom.merge.base import MergeMethod, Problem
 from byom.merge.base.needs import Needs
 from byom.merge.base.running import is_running
 from byom.variants.base.delta import Delta, Parts, Served, Shared, Unpacker, own, require_base
@@ -28,6 +28,8 @@ class Variant(Unpacker):
 
     stores: ClassVar[str]
     """Contents of what is stored for each task, in words, for the table of variants."""
+    merges: ClassVar[bool] = False
+    """True where it merges some of the tasks by the method that it is given; see `merged_by`."""
     low_rank: ClassVar[bool] = False
     """True where what is packed may be low-rank factors, which PEFT adapters hold (``byom export``)."""
 
@@ -40,6 +42,17 @@ class Variant(Unpacker):
     def before(self) -> Preparation | None:
         """Preparation of the fine-tuned models before they are merged; None leaves them alone."""
         return None
+
+    def merged_by(self, method: MergeMethod) -> Variant:
+        """Return the variant for a reference that a method merged.
+
+        Args:
+            method: The method, with the hyperparameters that were chosen.
+
+        Returns:
+            This variant, or one that merges some of the tasks by the same method.
+        """
+        return self
 
     @abstractmethod
     def serve(self, problem: Problem, reference: Weights) -> Served:
