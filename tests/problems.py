@@ -26,6 +26,7 @@ TIED = {"head": "embed"}
 BUFFERS = ["counter", "flags"]
 QUICK = {  # laws of methods that adapt hold after any number of steps; more would take time and test nothing else
     "adamerging": {"steps": 3},
+    "adarank": {"steps": 3, "learning_rate": 0.05},  # far enough for components to be turned off
     "awd": {"steps": 3},
     "wudi": {"steps": 3},
     "surgery": {"steps": 3},
