@@ -45,9 +45,7 @@ class Blend:
         origin: What stands for theta_0.
     """
 
-    def __init__(
-        self, problem: Problem, split: str, vectors: Vectors = unchanged, origin: Origin = pretrained
-    ) -> None:
+    def __init__(self, problem: Problem, split: str, vectors: Vectors = unchanged, origin: Origin = pretrained) -> None:
         self.names = problem.pretrained.mergeable()
         self.tasks = len(problem.tasks)
         self.device = where(problem, split)
@@ -81,9 +79,7 @@ class Blend:
         return self.vectors[name].reshape(self.tasks, -1) @ gradient.reshape(-1)
 
 
-def blended(
-    group: Group, coefficients: Tensor, vectors: Vectors = unchanged, origin: Origin = pretrained
-) -> Tensor:
+def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged, origin: Origin = pretrained) -> Tensor:
     """Return one parameter of the model that coefficients give, block by block.
 
     Args:
