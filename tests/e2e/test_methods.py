@@ -21,6 +21,7 @@ from tests.e2e.tiny import KEPT, overrides
 pytestmark = pytest.mark.data
 SHORT = {  # fewer steps where a method trains; what is tested is that it runs, not how well
     "adamerging": ["merge.steps=3"],
+    "adarank": ["merge.steps=3"],
     "awd": ["merge.steps=20"],
     "surgery": ["byom.steps=3"],
     "tinting": ["byom.steps=3"],
