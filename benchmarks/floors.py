@@ -113,7 +113,9 @@ def esm(m: int, n: int) -> Operations:
 def joined_with(deltas: Tensor) -> Tensor:
     """Merge one matrix as ESM does, the inputs of every task being 1,600 rows of noise of unequal size."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(TASKS, 1600, deltas.shape[2], generator=generator) * torch.rand(deltas.shape[2])
+    rows = torch.randn(TASKS, 1600, deltas.shape[2], generator=generator) * torch.rand(
+        deltas.shape[2], generator=generator
+    )
     return joined(deltas, (rows.mT @ rows / 1600).to(deltas.device), ESM.power, ESM.energy)
 
 

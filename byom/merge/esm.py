@@ -41,8 +41,8 @@ class EssentialSubspaceMerging(PlannedMethod):
     and so is what several tasks have in common but once. With ``power=0`` nothing depends on the basis of the inputs;
     then one task with ``G = I`` and ``energy=0`` moves by twice what Iso-C makes of it.
 
-    Learning needs few inputs, the authors take 32 of a task (``statistics.gram.examples=32``), and no label. The
-    changes of all tensors are in memory while the merged model is in use, d fp32 numbers. The square U is what costs:
+    It needs few inputs, the authors take 32 of a task (``statistics.gram.examples=32``), and no label. The changes of
+    all tensors are in memory while the merged model is in use, d fp32 numbers. The square U is what costs:
     its eigenvectors take ``9 m^3`` operations for every layer of m outputs.
 
     Args:
