@@ -30,7 +30,7 @@ QUICK = {  # laws of methods that adapt hold after any number of steps; more wou
     "awd": {"steps": 3},
     "wudi": {"steps": 3},
     "surgery": {"steps": 3},
-    "tinting": {"steps": 3},
+    "symerge": {"steps": 3},
     "localize_and_stitch": {"steps": 3, "learning_rate": 4.0},  # far enough for scores to change places
 }
 

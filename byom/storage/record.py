@@ -37,6 +37,9 @@ VARIANTS = {
 }  # fmt: skip
 """Titles of variants, for the same records."""
 
+RETITLED = {"Model Tinting": "SyMerge"}
+"""Titles of variants in records, and those under which the methods were published since."""
+
 Json = Mapping[str, Any]
 
 
@@ -211,9 +214,8 @@ class Record:
 
 def _titles(choices: Choices, titles: Json) -> Titles:
     merge = titles.get("merge") or MERGES.get(choices.merge, _worded(choices.merge))
-    return Titles(
-        merge, titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom)), titles.get("router", "")
-    )
+    variant = titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom))
+    return Titles(merge, RETITLED.get(variant, variant), titles.get("router", ""))
 
 
 def _worded(name: str) -> str:

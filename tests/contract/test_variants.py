@@ -59,7 +59,7 @@ EXEMPT = {
         "none": "it keeps nothing",
         "prune_then_merge": "it keeps nothing",
         "surgery": "it changes features, not weights",
-        "tinting": "it keeps a head or one layer; tests/identities says which",
+        "symerge": "it keeps a head or one layer; tests/identities says which",
         "emr": "several tasks share one vector; tests/identities has the exact cases",
         "tall_mask": "several tasks share one merged model; tests/identities has the exact cases",
         "t_switch": "a tensor has one magnitude; tests/identities has the exact cases",
@@ -68,12 +68,12 @@ EXEMPT = {
         "twin-compress=svd": "all singular values of a matrix give it back up to rounding; tests/identities says so",
     },
     "test_the_order_of_tasks_does_not_matter": {
-        "tinting": "learnt coefficients agree up to rounding; tests/identities says how nearly",
+        "symerge": "learnt coefficients agree up to rounding; tests/identities says how nearly",
     },
     "test_a_task_that_changed_nothing_is_served_the_pretrained_model": {
-        "tinting": "its shared model is a merged one of its own making",
+        "symerge": "its shared model is a merged one of its own making",
     },
-    "test_another_architecture_is_refused": {"tinting": "it ignores the reference and makes its own"},
+    "test_another_architecture_is_refused": {"symerge": "it ignores the reference and makes its own"},
 }
 
 
