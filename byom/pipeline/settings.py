@@ -180,7 +180,7 @@ class Settings:
 
     def place(self) -> Place:
         """Return where the record goes."""
-        names = {group: FILED.get((group, name), name) for group, name in self.choices().items()}
+        names: dict[str, Any] = {group: FILED.get((group, name), name) for group, name in self.choices().items()}
         label = f"{names['merge']}+{names['byom']}" + (f"+{names['router']}" if self.routed else "")
         return Place(
             results_root(self.results), self.suite.name, names["backbone"], f"{label}--{self._size()}", self.signature()
