@@ -71,6 +71,10 @@ class AdaptiveRankPruning(PlannedMethod):
     numbers and the singular vectors, ``T r (m + n)`` for every matrix: twice ``T d`` for square ones. `candidates` cuts
     both. The merged model keeps one change, d numbers.
 
+    Adam moves every score by about `learning_rate` whatever its slope, so that batches of few inputs turn components
+    on and off by chance. Fewer steps at a higher rate are not the same method sooner: on the offline images, CART's
+    start lost accuracy to 30 steps of 64 inputs.
+
     Args:
         start: What is pruned: ``task_arithmetic`` or ``cart``, which the authors call TA+ and CART+.
         rank: Share of a matrix's components that are on before learning, the largest first, in [0, 1]; None takes 1 for
