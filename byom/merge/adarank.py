@@ -71,9 +71,8 @@ class AdaptiveRankPruning(PlannedMethod):
     numbers and the singular vectors, ``T r (m + n)`` for every matrix: twice ``T d`` for square ones. `candidates` cuts
     both. The merged model keeps one change, d numbers.
 
-    Adam moves every score by about `learning_rate` whatever its slope, so that batches of few inputs turn components
-    on and off by chance. Fewer steps at a higher rate are not the same method sooner: on the offline images, CART's
-    start lost accuracy to 30 steps of 64 inputs.
+    Adam moves every score by about `learning_rate` whatever its slope, so that few inputs turn components on and off by
+    chance: fewer steps at a higher rate are not the same method sooner.
 
     Args:
         start: What is pruned: ``task_arithmetic`` or ``cart``, which the authors call TA+ and CART+.
