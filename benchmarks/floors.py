@@ -26,6 +26,7 @@ from byom.errors import suggest
 from byom.functional.deltas import total
 from byom.functional.linalg import truncated_each
 from byom.merge.base import Problem
+from byom.merge.esm import EssentialSubspaceMerging, joined
 from byom.merge.iso_c import isotropic
 from byom.merge.iso_cts import isotropic_with_own, own_directions
 from byom.merge.knots import KnowledgeOrientationThroughSvd
@@ -36,6 +37,7 @@ from byom.weights import Weights
 LAYERS, TASKS, STEPS, COMMON, KEPT = 12, 8, 300, 0.8, 32
 SHAPES = {"attention.in": (2304, 768), "attention.out": (768, 768), "mlp.in": (3072, 768), "mlp.out": (768, 3072)}
 PRODUCTS = 30  # of a filter, about
+ESM = EssentialSubspaceMerging()
 Operations = tuple[float, float]  # in fp64 and in fp32
 
 
@@ -97,6 +99,25 @@ def knots(m: int, n: int) -> Operations:
     return TASKS * m**2 * n + eigenvectors(m), 2 * (2 * TASKS + 1) * m**2 * n
 
 
+def esm(m: int, n: int) -> Operations:
+    """Return the operations of ESM, of which U, m x m where T divides m, has most."""
+    rank = m // TASKS
+    if m <= n:
+        directions = 2 * m * n**2 + 2 * m**2 * n + eigenvectors(m)
+    else:
+        directions = 2 * eigenvectors(n) + 3 * m * n**2 + 2 * m * n * rank
+    parts = TASKS * (directions + 2 * rank * m * n)
+    return parts + polar(m, rank * TASKS) + polar(n, rank * TASKS) + 2 * m * n * rank * TASKS, 0
+
+
+def joined_with(deltas: Tensor) -> Tensor:
+    """Merge one matrix as ESM does; the Grams have a few large directions, and are drawn for little beside the rest."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(TASKS, 32, deltas.shape[2], generator=generator)
+    grams = torch.rand(TASKS, deltas.shape[2], generator=generator).diag_embed().baddbmm_(rows.mT, rows)
+    return joined(deltas, grams.to(deltas.device), ESM.power, ESM.energy)
+
+
 def wudi(steps: int) -> Method:
     """Return WUDI with a number of steps: its operations are those of the Grams, the slope, and the steps."""
     return Method(
@@ -120,6 +141,7 @@ def every(change: Callable[[Tensor], object]) -> Callable[[dict[str, Tensor]], o
 
 METHODS = {
     "tsv": Method("TSV-M", every(add_orthogonalised), tsv),
+    "esm": Method("ESM", every(joined_with), esm),
     "iso_c": Method("Iso-C", every(lambda deltas: isotropic(total(deltas))), lambda m, n: (polar(m, n), 0)),
     "iso_cts": Method(
         "Iso-CTS",

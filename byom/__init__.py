@@ -82,6 +82,7 @@ ALIASES = {
     "byom.suite": "byom.data.suite",
     "byom.targets": "byom.experts.finetune.targets",
     "byom.tune": "byom.pipeline.tune",
+    "byom.variants.tinting": "byom.variants.symerge",
 }
 """Modules that documentation, configurations and records of earlier versions name, and where they are; until 1.0."""
 
@@ -104,8 +105,9 @@ class _Moved(MetaPathFinder, Loader):
 
 def moved(name: str) -> str:
     """Return where a module, or an object of one, is that an earlier version had under a dotted name."""
-    old = ".".join(name.split(".")[:2])
-    return ALIASES[old] + name[len(old) :] if old in ALIASES else name
+    parts = name.split(".")
+    old = next((start for size in (2, 3) if (start := ".".join(parts[:size])) in ALIASES), None)
+    return ALIASES[old] + name[len(old) :] if old else name
 
 
 class _Package(ModuleType):

@@ -27,11 +27,12 @@ TIED = {"head": "embed"}
 BUFFERS = ["counter", "flags"]
 QUICK = {  # laws of methods that adapt hold after any number of steps; more would take time and test nothing else
     "adamerging": {"steps": 3},
+    "adarank": {"steps": 3, "learning_rate": 0.05},  # far enough for components to be turned off
     "awd": {"steps": 3},
     "wudi": {"steps": 3},
     "surgery": {"steps": 3},
-    "tinting": {"steps": 3},
     "flex": {"method": TaskArithmetic(0.5)},  # by which laws merge the reference; a run gives the variant its own
+    "symerge": {"steps": 3},
     "localize_and_stitch": {"steps": 3, "learning_rate": 4.0},  # far enough for scores to change places
 }
 

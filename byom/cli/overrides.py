@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from byom.errors import OptionError
+from byom.storage.parts import RENAMED
 
 KEY = re.compile(r"([+~]{0,2}[A-Za-z_][\w.@/:-]*)=(.*)", re.DOTALL)
 MEANT = (
@@ -38,6 +39,8 @@ def read(override: str) -> Any:
 def quoted(override: str) -> str:
     """Return an override that Hydra reads: as given, or with its value in quotes where Hydra reads no value without.
 
+    Former names of options become those of today.
+
     Paths and sentences may so have braces, blanks, ``=``, ``~``, backslashes and letters of any alphabet. What Hydra
     reads keeps its meaning, commas that sweep included.
 
@@ -47,6 +50,7 @@ def quoted(override: str) -> str:
     Raises:
         OptionError: If it is no override, or its value is a broken list, mapping, function or quotation.
     """
+    override = renamed(override)
     try:
         found = read(override)
     except HydraException as error:
@@ -54,6 +58,13 @@ def quoted(override: str) -> str:
     if not found.key_or_group:
         raise OptionError(f"{override!r} is no option; write NAME=VALUE, or ~NAME to take one out")
     return _quoted(override) if SHARE.match(override) else override
+
+
+def renamed(override: str) -> str:
+    """Return an override that chooses options by their names of today, one or several to sweep over."""
+    group, equals, value = override.partition("=")
+    names = {former: name for (of, former), name in RENAMED.items() if of == group}
+    return group + equals + ",".join(names.get(part.strip(), part) for part in value.split(",")) if names else override
 
 
 def _quoted(override: str, error: Exception | None = None) -> str:

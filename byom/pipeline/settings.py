@@ -25,11 +25,13 @@ from byom.pipeline.provenance import results_root
 from byom.pipeline.router.base import Router
 from byom.pipeline.tune import AsGiven, Tuner
 from byom.statistics.base import Statistic
+from byom.storage.parts import RENAMED
 from byom.storage.place import Place
 from byom.storage.signature import signature
 from byom.variants.base import Variant
 
 SPLITS = ("validation", "test")
+FILED = {(group, name): former for (group, former), name in RENAMED.items()}
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Settings:
 
     def place(self) -> Place:
         """Return where the record goes."""
-        names = self.choices()
+        names: dict[str, Any] = {group: FILED.get((group, name), name) for group, name in self.choices().items()}
         label = f"{names['merge']}+{names['byom']}" + (f"+{names['router']}" if self.routed else "")
         return Place(
             results_root(self.results), self.suite.name, names["backbone"], f"{label}--{self._size()}", self.signature()

@@ -16,6 +16,10 @@ class Lifted:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})  # pyright: ignore
 
 
+RENAMED = {("byom", "tinting"): "symerge"}
+"""Group and former name of an option to its name today; files of records are named by the former one, always."""
+
+
 @dataclass(frozen=True)
 class Choices(Lifted):
     """The names of the options, as tables write them.
@@ -41,6 +45,11 @@ class Choices(Lifted):
     tune: str | None = None
     router: str | None = None
     experts: str | None = None
+
+    @classmethod
+    def lift(cls, values: Mapping[str, Any]) -> Self:
+        """Return the names that a record holds as they are today; see `Lifted.lift`."""
+        return super().lift({group: RENAMED.get((group, name), name) for group, name in values.items()})
 
     @property
     def named(self) -> dict[str, Any]:

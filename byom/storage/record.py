@@ -40,6 +40,9 @@ WRAPPERS = ("awd", "dare", "lines", "svc")
 WRAPPED = {"TaskArithmetic": "Task Arithmetic", "Ties": "TIES", "TaskSingularVectors": "TSV-M"}
 """Titles of what these wrap, by class, for records of the time before their titles said it."""
 
+RETITLED = {"Model Tinting": "SyMerge"}
+"""Titles of variants in records, and those under which the methods were published since."""
+
 Json = Mapping[str, Any]
 
 
@@ -216,9 +219,8 @@ def _titles(choices: Choices, titles: Json, hyperparameters: Json) -> Titles:
     merge = titles.get("merge") or MERGES.get(choices.merge, _worded(choices.merge))
     if choices.merge in WRAPPERS and " of " not in merge:
         merge += _wrapped((hyperparameters.get("merge") or {}).get("then"))
-    return Titles(
-        merge, titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom)), titles.get("router", "")
-    )
+    variant = titles.get("byom") or VARIANTS.get(choices.byom, _worded(choices.byom))
+    return Titles(merge, RETITLED.get(variant, variant), titles.get("router", ""))
 
 
 def _wrapped(then: Any) -> str:

@@ -62,8 +62,8 @@ EXEMPT = {
         "none": "it keeps nothing",
         "prune_then_merge": "it keeps nothing",
         "surgery": "it changes features, not weights",
-        "tinting": "it keeps a head or one layer; tests/identities says which",
         "flex": "its size says how much; tests/identities has both ends",
+        "symerge": "it keeps a head or one layer; tests/identities says which",
         "emr": "several tasks share one vector; tests/identities has the exact cases",
         "tall_mask": "several tasks share one merged model; tests/identities has the exact cases",
         "t_switch": "a tensor has one magnitude; tests/identities has the exact cases",
@@ -77,13 +77,13 @@ EXEMPT = {
         "twin-compress=svd": "all singular values of a matrix give it back up to rounding; tests/identities says so",
     },
     "test_the_order_of_tasks_does_not_matter": {
-        "tinting": "learnt coefficients agree up to rounding; tests/identities says how nearly",
+        "symerge": "learnt coefficients agree up to rounding; tests/identities says how nearly",
     },
     "test_a_task_that_changed_nothing_is_served_the_pretrained_model": {
-        "tinting": "its shared model is a merged one of its own making",
         "tvq-shared_bits=3": "its shared model holds the average of the tasks",
+        "symerge": "its shared model is a merged one of its own making",
     },
-    "test_another_architecture_is_refused": {"tinting": "it ignores the reference and makes its own"},
+    "test_another_architecture_is_refused": {"symerge": "it ignores the reference and makes its own"},
 }
 
 

@@ -30,7 +30,7 @@ LEARNT = {"rtol": 1e-3, "atol": 1e-4}
 TOLERANCE = {
     **dict.fromkeys(("tsv", "iso_c", "iso_cts", "knots", "core_space", "regmean", "regmean_plus_plus"), FACTORED),
     **dict.fromkeys(("lora", "tsv_compress", "twin", "dts", "model_stock", "awd", "mixture"), FACTORED),
-    **dict.fromkeys(("adamerging", "tinting", "surgery", "localize_and_stitch", "wudi"), LEARNT),
+    **dict.fromkeys(("adamerging", "symerge", "surgery", "localize_and_stitch", "wudi"), LEARNT),
 }
 """How near a card comes to the CPU where it factors matrices by other algorithms, or where what is learnt takes steps
 whose size does not shrink with the gradient's. The simulated device computes as the CPU does: there, `NEAR` holds."""

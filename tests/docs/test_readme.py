@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from byom.__main__ import main
 from byom.checkpoint.adapters.adapter import Adapter
 from byom.checkpoint.bundle import Bundle
+from byom.storage.parts import Choices
 from byom.weights import Weights
 from tests.e2e.tiny import overrides
 from tests.folders.architectures import opened, saved
@@ -187,7 +188,7 @@ FOR_ADAPTERS = {"core_space"}
 @pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
 def test_the_sweep_over_all_methods_has_every_method_and_variant(suite):
     records = [json.loads(path.read_text()) for path in (ROOT / "results/methods/runs" / suite).glob("*/*.json")]
-    done = [record["choices"] for record in records if record["status"] == "done"]
+    done = [Choices.lift(record["choices"]).named for record in records if record["status"] == "done"]
     every = {path.stem for path in (ROOT / "conf/merge").glob("*.yaml")}
     assert {choice["merge"] for choice in done} == every - FOR_ADAPTERS
     assert {choice["byom"] for choice in done} == {path.stem for path in (ROOT / "conf/byom").glob("*.yaml")}

@@ -16,7 +16,12 @@ from tests.published_models import LAYERS
 from tests.tiny_clip import tiny_clip
 
 NOTE = "NOT A RESULT: tiny data in the hubs' own schema"
-SHORTER = {"merge=adamerging": "merge.steps=2", "merge=wudi": "merge.steps=3", "byom=surgery": "byom.steps=2"}
+SHORTER = {
+    "merge=adamerging": "merge.steps=2",
+    "merge=adarank": "merge.steps=2",
+    "merge=wudi": "merge.steps=3",
+    "byom=surgery": "byom.steps=2",
+}
 PLACES = ("backbone", "experts", "results")
 SWEEPS = ("density_sweep", "rank_sweep")
 Cells = list[list[str]]

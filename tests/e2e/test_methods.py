@@ -21,9 +21,10 @@ from tests.e2e.tiny import KEPT, overrides
 pytestmark = pytest.mark.data
 SHORT = {  # fewer steps where a method trains; what is tested is that it runs, not how well
     "adamerging": ["merge.steps=3"],
+    "adarank": ["merge.steps=3"],
     "awd": ["merge.steps=20"],
     "surgery": ["byom.steps=3"],
-    "tinting": ["byom.steps=3"],
+    "symerge": ["byom.steps=3"],
     "wudi": ["merge.steps=10"],
     "mlp": ["router.epochs=2"],
 }
@@ -81,7 +82,7 @@ def test_a_merge_method_runs(cell, name):
 def test_a_variant_runs(cell, name):
     record = cell("merge=average", f"byom={name}", *SHORT.get(name, []))
     sound(record)
-    assert record["needs"]["sees_test"] == (name in ("surgery", "tinting"))
+    assert record["needs"]["sees_test"] == (name in ("surgery", "symerge"))
 
 
 @pytest.mark.parametrize("name", [name for name in config.options("router") if name != "oracle"])

@@ -179,6 +179,20 @@ MERGE = (
         ("tests/identities/test_adamerging.py",),
     ),
     Mutant(
+        "esm-weighs-the-inputs-of-no-task",
+        "merge",
+        "values, vectors = torch.linalg.eigh(delta @ gram @ delta.T)",
+        "values, vectors = torch.linalg.eigh(delta @ delta.T)",
+        ("tests/identities/test_esm.py",),
+    ),
+    Mutant(
+        "adarank-turns-components-off-and-never-on",
+        "merge",
+        "self.blend.vectors[name][task] += part.part(task, turned[task])",
+        "self.blend.vectors[name][task] -= part.part(task, turned[task] < 0)",
+        ("tests/identities/test_adarank.py",),
+    ),
+    Mutant(
         "mixture-without-the-normalising-term",
         "merge",
         "0.5 * (believed.log() - believed * away.square())",

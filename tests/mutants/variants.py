@@ -74,18 +74,18 @@ VARIANTS = (
         ("tests/identities/test_tall_mask.py",),
     ),
     Mutant(
-        "tinting-trusts-only-where-both-agree",
+        "symerge-trusts-only-where-both-agree",
         "variants",
         "(labels == teacher.labels) | (teacher.confidence >= confidence)",
         "(labels == teacher.labels) & (teacher.confidence >= confidence)",
-        ("tests/identities/test_tinting.py",),
+        ("tests/identities/test_symerge.py",),
     ),
     Mutant(
-        "tinting-classifies-without-normalising",
+        "symerge-classifies-without-normalising",
         "variants",
         "temperature * normalize(features.float(), dim=-1) @ weight.T",
         "temperature * features.float() @ weight.T",
-        ("tests/identities/test_tinting.py",),
+        ("tests/identities/test_symerge.py",),
     ),
     Mutant(
         "tsv-compress-may-keep-nothing",

@@ -17,6 +17,7 @@ from byom.errors import ByomError
 from byom.merge.base.needs import Needs
 from byom.report.comparison import display_comparison
 from byom.report.report import read_runs
+from byom.storage.parts import RENAMED
 from byom.storage.parts import Needs as Recorded
 from byom.storage.record import Record
 from tests.unit import synthetic_runs as synthetic
@@ -39,7 +40,7 @@ def test_three_shapes_were_written_and_all_are_read():
         }
         assert (record.cost is None) == ("cost" not in values)
         assert record.titles.merge and record.titles.byom
-        assert record.choices.named == values["choices"]
+        assert record.choices.named == {g: RENAMED.get((g, name), name) for g, name in values["choices"].items()}
 
 
 NEEDS = {

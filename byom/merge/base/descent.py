@@ -10,6 +10,7 @@ from torch import Tensor
 from byom.errors import one_of, positive, whole
 from byom.functional.deltas import total
 from byom.functional.seeding import keyed
+from byom.functional.tensors import wide
 from byom.merge.base.group import Group, blockwise
 from byom.merge.base.probe import Batch, Probe
 from byom.merge.base.problem import Problem
@@ -17,11 +18,17 @@ from byom.weights import Weights
 
 JOINED = 64  # examples encoded in one pass: fills two cores, and its activations stay well below the task vectors
 Vectors = Callable[[Group, int], Tensor]  # (flat piece of a parameter, its flat offset) -> task vectors [T, n]
+Origin = Callable[[Group], Tensor]  # a parameter, or a flat piece -> what the task vectors are added to, [*shape]
 
 
 def unchanged(group: Group, start: int = 0) -> Tensor:
     """Return the task vectors as they are."""
     return group.deltas
+
+
+def pretrained(group: Group) -> Tensor:
+    """Return theta_0."""
+    return wide(group.pretrained)
 
 
 class Blend:
@@ -35,9 +42,10 @@ class Blend:
         problem: The models, and the probe.
         split: A split of which the problem has inputs.
         vectors: The task vectors.
+        origin: What stands for theta_0.
     """
 
-    def __init__(self, problem: Problem, split: str, vectors: Vectors = unchanged) -> None:
+    def __init__(self, problem: Problem, split: str, vectors: Vectors = unchanged, origin: Origin = pretrained) -> None:
         self.names = problem.pretrained.mergeable()
         self.tasks = len(problem.tasks)
         self.device = where(problem, split)
@@ -45,7 +53,7 @@ class Blend:
         self.vectors: dict[str, Tensor] = {}
         for name in self.names:
             group = problem.group(name)
-            self.base[name] = group.pretrained.float().to(self.device)
+            self.base[name] = origin(group).float().to(self.device)
             self.vectors[name] = vectors(group, 0).float().to(self.device)
 
     def start(self, value: float, rows: int | None = None) -> Tensor:
@@ -71,13 +79,14 @@ class Blend:
         return self.vectors[name].reshape(self.tasks, -1) @ gradient.reshape(-1)
 
 
-def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) -> Tensor:
+def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged, origin: Origin = pretrained) -> Tensor:
     """Return one parameter of the model that coefficients give, block by block.
 
     Args:
         group: The parameter in every model.
         coefficients: ``[T]`` (lambda).
         vectors: The task vectors.
+        origin: What stands for theta_0.
 
     Returns:
         ``[*shape]`` in fp32 or fp64.
@@ -85,7 +94,7 @@ def blended(group: Group, coefficients: Tensor, vectors: Vectors = unchanged) ->
 
     def merge(start: int, piece: Group) -> Tensor:
         deltas = vectors(piece, start)
-        return piece.pretrained + total(deltas * coefficients.to(deltas)[:, None])
+        return origin(piece) + total(deltas * coefficients.to(deltas)[:, None])
 
     return blockwise(group, merge)
 

@@ -1,4 +1,4 @@
-"""Model Tinting: coefficients of task vectors, learnt together with one layer that every task keeps for itself."""
+"""SyMerge: coefficients of task vectors, learnt together with one layer that every task keeps for itself."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OwnPart(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelTinting(Variant):
+class ModelTinting(Variant):  # the method's first name, by which records and bundles know it
     """Learn a merged model and one layer per task together, so that predictions are those of the tasks' own models.
 
     ``theta^l = theta_0^l + sum_t clamp(lambda_t^l, 0, 1) tau_t^l`` is shared; a task's head (or the parameters that
@@ -82,8 +82,8 @@ class ModelTinting(Variant):
         OptionError: If a hyperparameter is out of range, or no parameter's name begins with `layer`.
 
     References:
-        Why Train Everything? Tint a Single Layer for Multi-task Model Merging, section 4.
-        https://arxiv.org/abs/2412.19098; published at ICML 2026 under the name SyMerge.
+        SyMerge, ICML 2026; before as Why Train Everything? Tint a Single Layer for Multi-task Model Merging, section 4.
+        https://arxiv.org/abs/2412.19098
 
     Differences:
         The paper lets any single layer be the task's own, the authors' code trains heads; the latter is the default.
@@ -100,7 +100,7 @@ class ModelTinting(Variant):
     batch_size: int = 32
     seed: int = 0
 
-    title = "Model Tinting"
+    title = "SyMerge"
     stores = "its head, or one layer"
     on = "pretrained"
 
@@ -252,7 +252,7 @@ def trusted(logits: Tensor, teacher: Predictions) -> Tensor:
 def _predictions(problem: Problem, task: str, split: str) -> Predictions:
     probe = problem.inputs()
     logits = probe.readout(task)(probe.features(problem.finetuned[task], task, split).values)
-    require_classes(logits, "byom=tinting")
+    require_classes(logits, "byom=symerge")
     confidence, labels = logits.float().softmax(-1).max(-1)
     return Predictions(labels, confidence)
 
@@ -269,7 +269,7 @@ def cosine(head: Readout, whose: str) -> Head:
     """
     if not isinstance(head, Head):
         raise OptionError(
-            f"byom=tinting with byom.layer={HEAD} starts from a cosine head, and {whose} is a "
+            f"byom=symerge with byom.layer={HEAD} starts from a cosine head, and {whose} is a "
             f"{type(head).__name__}; name a layer of the encoder instead, as in byom.layer=visual.ln_post"
         )
     return head

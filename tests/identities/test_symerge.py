@@ -1,4 +1,4 @@
-"""Model Tinting: where it starts, which of its parts move, and what it learns from."""
+"""SyMerge: where it starts, which of its parts move, and what it learns from."""
 
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ from byom.checkpoint.bundle import Bundle
 from byom.errors import OptionError
 from byom.merge.adamerging import AdaMerging
 from byom.merge.base import Problem
-from byom.variants import tinting
+from byom.variants import symerge
 from byom.variants.base.delta import READOUT
-from byom.variants.tinting import ModelTinting, Predictions, trusted
+from byom.variants.symerge import ModelTinting, Predictions, trusted
 from byom.weights import Weights
 from tests.probes import TinyProbe, networks
 from tests.problems import bits, same
 
-TINTING = ModelTinting(steps=10)
+LEARNT = ModelTinting(steps=10)
 LAYERS = ["head", "3.", "2.weight"]
 KEPT = {"3.": {"3.weight", "3.bias"}, "2.weight": {"2.weight"}}
 
@@ -71,7 +71,7 @@ def test_without_task_vectors_only_the_heads_move():
     held = networks(1)
     still = dict.fromkeys(("a", "b"), held.pretrained)
     held = Problem(held.pretrained, still, probe=TinyProbe(held.pretrained, still, held.probe.encoder, (4, 6)))
-    served = serve(TINTING, held)
+    served = serve(LEARNT, held)
     assert same(served.reference, held.pretrained)
     for task in held.tasks:
         parts = served.deltas[task].parts[READOUT]
@@ -82,7 +82,7 @@ def test_a_merged_model_that_is_the_tasks_own_grows_surer_of_its_own_classes():
     held = networks(1)
     still = {"task1": held.pretrained}
     held = Problem(held.pretrained, still, probe=TinyProbe(held.pretrained, still, held.probe.encoder, (4, 6)))
-    start, end = (serve(replace(TINTING, steps=steps), held) for steps in (0, 30))
+    start, end = (serve(replace(LEARNT, steps=steps), held) for steps in (0, 30))
     assert torch.equal(logits(held, end, "task1").argmax(-1), said(held, "task1"))
     assert loss(held, end) < loss(held, start)
 
@@ -107,7 +107,7 @@ def test_a_layer_of_its_own_leaves_its_coefficients_where_they_were():
 
 def test_it_stores_the_head_with_a_bias(tmp_path):
     held = networks(3)
-    served = serve(TINTING, held)
+    served = serve(LEARNT, held)
     assert {d.stored_parameters for d in served.deltas.values()} == {held.probe.classes * (held.probe.dimensions + 1)}
     opened = Bundle.open(Bundle(served.reference, served.deltas).save(tmp_path / "bundle"))
     for task in held.tasks:
@@ -138,8 +138,8 @@ def test_what_is_trusted_golden():
 
 def test_where_nothing_is_trusted_nothing_is_learnt(monkeypatch):
     held = networks(2)
-    monkeypatch.setattr(tinting, "trusted", lambda found, _: torch.zeros(len(found), dtype=torch.bool))
-    served, start = (serve(replace(TINTING, plus_plus=True, steps=steps), held) for steps in (5, 0))
+    monkeypatch.setattr(symerge, "trusted", lambda found, _: torch.zeros(len(found), dtype=torch.bool))
+    served, start = (serve(replace(LEARNT, plus_plus=True, steps=steps), held) for steps in (5, 0))
     assert same(served.reference, start.reference)
     assert all(torch.equal(logits(held, served, task), logits(held, start, task)) for task in held.tasks)
 
@@ -151,7 +151,7 @@ class Poisoned(TinyProbe):
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_only_the_inputs_of_its_split_are_looked_at(split):
-    held, variant = networks(2), replace(TINTING, inputs=split)
+    held, variant = networks(2), replace(LEARNT, inputs=split)
     served = serve(variant, held)
     assert held.probe.seen == variant.needs.inputs == {split} and not variant.needs.labels
     poisoned = replace(held, probe=Poisoned(held.pretrained, held.finetuned, held.probe.encoder, (4, 6)))
@@ -159,7 +159,7 @@ def test_only_the_inputs_of_its_split_are_looked_at(split):
 
 
 def test_the_order_of_tasks_does_not_matter_and_the_seed_does():
-    held, variant = networks(3), replace(TINTING, batch_size=4)
+    held, variant = networks(3), replace(LEARNT, batch_size=4)
     served = serve(variant, held)
     turned = serve(variant, replace(held, finetuned=dict(reversed(held.finetuned.items()))))
     for name in held.pretrained:
@@ -181,7 +181,7 @@ def test_the_order_of_tasks_does_not_matter_and_the_seed_does():
 )
 def test_what_is_out_of_range_is_refused(change, message):
     with pytest.raises(OptionError, match=message):
-        replace(TINTING, **change)
+        replace(LEARNT, **change)
 
 
 def test_a_layer_that_is_nowhere_is_refused():
