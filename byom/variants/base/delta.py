@@ -17,6 +17,7 @@ from byom.functional.heads import Changed, Readout
 from byom.functional.tensors import WIDER_BASE, finite
 from byom.storage import tensor_files as storage
 from byom.storage.streamed import write_streamed
+from byom.variants.base import joined
 from byom.variants.base.unpacker import Parts, Shared, Unpacker
 from byom.weights import Weights
 
@@ -134,8 +135,9 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: values, positions and masks."""
-        return sum(tensor.nbytes for parts in self.parts.values() for tensor in parts.values())
+        """Bytes stored: values, positions and masks; names and shapes too where all is in one piece."""
+        names = len(joined.index(self.parts, self.shapes)) if self.variant.joined else 0
+        return names + sum(tensor.nbytes for parts in self.parts.values() for tensor in parts.values())
 
     def save(self, path: str | Path) -> Path:
         """Write the difference as one safetensors file with checksums, atomically.
@@ -165,11 +167,14 @@ class Delta:
         return Path(path)
 
     def _flat(self) -> dict[str, Tensor]:
+        if self.variant.joined:
+            return {f"{joined.JOINED}//{part}": t for part, t in joined.join(self.parts, self.shapes).items()}
         return {f"{name}//{part}": tensor for name, parts in self.parts.items() for part, tensor in parts.items()}
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
         specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        notes = {"format": 1, "variant": _named(self.variant), "shapes": {n: list(s) for n, s in self.shapes.items()}}
+        shapes = {} if self.variant.joined else {name: list(shape) for name, shape in self.shapes.items()}
+        notes = {"format": 1, "variant": _named(self.variant), "shapes": shapes}
         notes |= {"common": dict(self.common)} if self.common else {}
         write_streamed(path, specs, read, notes)
 
@@ -194,7 +199,9 @@ class Delta:
         for key in file.specs:
             name, part = key.rsplit("//", 1)
             parts.setdefault(name, {})[part] = file.read(key)
-        shapes = {n: tuple(s) for n, s in notes.get("shapes", {}).items()}
+        shapes = {name: tuple(shape) for name, shape in notes.get("shapes", {}).items()}
+        if joined.JOINED in parts:
+            parts, shapes = joined.split(parts[joined.JOINED], path)
         return cls(_built(notes["variant"]), parts, shapes, notes.get("common", {}))
 
 

@@ -41,6 +41,8 @@ class Unpacker(ABC):
     """True if a task's weights are put together from two shared models; the second is theta_0 unless it says so."""
     title: ClassVar[str]
     """Name in tables."""
+    joined: ClassVar[bool] = False
+    """True if a difference is stored in one piece (`byom.variants.base.joined`), not as a tensor for each part."""
 
     @abstractmethod
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:

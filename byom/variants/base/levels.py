@@ -1,0 +1,224 @@
+"""Levels of one tensor: its difference written as quantised factors, quantised entries or both, coarsely or finely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from byom.functional import tables
+from byom.functional.hull import Level
+from byom.functional.linalg import randomised_svd
+
+DEAD = 0.12  # how much of a step a magnitude must exceed one half to be rounded up: zeros are cheap
+PRICE = 0.14  # the damage that a bit has to save, in squares of the step, for a component to be kept
+SHARE = 6  # one in so many singular values may be written as factors; what is beyond is cheaper entry by entry
+RARE = 8  # entries are written from steps of so many times their root mean square on: coarser ones keep next to none
+FINEST = 0.03  # the last step, as a share of the entries' root mean square: some 7 bits an entry
+COMPONENT = 32  # bits of a component beside its integers: a scale in fp16 and the numbers of two tables
+FIXED = 144  # bits of a tensor beside its components: head, one more table, and the words in which a stream ends
+
+
+class Factors(NamedTuple):
+    """The largest singular values and vectors of a difference, in the metric of the inputs."""
+
+    left: Tensor  # [m, K]
+    values: Tensor  # [K]
+    right: Tensor  # [K, n], such that left diag(values) right is the best approximation of rank K
+
+
+class Way(NamedTuple):
+    """How a difference is written."""
+
+    step: float
+    """The step of quantisation, representable in fp32."""
+    factors: bool
+    entries: bool
+    """Whether entries are written: of the difference, or of what the factors leave."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A difference of one tensor as integers.
+
+    Args:
+        left: Int8 ``[m, k]``.
+        right: Int8 ``[k, n]``.
+        scales: fp16 ``[k]``; the first part of the difference is ``left diag(scales) right``.
+        entries: Int8 ``[m, n]``, or None; the second part is ``step * entries``.
+        step: The step of the entries.
+    """
+
+    left: Tensor
+    right: Tensor
+    scales: Tensor
+    entries: Tensor | None
+    step: float
+
+    def rows(self) -> list[np.ndarray]:
+        """Return the integers row by row as they are coded: left vectors, right vectors, all entries."""
+        rows = [*self.left.T.numpy(), *self.right.numpy()]
+        return rows if self.entries is None else [*rows, self.entries.reshape(-1).numpy()]
+
+    def difference(self) -> Tensor:
+        """Return what is put back, ``[m, n]`` in fp32."""
+        product = (self.left.float() * self.scales.float()) @ self.right.float()
+        return product if self.entries is None else product + self.entries.float() * self.step
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference to be written, and the metric in which damage is measured.
+
+    The damage of writing D as D' is ``weight |(D - D') L|^2`` with ``L L' = G``, a second moment of the layer's
+    inputs; without a root, ``weight |D - D'|^2``.
+
+    Args:
+        values: ``[m, n]`` in fp32 (D).
+        root: ``[n, n]`` lower triangular (L), or None.
+        weight: What one unit of squared error is worth.
+        seed: Seeds the search for singular vectors of large matrices.
+        known: What `factors` found before, to be found again at no cost.
+    """
+
+    values: Tensor
+    root: Tensor | None = None
+    weight: float = 1.0
+    seed: int = 0
+    known: Factors | None = None
+
+    def damage(self, error: Tensor) -> float:
+        """Return the damage of an error ``[m, n]``."""
+        return self.weight * float(self._weighed(error).square().sum(dtype=torch.float64))
+
+    def levels(self, dearest: float) -> Iterator[tuple[Level, Way]]:
+        """Write the difference with finer and finer steps, in every way.
+
+        Args:
+            dearest: Bits beyond which no level is of use; a step all of whose ways cost more is the last.
+
+        Yields:
+            What a way costs in bits and the damage that it leaves, and the way; the first writes nothing.
+        """
+        yield Level(0.0, self.damage(self.values)), Way(0.0, False, False)
+        for step in _steps(self.values):
+            cheapest = math.inf
+            for way in self._ways(step):
+                if written := self.write(way):
+                    level = self._priced(written)
+                    cheapest = min(cheapest, level.cost)
+                    yield level, way
+            if dearest < cheapest < math.inf:
+                return
+
+    def write(self, way: Way) -> Written | None:
+        """Quantise the difference; None where that leaves nothing, or an integer is beyond what tables know."""
+        none = torch.empty(0, dtype=torch.int8)
+        rows, columns = self.values.shape
+        written = Written(none.reshape(rows, 0), none.reshape(0, columns), none.half(), None, way.step)
+        if way.factors:
+            if (product := self._product(way.step)) is None:
+                return None
+            written = product
+        if not way.entries:
+            return written if way.factors else None
+        entries = rounded((self.values - written.difference()) / way.step)
+        low, high = entries.aminmax()
+        if not (low or high) or max(-low, high) > tables.LIMIT:
+            return None
+        return Written(written.left, written.right, written.scales, entries.to(torch.int8), way.step)
+
+    @cached_property
+    def factors(self) -> Factors | None:
+        """The largest singular values and vectors, one in `SHARE` of all; None for a vector."""
+        if self.known or min(self.values.shape) == 1:
+            return self.known
+        count = max(1, min(self.values.shape) // SHARE)
+        left, values, right = (each.float() for each in randomised_svd(self.metric, count, self.seed))
+        if self.root is not None:  # next to given left vectors the same right ones are best in every metric
+            right = (left.T @ self.values) / values.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        return Factors(left, values, right)
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """The difference in the metric of the inputs, ``D L``."""
+        return self._weighed(self.values)
+
+    def _ways(self, step: float) -> Iterator[Way]:
+        several = min(self.values.shape) > 1
+        if several:
+            yield Way(step, factors=True, entries=False)
+        if step <= RARE * float(self.values.norm()) / math.sqrt(self.values.numel()):
+            yield Way(step, factors=False, entries=True)
+            if several:
+                yield Way(step, factors=True, entries=True)
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        return rows if self.root is None else rows @ self.root
+
+    def _product(self, step: float) -> Written | None:
+        """Quantise the factors, keeping the components that are worth their bits; None where none is."""
+        assert self.factors is not None  # vectors have no way with factors
+        count = int((self.factors.values > step * (0.5 + DEAD)).sum())
+        vectors, values, right = self.factors.left[:, :count], self.factors.values[:count], self.factors.right[:count]
+        one, other = rounded(vectors * values / step), rounded(right * values[:, None] / step)
+        if not count or max(one.abs().max(), other.abs().max()) > tables.LIMIT:
+            return None
+        kept = (one * vectors).sum(0).square() / one.square().sum(0).clamp_min(1)
+        weighed, towards = self._weighed(other), self._weighed(right)
+        kept = kept * (weighed * towards).sum(1).square() / weighed.square().sum(1).clamp_min(1e-30)
+        worth = values.square() * kept > PRICE * step**2 * (_bits(one.T) + _bits(other) + COMPONENT)
+        return self._scaled(one[:, worth], other[worth], step) if worth.any() else None
+
+    def _scaled(self, left: Tensor, right: Tensor, step: float) -> Written | None:
+        """Find the scales of the components that leave the least damage."""
+        normal, aim = self._normal(left, right)
+        normal.diagonal().mul_(1 + 1e-6)  # two components may have rounded to the same integers
+        scales = torch.linalg.solve(normal, aim).to(torch.float16)
+        if not torch.isfinite(scales).all():
+            return None
+        return Written(left.to(torch.int8), right.to(torch.int8), scales, None, step)
+
+    def _normal(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inner products of components with each other and with the difference, in the metric."""
+        weighed = self._weighed(right)
+        normal = (left.T @ left).double() * (weighed @ weighed.T).double()
+        return normal, ((left.T @ self.metric) * weighed).sum(1, dtype=torch.float64)
+
+    def _priced(self, written: Written) -> Level:
+        bits = FIXED + COMPONENT * len(written.scales) + float(_bits(written.left.T).sum() + _bits(written.right).sum())
+        if written.entries is not None:
+            bits += float(_bits(written.entries.reshape(1, -1)))
+            return Level(bits, self.damage(self.values - written.difference()))
+        normal, aim = self._normal(written.left.float(), written.right.float())  # no product of m n n is formed
+        scales = written.scales.double()
+        left_over = self.metric.square().sum(dtype=torch.float64) - 2 * scales @ aim + scales @ normal @ scales
+        return Level(bits, self.weight * max(0.0, float(left_over)))
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Round to integers, to 0 a little more often than to the nearest: by `DEAD`."""
+    return values.sign() * (values.abs() + (0.5 - DEAD)).floor()
+
+
+def _steps(values: Tensor) -> Iterator[float]:
+    """Yield powers of the square root of 2 from a tensor's norm down to `FINEST` of its root mean square."""
+    norm = float(values.norm())
+    if norm:
+        last = math.floor(2 * math.log2(FINEST * norm / math.sqrt(values.numel())))
+        yield from (
+            float(np.float32(2 ** (number / 2))) for number in range(math.ceil(2 * math.log2(norm)), last - 1, -1)
+        )
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """Return the bits of each row of integers under its best table."""
+    if not rows.numel():
+        return torch.zeros(len(rows), dtype=torch.float64)
+    return torch.from_numpy(tables.best(tables.histograms(rows.numpy()))[1])

@@ -1,0 +1,237 @@
+"""BYOM-Budget: the best difference for a number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from byom.errors import OptionError, one_of, positive
+from byom.functional.hull import Level, allocate, lower_hull
+from byom.functional.seeding import keyed
+from byom.functional.tensors import wide
+from byom.merge.base import Problem
+from byom.merge.base.needs import Needs
+from byom.merge.base.running import is_running
+from byom.variants.base import PackingVariant, Parts, Shared, code, joined, sparse
+from byom.variants.base.damage import Damage
+from byom.variants.base.delta import Delta, Served, own
+from byom.variants.base.levels import FIXED, Difference, Factors, Way
+from byom.variants.base.variant import Packing
+from byom.weights import Weights
+
+BYTE = 8
+
+
+@dataclass(frozen=True)
+class ByomBudget(PackingVariant):
+    """Spend a number of bytes on each task's difference to a shared model where they do the most.
+
+    Every tensor of ``theta_t - reference`` can be written at many levels: as singular vectors rounded to multiples of
+    a step, as entries rounded so, as both, with finer and finer steps, or as the task's own values; a range coder
+    takes little more than the entropy of the integers. A level costs bits and leaves the damage
+    ``w |(D - D') L|^2``. Each tensor keeps the lower convex hull of its levels, and bytes go where a bit saves the
+    most damage (`byom.functional.hull.allocate`): no other choice leaves less damage for as many bytes.
+
+    Without inputs the damage is the squared error: w is 1 and L the identity. With inputs ``L L'`` is the second moment
+    of what the layer multiplies, with a mean diagonal of 1, and w the mean Fisher information of the tensor, so that
+    the damage stands for the divergence of the answers from those of ``theta_t``.
+
+    Args:
+        kilobytes: What a task may take, in 1000 bytes, names and shapes included.
+        reference: ``merged`` or ``pretrained``: the shared model that differences are taken to.
+        inputs: ``none``, or ``train``: a few unlabelled inputs weigh the damage (statistics ``fisher`` and ``gram``).
+        seed: Seeds the search for singular vectors of large matrices.
+
+    Raises:
+        OptionError: If a hyperparameter is out of range, or the bytes do not suffice for running statistics.
+
+    References:
+        Ours, to be read beside optimal bit allocation over convex hulls: Shoham and Gersho, Efficient Bit Allocation
+        for an Arbitrary Set of Quantizers. https://doi.org/10.1109/29.90373
+    """
+
+    kilobytes: float = 300.0
+    reference: Literal["merged", "pretrained"] = field(default="merged", kw_only=True)
+    inputs: Literal["none", "train"] = field(default="none", kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    title = "BYOM-Budget"
+    stores = "quantised singular vectors and entries, as many as the bytes allow"
+    joined = True
+
+    @property
+    def on(self) -> Literal["merged", "pretrained"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The model that differences are taken to, an option here."""
+        return self.reference
+
+    def __post_init__(self) -> None:
+        positive("byom.kilobytes", self.kilobytes, "300")
+        one_of("byom.reference", self.reference, ("merged", "pretrained"))
+        one_of("byom.inputs", self.inputs, ("none", "train"))
+
+    @property
+    def needs(self) -> Needs:
+        """Training inputs without their labels, where they weigh the damage."""
+        if self.inputs == "none":
+            return Needs()
+        return Needs(statistics=frozenset({"fisher", "gram"}), inputs=frozenset({self.inputs}))
+
+    def streamed(self, problem: Problem, reference: Weights) -> Served:
+        """Pack a task each time its difference is asked for; see `Variant.streamed`."""
+        served = super().streamed(problem, reference)
+        if self.inputs == "none":
+            return served
+        if missing := sorted(self.needs.statistics - set(problem.statistics)):
+            raise OptionError(
+                f"byom.inputs={self.inputs} needs the statistics {missing}, which the problem lacks; byom statistics "
+                f"{missing[0]} suite=... computes and keeps them, and byom run does so by itself"
+            )
+        fisher, gram = problem.statistics["fisher"], problem.statistics["gram"]
+        weighed = _Weighed(served.deltas, {task: Damage(fisher[task], gram[task]) for task in problem.tasks})
+        return Served(served.reference, weighed, served.base)
+
+    def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
+        """Find the level of every tensor and write it; what is held is what will be stored."""
+        room = self.kilobytes * 1000 * BYTE - _running(target, reference)
+        found = {
+            name: self._levels(name, target, reference, room) for name in target.mergeable() if not is_running(name)
+        }
+        shapes = {name: target.shape(name) for name in found}
+        written: dict[tuple[str, Way | None], Parts] = {}
+        allowed = room
+        while allowed >= 0:  # once for the levels alone, once more less what their names take, seldom again
+            chosen = allocate([each.levels for each in found.values()], allowed)
+            ways = {name: found[name].ways[number] for name, number in zip(found, chosen, strict=True)}
+            for name, way in ways.items():
+                if (name, way) not in written:
+                    written[name, way] = self._written(name, way, found[name], target, reference)
+            parts = {name: written[name, way] for name, way in ways.items()}
+            over = BYTE * _stored(parts, shapes) - room
+            if over <= 0:
+                return parts
+            allowed -= over
+        raise OptionError(
+            f"byom.kilobytes={self.kilobytes:g} is less than running statistics and an empty list of names take; "
+            "give more"
+        )
+
+    def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
+        """Store what was written of one parameter."""
+        return plan[name]
+
+    def unpack(self, parts: Parts, shared: Shared) -> Tensor:
+        """Add the difference to the reference, or put all values back."""
+        reference = shared.reference
+        if "values" in parts:
+            return sparse.assign(parts, reference)
+        difference = code.from_bytes(parts["code"], _sides(reference.shape)).difference().reshape(reference.shape)
+        return (wide(reference) + difference.to(reference.device)).to(reference.dtype)
+
+    @property
+    def _damage(self) -> Damage | None:
+        return None
+
+    def _levels(self, name: str, target: Weights, reference: Weights, dearest: float) -> _Found:
+        """Return the hull of a tensor's levels, the ways that they are written in, and its singular vectors."""
+        difference = self._difference(name, target, reference)
+        listed = list(difference.levels(dearest))
+        exact = Level(FIXED + BYTE * target.dtype(name).itemsize * difference.values.numel(), 0.0)
+        levels, ways = [level for level, _ in listed], [way for _, way in listed]
+        if levels[0].damage:
+            levels, ways = [*levels, exact], [*ways, None]
+        hull = lower_hull(levels)
+        return _Found([levels[i] for i in hull], [ways[i] for i in hull], difference.factors)
+
+    def _written(self, name: str, way: Way | None, found: _Found, target: Weights, reference: Weights) -> Parts:
+        if way is None:
+            return sparse.whole(target[name], reference[name])
+        if not (way.factors or way.entries):
+            return {}
+        difference = replace(self._difference(name, target, reference), known=found.factors)
+        written = difference.write(way)
+        assert written is not None  # as it was written when its level was found
+        return {"code": code.to_bytes(written)}
+
+    def _difference(self, name: str, target: Weights, reference: Weights) -> Difference:
+        one, other = target.read_finite(name), reference.read_finite(name)
+        values = (wide(one) - wide(other)).float().reshape(_sides(one.shape)).cpu()
+        damage, seed = self._damage, keyed(self.seed, name)
+        if damage is None:
+            return Difference(values, seed=seed)
+        root = damage.root(name, values.shape[1])
+        return Difference(values, None if root is None else root.cpu(), damage.weight(name, values), seed)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The hull of a tensor's levels, in the order of their costs."""
+
+    levels: list[Level]
+    ways: list[Way | None]  # None is the task's own values
+    factors: Factors | None
+
+
+@dataclass(frozen=True)
+class _Informed(ByomBudget):
+    """The variant while it packs a task whose inputs are known."""
+
+    damage: Damage | None = field(default=None, kw_only=True)
+
+    @property
+    def _damage(self) -> Damage | None:
+        return self.damage
+
+
+@dataclass(frozen=True)
+class _Weighed(Mapping[str, Delta]):
+    """Packed differences, each by what its task's inputs say.
+
+    Args:
+        packing: The differences, packed without inputs.
+        damages: Task to what errors cost.
+    """
+
+    packing: Mapping[str, Delta]
+    damages: Mapping[str, Damage]
+
+    def __getitem__(self, task: str) -> Delta:
+        packing = self.packing
+        assert isinstance(packing, Packing) and isinstance(packing.variant, ByomBudget)  # see ByomBudget.streamed
+        options = {each.name: getattr(packing.variant, each.name) for each in fields(packing.variant)}
+        informed = _Informed(**options, damage=self.damages[task])
+        return replace(replace(packing, variant=informed)[task], variant=packing.variant)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.packing
+
+    def __iter__(self) -> Any:
+        return iter(self.packing)
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of a tensor written as a matrix: its first axis longer than 1 against the others."""
+    long = [side for side in shape if side != 1]
+    rest = 1
+    for side in long[1:]:
+        rest *= side
+    return (long[0], rest) if len(long) > 1 else (1, long[0] if long else 1)
+
+
+def _running(target: Weights, reference: Weights) -> int:
+    """Return the bits of running statistics, which are stored whole whatever the budget."""
+    names = [name for name in target.mergeable() if is_running(name)]
+    parts = [own(target[name], Shared(reference[name])) for name in names]
+    return BYTE * sum(tensor.nbytes for each in parts for tensor in each.values())
+
+
+def _stored(parts: Mapping[str, Parts], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes of a packed difference, names and shapes included."""
+    some = {name: each for name, each in parts.items() if each}
+    names = len(joined.index(some, {name: shapes[name] for name in some}))
+    return names + sum(tensor.nbytes for each in some.values() for tensor in each.values())
