@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -15,10 +16,11 @@ from byom.functional.tensors import wide
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
 from byom.merge.base.running import is_running
+from byom.storage import tensor_files as storage
 from byom.variants.base import PackingVariant, Parts, Shared, code, joined, sparse
 from byom.variants.base.damage import Damage
 from byom.variants.base.delta import Delta, Served, own
-from byom.variants.base.levels import FIXED, Difference, Factors, Way
+from byom.variants.base.levels import FIXED, Difference, Way
 from byom.variants.base.variant import Packing
 from byom.weights import Weights
 
@@ -96,9 +98,7 @@ class ByomBudget(PackingVariant):
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
         """Find the level of every tensor and write it; what is held is what will be stored."""
         room = self.kilobytes * 1000 * BYTE - _running(target, reference)
-        found = {
-            name: self._levels(name, target, reference, room) for name in target.mergeable() if not is_running(name)
-        }
+        found = self._found(target, reference)
         shapes = {name: target.shape(name) for name in found}
         written: dict[tuple[str, Way | None], Parts] = {}
         allowed = room
@@ -107,7 +107,7 @@ class ByomBudget(PackingVariant):
             ways = {name: found[name].ways[number] for name, number in zip(found, chosen, strict=True)}
             for name, way in ways.items():
                 if (name, way) not in written:
-                    written[name, way] = self._written(name, way, found[name], target, reference)
+                    written[name, way] = self._written(name, way, target, reference)
             parts = {name: written[name, way] for name, way in ways.items()}
             over = BYTE * _stored(parts, shapes) - room
             if over <= 0:
@@ -134,24 +134,32 @@ class ByomBudget(PackingVariant):
     def _damage(self) -> Damage | None:
         return None
 
-    def _levels(self, name: str, target: Weights, reference: Weights, dearest: float) -> _Found:
-        """Return the hull of a tensor's levels, the ways that they are written in, and its singular vectors."""
-        difference = self._difference(name, target, reference)
-        listed = list(difference.levels(dearest))
-        exact = Level(FIXED + BYTE * target.dtype(name).itemsize * difference.values.numel(), 0.0)
-        levels, ways = [level for level, _ in listed], [way for _, way in listed]
-        if levels[0].damage:
-            levels, ways = [*levels, exact], [*ways, None]
-        hull = lower_hull(levels)
-        return _Found([levels[i] for i in hull], [ways[i] for i in hull], difference.factors)
+    def _found(self, target: Weights, reference: Weights) -> dict[str, _Found]:
+        """Return the hulls of all tensors; sizes of a sweep find them in memory."""
+        damage = self._damage
+        inputs = [each.fingerprint() for each in (damage.fisher, damage.gram)] if damage else []
+        found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *inputs, self.seed]))
+        for name in target.mergeable():
+            if not is_running(name) and name not in found:
+                found[name] = self._levels(name, target, reference)
+        return found
 
-    def _written(self, name: str, way: Way | None, found: _Found, target: Weights, reference: Weights) -> Parts:
+    def _levels(self, name: str, target: Weights, reference: Weights) -> _Found:
+        """Return the hull of a tensor's levels, and the ways that they are written in."""
+        difference = self._difference(name, target, reference)
+        listed: list[tuple[Level, Way | None]] = list(difference.levels())
+        if listed[0][0].damage:
+            bits = FIXED + BYTE * target.dtype(name).itemsize * difference.values.numel()
+            listed.append((Level(bits, 0.0), None))
+        hull = lower_hull([level for level, _ in listed])
+        return _Found([listed[number][0] for number in hull], [listed[number][1] for number in hull])
+
+    def _written(self, name: str, way: Way | None, target: Weights, reference: Weights) -> Parts:
         if way is None:
             return sparse.whole(target[name], reference[name])
         if not (way.factors or way.entries):
             return {}
-        difference = replace(self._difference(name, target, reference), known=found.factors)
-        written = difference.write(way)
+        written = self._difference(name, target, reference).write(way)
         assert written is not None  # as it was written when its level was found
         return {"code": code.to_bytes(written)}
 
@@ -171,7 +179,11 @@ class _Found:
 
     levels: list[Level]
     ways: list[Way | None]  # None is the task's own values
-    factors: Factors | None
+
+
+@lru_cache(maxsize=32)  # keyed by content; a task's levels are some thousand numbers
+def _known(key: str) -> dict[str, _Found]:
+    return {}
 
 
 @dataclass(frozen=True)

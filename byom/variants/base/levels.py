@@ -53,6 +53,7 @@ class Written:
         scales: fp16 ``[k]``; the first part of the difference is ``left diag(scales) right``.
         entries: Int8 ``[m, n]``, or None; the second part is ``step * entries``.
         step: The step of the entries.
+        damage: The damage that is left, where that is known.
     """
 
     left: Tensor
@@ -60,6 +61,7 @@ class Written:
     scales: Tensor
     entries: Tensor | None
     step: float
+    damage: float | None = None
 
     def rows(self) -> list[np.ndarray]:
         """Return the integers row by row as they are coded: left vectors, right vectors, all entries."""
@@ -84,38 +86,28 @@ class Difference:
         root: ``[n, n]`` lower triangular (L), or None.
         weight: What one unit of squared error is worth.
         seed: Seeds the search for singular vectors of large matrices.
-        known: What `factors` found before, to be found again at no cost.
     """
 
     values: Tensor
     root: Tensor | None = None
     weight: float = 1.0
     seed: int = 0
-    known: Factors | None = None
 
     def damage(self, error: Tensor) -> float:
         """Return the damage of an error ``[m, n]``."""
         return self.weight * float(self._weighed(error).square().sum(dtype=torch.float64))
 
-    def levels(self, dearest: float) -> Iterator[tuple[Level, Way]]:
+    def levels(self) -> Iterator[tuple[Level, Way]]:
         """Write the difference with finer and finer steps, in every way.
-
-        Args:
-            dearest: Bits beyond which no level is of use; a step all of whose ways cost more is the last.
 
         Yields:
             What a way costs in bits and the damage that it leaves, and the way; the first writes nothing.
         """
         yield Level(0.0, self.damage(self.values)), Way(0.0, False, False)
         for step in _steps(self.values):
-            cheapest = math.inf
             for way in self._ways(step):
                 if written := self.write(way):
-                    level = self._priced(written)
-                    cheapest = min(cheapest, level.cost)
-                    yield level, way
-            if dearest < cheapest < math.inf:
-                return
+                    yield self._priced(written), way
 
     def write(self, way: Way) -> Written | None:
         """Quantise the difference; None where that leaves nothing, or an integer is beyond what tables know."""
@@ -137,8 +129,8 @@ class Difference:
     @cached_property
     def factors(self) -> Factors | None:
         """The largest singular values and vectors, one in `SHARE` of all; None for a vector."""
-        if self.known or min(self.values.shape) == 1:
-            return self.known
+        if min(self.values.shape) == 1:
+            return None
         count = max(1, min(self.values.shape) // SHARE)
         left, values, right = (each.float() for each in randomised_svd(self.metric, count, self.seed))
         if self.root is not None:  # next to given left vectors the same right ones are best in every metric
@@ -149,6 +141,16 @@ class Difference:
     def metric(self) -> Tensor:
         """The difference in the metric of the inputs, ``D L``."""
         return self._weighed(self.values)
+
+    @cached_property
+    def towards(self) -> Tensor:
+        """The right singular vectors in the metric, ``[K, n]``."""
+        assert self.factors is not None  # vectors have none
+        return self._weighed(self.factors.right)
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        return self.metric.square().sum(dtype=torch.float64)
 
     def _ways(self, step: float) -> Iterator[Way]:
         several = min(self.values.shape) > 1
@@ -171,35 +173,29 @@ class Difference:
         if not count or max(one.abs().max(), other.abs().max()) > tables.LIMIT:
             return None
         kept = (one * vectors).sum(0).square() / one.square().sum(0).clamp_min(1)
-        weighed, towards = self._weighed(other), self._weighed(right)
+        weighed, towards = self._weighed(other), self.towards[:count]
         kept = kept * (weighed * towards).sum(1).square() / weighed.square().sum(1).clamp_min(1e-30)
         worth = values.square() * kept > PRICE * step**2 * (_bits(one.T) + _bits(other) + COMPONENT)
-        return self._scaled(one[:, worth], other[worth], step) if worth.any() else None
+        return self._scaled(one[:, worth], other[worth], weighed[worth], step) if worth.any() else None
 
-    def _scaled(self, left: Tensor, right: Tensor, step: float) -> Written | None:
-        """Find the scales of the components that leave the least damage."""
-        normal, aim = self._normal(left, right)
-        normal.diagonal().mul_(1 + 1e-6)  # two components may have rounded to the same integers
-        scales = torch.linalg.solve(normal, aim).to(torch.float16)
+    def _scaled(self, left: Tensor, right: Tensor, weighed: Tensor, step: float) -> Written | None:
+        """Find the scales of the components that leave the least damage; no product of m n n is formed for it."""
+        normal = (left.T @ left).double() * (weighed @ weighed.T).double()
+        aim = ((left.T @ self.metric) * weighed).sum(1, dtype=torch.float64)
+        ridge = torch.diag(normal.diagonal() * 1e-6)  # two components may have rounded to the same integers
+        scales = torch.linalg.solve(normal + ridge, aim).to(torch.float16)
         if not torch.isfinite(scales).all():
             return None
-        return Written(left.to(torch.int8), right.to(torch.int8), scales, None, step)
-
-    def _normal(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the inner products of components with each other and with the difference, in the metric."""
-        weighed = self._weighed(right)
-        normal = (left.T @ left).double() * (weighed @ weighed.T).double()
-        return normal, ((left.T @ self.metric) * weighed).sum(1, dtype=torch.float64)
+        exact = scales.double()
+        left_over = float(self._energy - 2 * exact @ aim + exact @ normal @ exact)
+        return Written(left.to(torch.int8), right.to(torch.int8), scales, None, step, self.weight * max(0.0, left_over))
 
     def _priced(self, written: Written) -> Level:
         bits = FIXED + COMPONENT * len(written.scales) + float(_bits(written.left.T).sum() + _bits(written.right).sum())
         if written.entries is not None:
             bits += float(_bits(written.entries.reshape(1, -1)))
-            return Level(bits, self.damage(self.values - written.difference()))
-        normal, aim = self._normal(written.left.float(), written.right.float())  # no product of m n n is formed
-        scales = written.scales.double()
-        left_over = self.metric.square().sum(dtype=torch.float64) - 2 * scales @ aim + scales @ normal @ scales
-        return Level(bits, self.weight * max(0.0, float(left_over)))
+        known = written.damage
+        return Level(bits, self.damage(self.values - written.difference()) if known is None else known)
 
 
 def rounded(values: Tensor) -> Tensor:
