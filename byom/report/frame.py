@@ -69,7 +69,7 @@ def csv(frame: pd.DataFrame) -> str:
 def _chosen(row: Row) -> str:
     """Write what validation data chose, one entry for each different outcome over the seeds."""
     written = [chosen_text(record.tuning.chosen) for record in row.records if record.tuning.chosen]
-    if not written and "merge.scale" in row.settings and row.merge != "pretrained":
+    if not written and row.settings.get("merge.scale") is not None and row.merge != "pretrained":
         return f"{row.settings['merge.scale']:g} fixed"
     return ", ".join(dict.fromkeys(sorted(written)))
 
