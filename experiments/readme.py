@@ -15,7 +15,7 @@ from byom.cli import config
 from byom.report import render, scaling
 from byom.report.report import Tables, read_runs
 from byom.storage.atomic import write_text
-from experiments import what_to_use
+from experiments import bytes_per_task, what_to_use
 
 ROOT = Path(__file__).parents[1]
 LONG = ("long", "long_packing", "long_wudi")
@@ -202,6 +202,7 @@ PARTS = {
     "byom-options": lambda: options("byom", "../", short=True),
     "router-options": lambda: options("router", "../", short=True),
     "methods": methods,
+    "bytes-per-task": bytes_per_task.table,
 }
 
 
@@ -235,7 +236,10 @@ def _percent(density: float) -> str:
     return "" if pd.isna(density) else f"{100 * density:g} %"
 
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("methods", "results", "performance")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("methods", "results", "performance", "budget")),
+)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_a_fixed_scale_says_so():
 def test_a_scale_that_is_left_to_the_method_says_nothing():
     one = synthetic.record("ties", "none", 0)
     one["hyperparameters"]["merge"]["scale"], one["tuning"] = None, None
-    assert table([one])["λ / searched"].tolist() == [""]
+    assert table([one])["λ / searched"].tolist() == ["—"]
 
 
 def test_rows_that_read_alike_are_told_apart_by_what_differs():
