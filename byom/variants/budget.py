@@ -18,11 +18,11 @@ from byom.merge.base.needs import Needs
 from byom.merge.base.running import is_running
 from byom.storage import tensor_files as storage
 from byom.variants.base import PackingVariant, Parts, Shared, code, joined, sparse
-from byom.variants.base.damage import Damage
+from byom.variants.base.damage import Damage, FromInputs, FromTask
 from byom.variants.base.delta import Delta, Served, own
 from byom.variants.base.levels import FIXED, Difference, Way
 from byom.variants.base.variant import Packing
-from byom.weights import Weights
+from byom.weights import Weights, matched
 
 BYTE = 8
 
@@ -37,9 +37,10 @@ class ByomBudget(PackingVariant):
     ``w |(D - D') L|^2``. Each tensor keeps the lower convex hull of its levels, and bytes go where a bit saves the
     most damage (`byom.functional.hull.allocate`): no other choice leaves less damage for as many bytes.
 
-    Without inputs the damage is the squared error: w is 1 and L the identity. With inputs ``L L'`` is the second moment
-    of what the layer multiplies, with a mean diagonal of 1, and w the mean Fisher information of the tensor, so that
-    the damage stands for the divergence of the answers from those of ``theta_t``.
+    ``L L'`` stands for the second moment of what the layer multiplies, with a mean diagonal of 1. Without inputs it is
+    ``tau_t' tau_t`` and w is 1; on the pre-trained model, where that is the difference itself, L is the identity. With
+    inputs it is their own, and w the Fisher information of the tensor where it changed, so that the damage stands for
+    the divergence of the answers from those of ``theta_t``.
 
     Args:
         kilobytes: What a task may take, in 1000 bytes, names and shapes included.
@@ -84,16 +85,23 @@ class ByomBudget(PackingVariant):
     def streamed(self, problem: Problem, reference: Weights) -> Served:
         """Pack a task each time its difference is asked for; see `Variant.streamed`."""
         served = super().streamed(problem, reference)
-        if self.inputs == "none":
+        if self.inputs == "none" and self.reference == "pretrained":  # of which the task vector is all there is
             return served
+        if self.inputs == "none":
+            return Served(served.reference, _Weighed(served.deltas, self._from_tasks(problem)), served.base)
         if missing := sorted(self.needs.statistics - set(problem.statistics)):
             raise OptionError(
                 f"byom.inputs={self.inputs} needs the statistics {missing}, which the problem lacks; byom statistics "
                 f"{missing[0]} suite=... computes and keeps them, and byom run does so by itself"
             )
         fisher, gram = problem.statistics["fisher"], problem.statistics["gram"]
-        weighed = _Weighed(served.deltas, {task: Damage(fisher[task], gram[task]) for task in problem.tasks})
-        return Served(served.reference, weighed, served.base)
+        damages = {task: FromInputs(fisher[task], gram[task]) for task in problem.tasks}
+        return Served(served.reference, _Weighed(served.deltas, damages), served.base)
+
+    def _from_tasks(self, problem: Problem) -> dict[str, Damage]:
+        """Return damages by the task vectors, of the tasks that have the names and shapes of theta_0."""
+        matches = {task: matched(each, problem.pretrained) for task, each in problem.finetuned.items()}
+        return {task: FromTask(target, base) for task, (target, base) in matches.items()}
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
         """Find the level of every tensor and write it; what is held is what will be stored."""
@@ -137,8 +145,8 @@ class ByomBudget(PackingVariant):
     def _found(self, target: Weights, reference: Weights) -> dict[str, _Found]:
         """Return the hulls of all tensors; sizes of a sweep find them in memory."""
         damage = self._damage
-        inputs = [each.fingerprint() for each in (damage.fisher, damage.gram)] if damage else []
-        found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *inputs, self.seed]))
+        weighed = damage.content if damage else []
+        found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *weighed, self.seed]))
         for name in target.mergeable():
             if not is_running(name) and name not in found:
                 found[name] = self._levels(name, target, reference)
@@ -188,7 +196,7 @@ def _known(key: str) -> dict[str, _Found]:
 
 @dataclass(frozen=True)
 class _Informed(ByomBudget):
-    """The variant while it packs a task whose inputs are known."""
+    """The variant while it packs a task whose metric is known."""
 
     damage: Damage | None = field(default=None, kw_only=True)
 
@@ -199,11 +207,11 @@ class _Informed(ByomBudget):
 
 @dataclass(frozen=True)
 class _Weighed(Mapping[str, Delta]):
-    """Packed differences, each by what its task's inputs say.
+    """Packed differences, each in the metric of its task.
 
     Args:
         packing: The differences, packed without inputs.
-        damages: Task to what errors cost.
+        damages: Task to the metric of its errors.
     """
 
     packing: Mapping[str, Delta]
