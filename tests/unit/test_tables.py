@@ -43,9 +43,9 @@ def test_tables_are_those_of_every_other_machine():
 def test_tables_are_the_distributions_that_they_are_made_from():
     weights, values = tables.weights() / tables.weights().sum(1, keepdims=True), np.arange(-127, 128)
     normal = np.exp(-((values / 2.0) ** 2) / 2)
-    assert np.abs(weights[14] - normal / normal.sum()).max() < 2e-5  # the width of table s is 2^((s - 10) / 4)
+    assert np.abs(weights[14] - normal / normal.sum()).max() < 6e-5  # the width of table s is 2^((s - 10) / 4)
     spiked = np.where(values == 0, 1 - 2**-1.5, 2**-1.5 * 0.3 * 0.4 ** (np.abs(values) - 1.0))
-    assert np.abs(weights[35 + 2 * 6 + 3] - spiked).max() < 2e-5
+    assert np.abs(weights[35 + 2 * 6 + 3] - spiked).max() < 6e-5
 
 
 def test_bytes_are_those_of_every_other_machine():
