@@ -103,7 +103,7 @@ class ByomBudget(PackingVariant):
         written: dict[tuple[str, Way | None], Parts] = {}
         running = _running(target, reference)  # stored whole whatever the budget
         allowed = room - BYTE * _bytes(running)
-        while allowed >= 0:  # once for the levels alone, once more less what their names take, seldom again
+        while True:  # once for the levels alone, once more less what their names take, seldom again
             chosen = allocate([each.levels for each in found.values()], allowed)
             ways = {name: found[name].ways[number] for name, number in zip(found, chosen, strict=True)}
             for name, way in ways.items():
@@ -113,11 +113,12 @@ class ByomBudget(PackingVariant):
             over = BYTE * _stored(parts | running, shapes) - room
             if over <= 0:
                 return parts
-            allowed -= over
-        raise OptionError(
-            f"byom.kilobytes={self.kilobytes:g} is less than running statistics and an empty list of names take; "
-            "give more"
-        )
+            if allowed <= 0:
+                raise OptionError(
+                    f"byom.kilobytes={self.kilobytes:g} is less than running statistics and an empty list of names "
+                    "take; give more"
+                )
+            allowed = max(0, allowed - over)
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
         """Store what was written of one parameter."""
