@@ -176,6 +176,16 @@ def test_levels_are_what_they_claim(shape, inputs):
     assert {(way.factors, way.entries) for _, way in levels[1:]} >= ({(0, 1)} if shape[0] == 1 else {(0, 1), (1, 0)})
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_factors_come_near_the_best_of_their_rank_in_the_metric(spread):
+    inputs = random(72, MATRIX[1], seed=9) * torch.logspace(-spread, spread, MATRIX[1]).double()
+    difference = Difference(drawn(*MATRIX, rank=3), torch.linalg.cholesky(inputs.T @ inputs / 72).float())
+    beyond = torch.linalg.svdvals(difference.metric.double())[3:].square().sum()
+    factors = [(level, difference.write(way)) for level, way in difference.levels() if way.factors and not way.entries]
+    left = [level.damage / float(beyond) for level, written in factors if len(written.scales) == 3]
+    assert left[0] > 5 * left[-1] and 1 <= left[-1] < 3
+
+
 def test_finer_steps_leave_less_and_mixtures_pay():
     difference = Difference(drawn(*MATRIX, rank=3))
     levels = list(difference.levels())
