@@ -22,14 +22,15 @@ def lower_hull(levels: Sequence[Level]) -> list[int]:
 
     Returns:
         Their numbers, by rising cost: the corners of the lower convex hull from the cheapest level on, down to the
-        least damage. Of equal levels the first.
+        least damage, each step saving less for its cost than the one before also as computed. Of equal levels the
+        first.
     """
     order = sorted(range(len(levels)), key=lambda number: (*levels[number], number))
     hull: list[int] = []
     for number in order:
         if hull and levels[number].damage >= levels[hull[-1]].damage:
             continue
-        while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= _slope(levels, hull[-2], number):
+        while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= _slope(levels, hull[-1], number):
             hull.pop()
         hull.append(number)
     return hull

@@ -120,15 +120,18 @@ def decode(data: bytes, sizes: Sequence[int], chosen: Sequence[int]) -> list[Arr
         The rows, int32.
 
     Raises:
-        ValueError: If the stream is cut short, goes on, or names a table that there is not.
+        ValueError: If the stream is cut short, goes on by more than a word, or names a table that there is not.
     """
     if len(data) % 4 or len(chosen) != len(sizes) or any(table >= len(weights()) for table in chosen):
         raise ValueError("not a stream of integers")
     coder = _coding().stream.queue.RangeDecoder(np.frombuffer(data, dtype="<u4").astype(np.uint32))
-    rows = [
-        coder.decode(_model(int(table)), size) - LIMIT if size else np.empty(0, dtype=np.int32)
-        for size, table in zip(sizes, chosen, strict=True)
-    ]
+    try:
+        rows = [
+            coder.decode(_model(int(table)), size) - LIMIT if size else np.empty(0, dtype=np.int32)
+            for size, table in zip(sizes, chosen, strict=True)
+        ]
+    except AssertionError as error:  # no stream that the coder writes leads there
+        raise ValueError("not a stream of integers") from error
     if not coder.maybe_exhausted():
         raise ValueError("the stream goes on")
     return rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from byom.errors import OptionError, one_of, positive
@@ -25,6 +27,7 @@ from byom.variants.base.variant import Packing
 from byom.weights import Weights, matched
 
 BYTE = 8
+LEFT = sys.float_info.min  # the damage of what is off by less than fp32 shows
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,7 @@ class ByomBudget(PackingVariant):
         if self.inputs == "none":
             return Served(served.reference, _Weighed(served.deltas, self._from_tasks(problem)), served.base)
         if missing := sorted(self.needs.statistics - set(problem.statistics)):
-            raise OptionError(
-                f"byom.inputs={self.inputs} needs the statistics {missing}, which the problem lacks; byom statistics "
-                f"{missing[0]} suite=... computes and keeps them, and byom run does so by itself"
-            )
+            raise self._lacks(missing)
         fisher, gram = problem.statistics["fisher"], problem.statistics["gram"]
         damages = {task: FromInputs(fisher[task], gram[task]) for task in problem.tasks}
         return Served(served.reference, _Weighed(served.deltas, damages), served.base)
@@ -105,26 +105,28 @@ class ByomBudget(PackingVariant):
 
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
         """Find the level of every tensor and write it; what is held is what will be stored."""
-        room = self.kilobytes * 1000 * BYTE - _running(target, reference)
+        room = self.kilobytes * 1000 * BYTE
         found = self._found(target, reference)
-        shapes = {name: target.shape(name) for name in found}
+        shapes = {name: target.shape(name) for name in target.mergeable()}
         written: dict[tuple[str, Way | None], Parts] = {}
-        allowed = room
-        while allowed >= 0:  # once for the levels alone, once more less what their names take, seldom again
+        running = _running(target, reference)  # stored whole whatever the budget
+        allowed = room - BYTE * _bytes(running)
+        while True:  # once for the levels alone, once more less what their names take, seldom again
             chosen = allocate([each.levels for each in found.values()], allowed)
             ways = {name: found[name].ways[number] for name, number in zip(found, chosen, strict=True)}
             for name, way in ways.items():
                 if (name, way) not in written:
                     written[name, way] = self._written(name, way, target, reference)
             parts = {name: written[name, way] for name, way in ways.items()}
-            over = BYTE * _stored(parts, shapes) - room
+            over = BYTE * _stored(parts | running, shapes) - room
             if over <= 0:
                 return parts
-            allowed -= over
-        raise OptionError(
-            f"byom.kilobytes={self.kilobytes:g} is less than running statistics and an empty list of names take; "
-            "give more"
-        )
+            if allowed <= 0:
+                raise OptionError(
+                    f"byom.kilobytes={self.kilobytes:g} is less than running statistics and an empty list of names "
+                    "take; give more"
+                )
+            allowed = max(0, allowed - over)
 
     def pack(self, name: str, target: Tensor, shared: Shared, plan: dict[str, Parts]) -> Parts:
         """Store what was written of one parameter."""
@@ -140,27 +142,45 @@ class ByomBudget(PackingVariant):
 
     @property
     def _damage(self) -> Damage | None:
+        if self.inputs != "none":  # `delta` alone, of models without a problem
+            raise self._lacks(sorted(self.needs.statistics))
         return None
+
+    def _lacks(self, missing: list[str]) -> OptionError:
+        return OptionError(
+            f"byom.inputs={self.inputs} needs the statistics {missing}, which the problem lacks; byom statistics "
+            f"{missing[0]} suite=... computes and keeps them, and byom run does so by itself"
+        )
 
     def _found(self, target: Weights, reference: Weights) -> dict[str, _Found]:
         """Return the hulls of all tensors; sizes of a sweep find them in memory."""
         damage = self._damage
         weighed = damage.content if damage else []
         found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *weighed, self.seed]))
-        for name in target.mergeable():
-            if not is_running(name) and name not in found:
+        names = [name for name in target.mergeable() if not is_running(name)]
+        for name in names:
+            if name not in found:
                 found[name] = self._levels(name, target, reference)
-        return found
+        return {name: found[name] for name in names}
 
     def _levels(self, name: str, target: Weights, reference: Weights) -> _Found:
         """Return the hull of a tensor's levels, and the ways that they are written in."""
         difference = self._difference(name, target, reference)
-        listed: list[tuple[Level, Way | None]] = list(difference.levels())
+        listed: list[tuple[Level, Way | None]] = [
+            (level if level.damage or self._exact(name, way, target, reference) else Level(level.cost, LEFT), way)
+            for level, way in difference.levels()
+        ]
         if listed[0][0].damage:
             bits = FIXED + BYTE * target.dtype(name).itemsize * difference.values.numel()
             listed.append((Level(bits, 0.0), None))
         hull = lower_hull([level for level, _ in listed])
         return _Found([listed[number][0] for number in hull], [listed[number][1] for number in hull])
+
+    def _exact(self, name: str, way: Way, target: Weights, reference: Weights) -> bool:
+        """Say whether a way that leaves no damage in fp32 puts the task's own values back."""
+        parts, shared = self._written(name, way, target, reference), Shared(reference[name])
+        put_back = self.unpack(parts, shared) if parts else shared.reference
+        return torch.equal(put_back, target[name].to(put_back))
 
     def _written(self, name: str, way: Way | None, target: Weights, reference: Weights) -> Parts:
         if way is None:
@@ -243,15 +263,17 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     return (long[0], rest) if len(long) > 1 else (1, long[0] if long else 1)
 
 
-def _running(target: Weights, reference: Weights) -> int:
-    """Return the bits of running statistics, which are stored whole whatever the budget."""
+def _running(target: Weights, reference: Weights) -> dict[str, Parts]:
+    """Return what is stored of running statistics."""
     names = [name for name in target.mergeable() if is_running(name)]
-    parts = [own(target[name], Shared(reference[name])) for name in names]
-    return BYTE * sum(tensor.nbytes for each in parts for tensor in each.values())
+    return {name: own(target[name], Shared(reference[name])) for name in names}
+
+
+def _bytes(parts: Mapping[str, Parts]) -> int:
+    return sum(tensor.nbytes for each in parts.values() for tensor in each.values())
 
 
 def _stored(parts: Mapping[str, Parts], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the bytes of a packed difference, names and shapes included."""
-    some = {name: each for name, each in parts.items() if each}
-    names = len(joined.index(some, {name: shapes[name] for name in some}))
-    return names + sum(tensor.nbytes for each in some.values() for tensor in each.values())
+    some = {name: parts[name] for name in shapes if parts[name]}  # in the order of the file, which compresses them
+    return len(joined.index(some, {name: shapes[name] for name in some})) + _bytes(some)

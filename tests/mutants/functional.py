@@ -192,4 +192,25 @@ FUNCTIONAL = (
         "weights",
         ("tests/identities/test_ties.py",),
     ),
+    Mutant(
+        "a-hull-keeps-levels-above-its-lines",
+        "functional",
+        "while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= _slope(levels, hull[-1], number):",
+        "while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= 0:",
+        ("tests/unit/test_hull.py",),
+    ),
+    Mutant(
+        "a-step-that-does-not-fit-is-passed-over",
+        "functional",
+        "if spent + cost > budget:\n            break",
+        "if spent + cost > budget:\n            continue",
+        ("tests/unit/test_hull.py",),
+    ),
+    Mutant(
+        "streams-of-integers-may-go-on",
+        "functional",
+        "if not coder.maybe_exhausted():",
+        "if False:",
+        ("tests/unit/test_tables.py",),
+    ),
 )

@@ -231,4 +231,32 @@ VARIANTS = (
         "in group.blocks()",
         ("tests/identities/test_flex.py",),
     ),
+    Mutant(
+        "names-of-running-statistics-take-no-bytes",
+        "variants",
+        "over = BYTE * _stored(parts | running, shapes) - room",
+        "over = BYTE * (_stored(parts, shapes) + _bytes(running)) - room",
+        ("tests/identities/test_budget.py",),
+    ),
+    Mutant(
+        "a-difference-that-rounds-is-the-target",
+        "variants",
+        "level if level.damage or self._exact(name, way, target, reference) else Level(level.cost, LEFT)",
+        "level",
+        ("tests/identities/test_budget.py",),
+    ),
+    Mutant(
+        "second-moments-have-the-wrong-root",
+        "variants",
+        "return rows if self.root is None else rows @ self.root",
+        "return rows if self.root is None else rows @ self.root.T",
+        ("tests/identities/test_budget.py -k claim",),
+    ),
+    Mutant(
+        "right-vectors-stay-in-the-metric",
+        "variants",
+        "right = (left.T @ self.values) / values.clamp_min(",
+        "right = (left.T @ self.metric) / values.clamp_min(",
+        ("tests/identities/test_budget.py",),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from byom.errors import CheckpointError
 from byom.functional import tables
 from byom.variants.base.levels import Written
 
-HEAD = struct.Struct("<BHf")  # whether there are entries, the number of components, the step of the entries
+HEAD = struct.Struct("<BHf")  # whether there are entries, the number of components, the step
 
 
 def to_bytes(written: Written) -> Tensor:
@@ -50,8 +51,10 @@ def from_bytes(code: Tensor, sides: tuple[int, int]) -> Written:
         scales = np.frombuffer(data, dtype="<f2", count=rank, offset=HEAD.size)
         start = HEAD.size + 2 * rank
         chosen = data[start : start + len(sizes)]
+        if some > 1 or not (0 < step < math.inf and np.isfinite(scales).all()):
+            raise ValueError("not the head of a difference")
         found = [row.astype(np.int8) for row in tables.decode(data[start + len(sizes) :], sizes, chosen)]
-    except (struct.error, ValueError, IndexError, AssertionError) as error:
+    except (struct.error, ValueError) as error:
         raise _corrupt(sides) from error
     entries = torch.from_numpy(found.pop().reshape(rows, columns)) if some else None
     left = torch.from_numpy(np.array(found[:rank], dtype=np.int8).reshape(rank, rows).T.copy())

@@ -64,15 +64,15 @@ def split(joined: Parts, where: object) -> tuple[dict[str, Parts], dict[str, tup
         notes = json.loads(zlib.decompress(joined["index"].numpy().tobytes()))
         stored = [(name, part, getattr(torch, dtype), tuple(shape)) for name, part, dtype, shape in notes["stored"]]
         sizes = [dtype.itemsize * torch.Size(shape).numel() for _, _, dtype, shape in stored]
-        pieces = joined["data"].split([*sizes, len(joined["data"]) - sum(sizes)])
+        pieces = joined["data"].split(sizes)
         shapes = {name: tuple(shape) for name, shape in notes["shapes"].items()}
+        parts: dict[str, Parts] = {}
+        for (name, part, dtype, shape), piece in zip(stored, pieces, strict=True):
+            parts.setdefault(name, {})[part] = piece.clone().view(dtype).reshape(shape)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, zlib.error) as error:
         raise CheckpointError(
             f"{where} is not what a packed difference in one piece is; pack or fetch it again"
         ) from error
-    parts: dict[str, Parts] = {}
-    for (name, part, dtype, shape), piece in zip(stored, pieces, strict=False):
-        parts.setdefault(name, {})[part] = piece.clone().view(dtype).reshape(shape)
     return parts, shapes
 
 

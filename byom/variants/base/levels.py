@@ -50,9 +50,9 @@ class Written:
     Args:
         left: Int8 ``[m, k]``.
         right: Int8 ``[k, n]``.
-        scales: fp16 ``[k]``; the first part of the difference is ``left diag(scales) right``.
+        scales: fp16 ``[k]``, in steps, of any size of difference; the first part is ``step left diag(scales) right``.
         entries: Int8 ``[m, n]``, or None; the second part is ``step * entries``.
-        step: The step of the entries.
+        step: The step of quantisation.
         damage: The damage that is left, where that is known.
     """
 
@@ -70,7 +70,7 @@ class Written:
 
     def difference(self) -> Tensor:
         """Return what is put back, ``[m, n]`` in fp32."""
-        product = (self.left.float() * self.scales.float()) @ self.right.float()
+        product = (self.left.float() * (self.scales.float() * self.step)) @ self.right.float()
         return product if self.entries is None else product + self.entries.float() * self.step
 
 
@@ -183,10 +183,10 @@ class Difference:
         normal = (left.T @ left).double() * (weighed @ weighed.T).double()
         aim = ((left.T @ self.metric) * weighed).sum(1, dtype=torch.float64)
         ridge = torch.diag(normal.diagonal() * 1e-6)  # two components may have rounded to the same integers
-        scales = torch.linalg.solve(normal + ridge, aim).to(torch.float16)
+        scales = (torch.linalg.solve(normal + ridge, aim) / step).to(torch.float16)
         if not torch.isfinite(scales).all():
             return None
-        exact = scales.double()
+        exact = scales.double() * step
         left_over = float(self._energy - 2 * exact @ aim + exact @ normal @ exact)
         return Written(left.to(torch.int8), right.to(torch.int8), scales, None, step, self.weight * max(0.0, left_over))
 
