@@ -1,0 +1,112 @@
+"""Accuracy against the bytes stored for each task, of a method that takes any number of them and of all others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from byom.report.figures.labels import Label, place
+from byom.report.figures.parts import alone, curves_along, where
+from byom.report.figures.style import COLUMN, LOOKS, SPARE, Look, blank, legend, looks, round_sizes, styled
+from byom.report.frame import percent
+from byom.report.rows import KILOBYTES
+
+WIDTH = 2 * COLUMN
+GREY = "#555555"
+DRAWN = (SPARE[0], replace(LOOKS["ties"], dash=(0, (3, 1.3))), *SPARE[1:])  # of curves, in turn
+
+
+def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows that differ in their kilobytes alone, by name, each by bytes; those of few sizes are left out.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+    """
+    return curves_along(frame, KILOBYTES, "task_bytes")
+
+
+@styled
+def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
+    """Draw the mean accuracy against the bytes that a task takes beside one model.
+
+    Bars are one standard deviation over seeds, or the 95 % interval over test examples where there is one seed.
+
+    Args:
+        frame: A frame made by `byom.report.frame.numbers`.
+
+    Returns:
+        The figure, two columns wide: curves of the rows that differ in their kilobytes alone, a named marker for every
+        other row that stores something for each task, and lines for the tasks' own models and the merged ones alone.
+    """
+    drawn, others = curves(frame), _others(frame)
+    figure, axes = blank(3.3, drawn, WIDTH)
+    for (name, part), look in zip(drawn.items(), DRAWN, strict=False):
+        _errorbar(axes, part, look, name, zorder=3)
+    look = {name: replace(one, color=GREY) for name, one in looks({v: v for v in others["variant"]}).items()}
+    for (_, variant), part in others.groupby(["method", "variant"], sort=False):
+        _errorbar(axes, part.sort_values(by="task_bytes"), look[str(variant)], "", zorder=2)
+    _byte_axis(axes, pd.concat([*drawn.values(), others])["task_bytes"])
+    merged = pd.concat([alone(frame, part) for part in drawn.values()]).drop_duplicates("method")
+    _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task")
+    for row in merged["method"]:
+        _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks")
+    axes.set_ylabel("Mean test accuracy (%)")
+    legend(figure, axes)
+    _name(figure, axes, others, [*drawn.values()])
+    return figure
+
+
+def _others(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that store something for each task and are no part of a curve."""
+    own = frame["kind"].eq("single_task") | frame["curve"].isin(list(curves(frame)))
+    return where(frame, (frame["task_bytes"] > 0) & ~frame["one_model"] & ~own)
+
+
+def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, zorder: float) -> None:
+    means = 100 * rows["mean"].to_numpy(float)
+    spread = 100 * rows["mean_std"].to_numpy(float)
+    ends = [means - 100 * rows["lower"].to_numpy(float), 100 * rows["upper"].to_numpy(float) - means]
+    bars = np.nan_to_num([np.where(np.isnan(spread), end, spread) for end in ends]).clip(0)
+    style = {"capsize": 1.8, "elinewidth": 0.7, "label": label or "_other", "zorder": zorder}
+    axes.errorbar(rows["task_bytes"], means, yerr=bars, **style, **look.line)
+
+
+def _level(axes: Axes, row: pd.DataFrame, label: str) -> None:
+    for value in 100 * row["mean"]:
+        axes.axhline(value, color="black", linewidth=0.8, linestyle=(0, (5, 3)), zorder=0)
+        spot = {"xytext": (2, 2), "textcoords": "offset points", "ha": "left", "va": "bottom", "fontsize": 7}
+        axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), **spot)
+
+
+def _byte_axis(axes: Axes, sizes: pd.Series) -> None:
+    low, high = sizes.min() / 1.25, sizes.max() * 1.25
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(round_sizes(low, high)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value)))
+    axes.set_xlabel("Stored for each task, beside one model for all")
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
+
+
+def _name(figure: Figure, axes: Axes, others: pd.DataFrame, drawn: list[pd.DataFrame]) -> None:
+    """Write the names of the markers beside them."""
+    axes.set_ylim(axes.get_ylim())
+    (left, right), every = axes.get_xlim(), [*drawn, *(part for _, part in others.groupby("method"))]
+    lines = [100 * part[["task_bytes", "mean"]].to_numpy(float) / (100, 1) for part in every]
+    levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+    lines += [np.array([(left, level), (right, level)], float) for level in levels]
+    labels = [Label(_full(row), row["task_bytes"], 100 * row["mean"]) for row in others.to_dict("records")]
+    place(figure, axes, labels, lines, fontsize=7, color=GREY)
+
+
+def _full(row: dict) -> str:
+    return row["method"] + ("" if np.isnan(row["density"]) else f", {percent(row['density'])} %")
