@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from byom.report.rows import KILOBYTES
 
 WIDTH = 2 * COLUMN
 GREY = "#555555"
+BELOW = 0.35  # room below the lowest point of a curve, of what all span above
+ARROW = {"marker": "$\\downarrow$", "markersize": 7, "color": GREY, "linestyle": "none", "zorder": 4}
 DRAWN = (SPARE[0], replace(LOOKS["ties"], dash=(0, (3, 1.3))), *SPARE[1:])  # of curves, in turn
 
 
@@ -42,22 +45,24 @@ def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure, two columns wide: curves of the rows that differ in their kilobytes alone, a named marker for every
         other row that stores something for each task, and lines for the tasks' own models and the merged ones alone.
+        A row far below the curves is an arrow at the lower edge, with its accuracy.
     """
-    drawn, others = curves(frame), _others(frame)
-    figure, axes = blank(3.3, drawn, WIDTH)
-    for (name, part), look in zip(drawn.items(), DRAWN, strict=False):
+    drawn = dict(sorted(curves(frame).items(), key=lambda curve: -curve[1]["mean"].max()))
+    others = _others(frame)
+    figure, axes = blank(3.4, drawn, WIDTH)
+    for (name, part), look in zip(drawn.items(), cycle(DRAWN), strict=False):
         _errorbar(axes, part, look, name, zorder=3)
     look = {name: replace(one, color=GREY) for name, one in looks({v: v for v in others["variant"]}).items()}
     for (_, variant), part in others.groupby(["method", "variant"], sort=False):
         _errorbar(axes, part.sort_values(by="task_bytes"), look[str(variant)], "", zorder=2)
-    _byte_axis(axes, pd.concat([*drawn.values(), others])["task_bytes"])
     merged = pd.concat([alone(frame, part) for part in drawn.values()]).drop_duplicates("method")
-    _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task")
+    _byte_axis(axes, pd.concat([*drawn.values(), others])["task_bytes"])
+    _accuracy_axis(axes, pd.concat([*drawn.values(), merged]))
+    _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task", 0.0)
     for row in merged["method"]:
-        _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks")
-    axes.set_ylabel("Mean test accuracy (%)")
+        _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks", 1.0)
     legend(figure, axes)
-    _name(figure, axes, others, [*drawn.values()])
+    _name(figure, axes, others)
     return figure
 
 
@@ -76,11 +81,13 @@ def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, zorder: fl
     axes.errorbar(rows["task_bytes"], means, yerr=bars, **style, **look.line)
 
 
-def _level(axes: Axes, row: pd.DataFrame, label: str) -> None:
+def _level(axes: Axes, row: pd.DataFrame, label: str, right: float) -> None:
+    """Draw a dashed line across at the accuracy of a row, its label just above at the left (0) or right (1) end."""
     for value in 100 * row["mean"]:
         axes.axhline(value, color="black", linewidth=0.8, linestyle=(0, (5, 3)), zorder=0)
-        spot = {"xytext": (2, 2), "textcoords": "offset points", "ha": "left", "va": "bottom", "fontsize": 7}
-        axes.annotate(label, (0, value), xycoords=("axes fraction", "data"), **spot)
+        side = "right" if right else "left"
+        spot = {"xytext": (-2 if right else 2, 2), "textcoords": "offset points", "ha": side, "va": "bottom"}
+        axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
 
 
 def _byte_axis(axes: Axes, sizes: pd.Series) -> None:
@@ -97,16 +104,33 @@ def _size(value: float) -> str:
     return f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
 
 
-def _name(figure: Figure, axes: Axes, others: pd.DataFrame, drawn: list[pd.DataFrame]) -> None:
-    """Write the names of the markers beside them."""
-    axes.set_ylim(axes.get_ylim())
-    (left, right), every = axes.get_xlim(), [*drawn, *(part for _, part in others.groupby("method"))]
-    lines = [100 * part[["task_bytes", "mean"]].to_numpy(float) / (100, 1) for part in every]
-    levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
-    lines += [np.array([(left, level), (right, level)], float) for level in levels]
-    labels = [Label(_full(row), row["task_bytes"], 100 * row["mean"]) for row in others.to_dict("records")]
-    place(figure, axes, labels, lines, fontsize=7, color=GREY)
+def _accuracy_axis(axes: Axes, rows: pd.DataFrame) -> None:
+    """Leave room below the curves and the merged models for a third of what they span, and for no more."""
+    top, low = axes.get_ylim()[1], 100 * rows["mean"].min()
+    axes.set_ylim(max(axes.get_ylim()[0], low - BELOW * (top - low)), top)
+    axes.set_ylabel("Mean test accuracy (%)")
 
 
-def _full(row: dict) -> str:
-    return row["method"] + ("" if np.isnan(row["density"]) else f", {percent(row['density'])} %")
+def _name(figure: Figure, axes: Axes, others: pd.DataFrame) -> None:
+    """Write the names of the markers beside them, or beside arrows where the axis ends above them."""
+    (floor, top), labels = axes.get_ylim(), []
+    for row in others.to_dict("records"):
+        text, mean = row["method"], 100 * row["mean"]
+        text += "" if np.isnan(row["density"]) else f", {percent(row['density'])} %"
+        height = mean if mean >= floor else floor + 0.02 * (top - floor)
+        if mean < floor:
+            axes.plot(row["task_bytes"], height, **ARROW)
+            text += f": {mean:.1f}"
+        labels.append(Label(text, row["task_bytes"], height))
+    place(figure, axes, labels, _covered(axes), fontsize=7, color=GREY)
+
+
+def _covered(axes: Axes) -> list[np.ndarray]:
+    """Return what is drawn so far as lines in data coordinates: curves, bars and levels."""
+    left, right = axes.get_xlim()
+    found = [np.asarray(line.get_xydata(), float) for line in axes.lines if line.get_linestyle() != "None"]
+    levels = [
+        np.array([(left, one[0, 1]), (right, one[0, 1])]) if one[:, 0].tolist() == [0, 1] else one for one in found
+    ]
+    bars = [bar for container in axes.containers for part in container.lines[2] for bar in part.get_segments()]
+    return [*levels, *bars]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,11 +27,13 @@ class Label:
     y: float
 
 
-def place(figure: Figure, axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], **style: float | str) -> None:
+def place(
+    figure: Figure, axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], **style: float | str
+) -> None:
     """Write names beside their points, each where it covers the least of lines, markers and other names.
 
-    Names are placed one after the other, those with the most neighbours first; the limits of the axes must not change
-    afterwards.
+    Names are placed one after the other, those with the most neighbours first; none covers a text that the axes hold
+    already where that can be helped. The limits of the axes must not change afterwards.
 
     Args:
         figure: The figure, complete but for the names.
@@ -45,7 +48,7 @@ def place(figure: Figure, axes: Axes, labels: Sequence[Label], lines: Sequence[n
     spots = to_points([(one.x, one.y) for one in labels]) / point if labels else np.empty((0, 2))
     taken = np.concatenate([spots, *(_dense(to_points(line) / point) for line in lines)])
     frame = np.array(axes.get_window_extent().extents) / point
-    boxes: list[np.ndarray] = []
+    boxes = [np.array(text.get_window_extent().extents) / point for text in axes.texts]
     for number in np.argsort([-_neighbours(spots, spot) for spot in spots], kind="stable"):
         label, spot = labels[number], spots[number]
         note = axes.annotate(label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset points", **style)
@@ -99,5 +102,5 @@ def _neighbours(spots: np.ndarray, spot: np.ndarray) -> int:
 
 def _dense(line: np.ndarray) -> np.ndarray:
     """Return points of a line at most 3 points apart, so that what covers the line covers one of them."""
-    steps = [np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 3)) for a, b in zip(line[:-1], line[1:], strict=True)]
+    steps = [np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 3)) for a, b in pairwise(line)]
     return np.concatenate([line, *steps])

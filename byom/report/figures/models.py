@@ -12,6 +12,7 @@ from byom.report.figures.parts import curves_along
 from byom.report.figures.style import LOOKS, Look, blank, errorbar, legend, looks, reference_line, styled
 from byom.report.rows import SIZE
 
+
 def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows that differ in their size alone, by name, each curve by size; those of few sizes are left out.
 
