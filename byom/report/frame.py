@@ -17,9 +17,9 @@ HEADS = {
     "mean": "Mean", "normalised": "Normalised mean", "parameters": "Parameters (M)", "bytes": "Bytes (MB)",
     "chosen": "λ / searched", "seeds": "Seeds",
 }  # fmt: skip
-DRAWN = ("kind", "base", "one_model", "given", "models", "curve", "along", "task_bytes", "lower", "upper")
+DRAWN = ("kind", "base", "one_model", "given", "models", "curve", "along", "task_bytes", "test_lower", "test_upper")
 """Columns for figures alone, which no file holds."""
-BY_BYTES = ("task_bytes", "lower", "upper")
+BY_BYTES = ("task_bytes", "test_lower", "test_upper")
 MISSING = "—"
 
 
@@ -33,8 +33,8 @@ def numbers(rows: Iterable[Row]) -> pd.DataFrame:
         One row per method and density. Task columns are ``accuracy_<task>`` and ``accuracy_<task>_std``, whatever
         the task's metric; the columns of `DRAWN` are for figures alone. ``models`` is the size in models' worth of
         parameters, and ``curve`` the name that rows share which differ in nothing but the setting ``along``, a size.
-        Where that is a number of kilobytes, ``task_bytes`` is what a task takes beside one model, and ``lower`` and
-        ``upper`` are the interval over test examples of rows of one seed; otherwise they are NaN.
+        Where that is a number of kilobytes, ``task_bytes`` is what a task takes beside one model, and ``test_lower``
+        and ``test_upper`` are the interval over test examples of rows of one seed; otherwise they are NaN.
     """
     every = list(rows)
     sized = [row for row in every if row.along]

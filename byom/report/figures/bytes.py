@@ -57,10 +57,10 @@ def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
         _errorbar(axes, part.sort_values(by="task_bytes"), look[str(variant)], "", zorder=2)
     merged = pd.concat([alone(frame, part) for part in drawn.values()]).drop_duplicates("method")
     _byte_axis(axes, pd.concat([*drawn.values(), others])["task_bytes"])
-    _accuracy_axis(axes, pd.concat([*drawn.values(), merged]))
     _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task", 0.0)
     for row in merged["method"]:
         _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks", 1.0)
+    _accuracy_axis(axes, pd.concat([*drawn.values(), merged]))
     legend(figure, axes)
     _name(figure, axes, others)
     return figure
@@ -75,7 +75,7 @@ def _others(frame: pd.DataFrame) -> pd.DataFrame:
 def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, zorder: float) -> None:
     means = 100 * rows["mean"].to_numpy(float)
     spread = 100 * rows["mean_std"].to_numpy(float)
-    ends = [means - 100 * rows["lower"].to_numpy(float), 100 * rows["upper"].to_numpy(float) - means]
+    ends = [means - 100 * rows["test_lower"].to_numpy(float), 100 * rows["test_upper"].to_numpy(float) - means]
     bars = np.nan_to_num([np.where(np.isnan(spread), end, spread) for end in ends]).clip(0)
     style = {"capsize": 1.8, "elinewidth": 0.7, "label": label or "_other", "zorder": zorder}
     axes.errorbar(rows["task_bytes"], means, yerr=bars, **style, **look.line)
