@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from byom.cli.why import _row
 from byom.report import bootstrap
 from byom.report.bootstrap import mean_interval
+from byom.report.figures import bytes as by_bytes
 from byom.report.figures import suite as figures
 from byom.report.figures.bytes import accuracy_by_bytes, curves
 from byom.report.figures.labels import Label, place
@@ -123,6 +124,12 @@ def test_no_text_overlaps_or_leaves_the_page():
     assert not [(a, b) for (a, one), (b, two) in combinations(boxes, 2) if one.padded(-0.5).overlaps(two)]
 
 
+def test_of_many_rows_the_best_have_names(monkeypatch):
+    monkeypatch.setattr(by_bytes, "MOST", len(CROWD) - 1)
+    shown = words(accuracy_by_bytes(numbers(sweep(*CROWD, other("worse", 900, 0.001)))))
+    assert "Neighbour 0" in shown and "Worse" not in shown
+
+
 def test_names_avoid_lines_where_there_is_room():
     figure = Figure(figsize=(3, 2))
     axes = figure.add_subplot()
@@ -140,9 +147,8 @@ def test_the_interval_of_a_mean_score(monkeypatch):
     low, high = mean_interval([{"a": right}])
     np.testing.assert_allclose((low, high), (0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), atol=0.004)
     assert mean_interval([{"a": right, "b": right}])[0] > low
-    numbers = tuple(float(n) for n in range(30))
     monkeypatch.setattr(bootstrap, "RESAMPLES", 20)  # correlations are computed again on each
-    same = TaskScore("spearman", 1.0, 30, predictions=numbers, labels=numbers)
+    same = TaskScore("matthews", 1.0, 30, predictions=(0.0, 1.0, 1.0) * 10, labels=(0.0, 1.0, 1.0) * 10)
     assert mean_interval([{"a": same}]) == pytest.approx((1.0, 1.0))
 
 

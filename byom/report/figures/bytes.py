@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from byom.report.figures.labels import Label, place
-from byom.report.figures.parts import alone, curves_along, where
+from byom.report.figures.parts import alone, curves_along, pareto_front, where
 from byom.report.figures.style import COLUMN, LOOKS, SPARE, Look, blank, legend, looks, round_sizes, styled
 from byom.report.frame import percent
 from byom.report.rows import KILOBYTES
 
 WIDTH = 2 * COLUMN
-GREY = "#555555"
+GREY, PALE = "#555555", "#c4c4c4"
+MOST = 20  # other rows that all have names
 BELOW = 0.35  # room below the lowest point of a curve, of what all span above
 ARROW = {"marker": "$\\downarrow$", "markersize": 7, "color": GREY, "linestyle": "none", "zorder": 4}
 DRAWN = (SPARE[0], replace(LOOKS["ties"], dash=(0, (3, 1.3))), *SPARE[1:])  # of curves, in turn
@@ -45,18 +46,20 @@ def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
     Returns:
         The figure, two columns wide: curves of the rows that differ in their kilobytes alone, a named marker for every
         other row that stores something for each task, and lines for the tasks' own models and the merged ones alone.
-        A row far below the curves is an arrow at the lower edge, with its accuracy.
+        A row far below the curves is an arrow at the lower edge, with its accuracy. Of more than `MOST` other rows
+        those have names that no other of them beats at the same or fewer bytes; the rest are pale, where they fit.
     """
     drawn = dict(sorted(curves(frame).items(), key=lambda curve: -curve[1]["mean"].max()))
-    others = _others(frame)
+    others, pale = _others(frame)
     figure, axes = blank(3.4, drawn, WIDTH)
     for (name, part), look in zip(drawn.items(), cycle(DRAWN), strict=False):
         _errorbar(axes, part, look, name, zorder=3)
     look = {name: replace(one, color=GREY) for name, one in looks({v: v for v in others["variant"]}).items()}
     for (_, variant), part in others.groupby(["method", "variant"], sort=False):
         _errorbar(axes, part.sort_values(by="task_bytes"), look[str(variant)], "", zorder=2)
+    axes.plot(pale["task_bytes"], 100 * pale["mean"], color=PALE, marker=".", linestyle="none", zorder=1)
     merged = pd.concat([alone(frame, part) for part in drawn.values()]).drop_duplicates("method")
-    _byte_axis(axes, pd.concat([*drawn.values(), others])["task_bytes"])
+    _byte_axis(axes, pd.concat([*drawn.values(), others, pale])["task_bytes"])
     _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task", 0.0)
     for row in merged["method"]:
         _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks", 1.0)
@@ -66,10 +69,12 @@ def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _others(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that store something for each task and are no part of a curve."""
+def _others(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows that store something for each task and are no part of a curve: those with names and the rest."""
     own = frame["kind"].eq("single_task") | frame["curve"].isin(list(curves(frame)))
-    return where(frame, (frame["task_bytes"] > 0) & ~frame["one_model"] & ~own)
+    rows = where(frame, (frame["task_bytes"] > 0) & ~frame["one_model"] & ~own)
+    named = rows if len(rows) <= MOST else pareto_front(rows.assign(bytes=rows["task_bytes"]))
+    return named, rows.drop(index=named.index)
 
 
 def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, zorder: float) -> None:
