@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -18,11 +20,11 @@ from byom.report.frame import percent
 from byom.report.rows import KILOBYTES
 
 WIDTH = 2 * COLUMN
-GREY, PALE = "#555555", "#c4c4c4"
+GREY, PALE = "#606060", "#c4c4c4"
 MOST = 20  # other rows that all have names
 BELOW = 0.35  # room below the lowest point of a curve, of what all span above
 ARROW = {"marker": "$\\downarrow$", "markersize": 7, "color": GREY, "linestyle": "none", "zorder": 4}
-DRAWN = (SPARE[0], replace(LOOKS["ties"], dash=(0, (3, 1.3))), *SPARE[1:])  # of curves, in turn
+DRAWN = (LOOKS["ties"], replace(SPARE[0], dash=(0, (3, 1.3))), *SPARE[1:])  # of curves, in turn
 
 
 def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -53,13 +55,14 @@ def accuracy_by_bytes(frame: pd.DataFrame) -> Figure:
     others, pale = _others(frame)
     figure, axes = blank(3.4, drawn, WIDTH)
     for (name, part), look in zip(drawn.items(), cycle(DRAWN), strict=False):
-        _errorbar(axes, part, look, name, zorder=3)
-    look = {name: replace(one, color=GREY) for name, one in looks({v: v for v in others["variant"]}).items()}
-    for (_, variant), part in others.groupby(["method", "variant"], sort=False):
-        _errorbar(axes, part.sort_values(by="task_bytes"), look[str(variant)], "", zorder=2)
+        _errorbar(axes, part, look, name, zorder=3, linewidth=1.8, markersize=5.5)
+    look = {name: replace(one.hollow, color=GREY) for name, one in looks({v: v for v in others["variant"]}).items()}
+    for _, part in others.groupby("method", sort=False):  # a line through the densities of one
+        style = look[str(part["variant"].iloc[0])]
+        _errorbar(axes, part.sort_values(by="task_bytes"), style, "_other", zorder=2, linewidth=0.7)
     axes.plot(pale["task_bytes"], 100 * pale["mean"], color=PALE, marker=".", linestyle="none", zorder=1)
     merged = pd.concat([alone(frame, part) for part in drawn.values()]).drop_duplicates("method")
-    _byte_axis(axes, pd.concat([*drawn.values(), others, pale])["task_bytes"])
+    _byte_axis(axes, pd.concat([*drawn.values(), others, pale]))
     _level(axes, where(frame, frame["kind"] == "single_task").head(1), "Single-task", 0.0)
     for row in merged["method"]:
         _level(axes, where(merged, merged["method"] == row), f"{row}, one model for all tasks", 1.0)
@@ -77,13 +80,12 @@ def _others(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return named, rows.drop(index=named.index)
 
 
-def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, zorder: float) -> None:
+def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, **style: Any) -> None:
     means = 100 * rows["mean"].to_numpy(float)
     spread = 100 * rows["mean_std"].to_numpy(float)
     ends = [means - 100 * rows["test_lower"].to_numpy(float), 100 * rows["test_upper"].to_numpy(float) - means]
     bars = np.nan_to_num([np.where(np.isnan(spread), end, spread) for end in ends]).clip(0)
-    style = {"capsize": 1.8, "elinewidth": 0.7, "label": label or "_other", "zorder": zorder}
-    axes.errorbar(rows["task_bytes"], means, yerr=bars, **style, **look.line)
+    axes.errorbar(rows["task_bytes"], means, yerr=bars, label=label, capsize=1.8, elinewidth=0.7, **look.line, **style)
 
 
 def _level(axes: Axes, row: pd.DataFrame, label: str, right: float) -> None:
@@ -95,7 +97,8 @@ def _level(axes: Axes, row: pd.DataFrame, label: str, right: float) -> None:
         axes.annotate(label, (right, value), xycoords=("axes fraction", "data"), fontsize=7, **spot)
 
 
-def _byte_axis(axes: Axes, sizes: pd.Series) -> None:
+def _byte_axis(axes: Axes, rows: pd.DataFrame) -> None:
+    sizes = rows["task_bytes"].to_numpy(float)
     low, high = sizes.min() / 1.25, sizes.max() * 1.25
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -111,7 +114,7 @@ def _size(value: float) -> str:
 
 def _accuracy_axis(axes: Axes, rows: pd.DataFrame) -> None:
     """Leave room below the curves and the merged models for a third of what they span, and for no more."""
-    top, low = axes.get_ylim()[1], 100 * rows["mean"].min()
+    top, low = axes.get_ylim()[1], 100 * float(np.min(rows["mean"].to_numpy(float)))
     axes.set_ylim(max(axes.get_ylim()[0], low - BELOW * (top - low)), top)
     axes.set_ylabel("Mean test accuracy (%)")
 
@@ -134,8 +137,8 @@ def _covered(axes: Axes) -> list[np.ndarray]:
     """Return what is drawn so far as lines in data coordinates: curves, bars and levels."""
     left, right = axes.get_xlim()
     found = [np.asarray(line.get_xydata(), float) for line in axes.lines if line.get_linestyle() != "None"]
-    levels = [
-        np.array([(left, one[0, 1]), (right, one[0, 1])]) if one[:, 0].tolist() == [0, 1] else one for one in found
+    lines = [
+        np.array([[left, y[0]], [right, y[0]]]) if x.tolist() == [0, 1] else one for one in found for x, y in [one.T]
     ]
-    bars = [bar for container in axes.containers for part in container.lines[2] for bar in part.get_segments()]
-    return [*levels, *bars]
+    drawn = [one.lines[2] for one in axes.containers if isinstance(one, ErrorbarContainer)]
+    return [*lines, *(bar for parts in drawn for part in parts for bar in part.get_segments())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,9 +28,7 @@ class Label:
     y: float
 
 
-def place(
-    figure: Figure, axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], **style: float | str
-) -> None:
+def place(figure: Figure, axes: Axes, labels: Sequence[Label], lines: Sequence[np.ndarray], **style: Any) -> None:
     """Write names beside their points, each where it covers the least of lines, markers and other names.
 
     Names are placed one after the other, those with the most neighbours first; none covers a text that the axes hold
