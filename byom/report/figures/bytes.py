@@ -81,11 +81,21 @@ def _others(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _errorbar(axes: Axes, rows: pd.DataFrame, look: Look, label: str, **style: Any) -> None:
-    means = 100 * rows["mean"].to_numpy(float)
-    spread = 100 * rows["mean_std"].to_numpy(float)
-    ends = [means - 100 * rows["test_lower"].to_numpy(float), 100 * rows["test_upper"].to_numpy(float) - means]
-    bars = np.nan_to_num([np.where(np.isnan(spread), end, spread) for end in ends]).clip(0)
-    axes.errorbar(rows["task_bytes"], means, yerr=bars, label=label, capsize=1.8, elinewidth=0.7, **look.line, **style)
+    means, (low, high) = rows["mean"].to_numpy(float), _ends(rows)
+    bars = 100 * np.array([means - low, high - means]).clip(0)
+    style |= {"capsize": 1.8, "elinewidth": 0.7, **look.line}
+    axes.errorbar(rows["task_bytes"], 100 * means, yerr=bars, label=label, **style)
+
+
+def _ends(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the bars: a deviation over seeds, or the interval over test examples of one seed."""
+    columns = ("mean", "mean_std", "test_lower", "test_upper")
+    mean, std, low, high = (rows[name].to_numpy(float) for name in columns)
+    several, known = ~np.isnan(std), ~np.isnan(low)
+    return (
+        np.where(several, mean - std, np.where(known, low, mean)),
+        np.where(several, mean + std, np.where(known, high, mean)),
+    )
 
 
 def _level(axes: Axes, row: pd.DataFrame, label: str, right: float) -> None:
@@ -114,7 +124,7 @@ def _size(value: float) -> str:
 
 def _accuracy_axis(axes: Axes, rows: pd.DataFrame) -> None:
     """Leave room below the curves and the merged models for a third of what they span, and for no more."""
-    top, low = axes.get_ylim()[1], 100 * float(np.min(rows["mean"].to_numpy(float)))
+    top, low = axes.get_ylim()[1], 100 * float(np.min(_ends(rows)[0]))
     axes.set_ylim(max(axes.get_ylim()[0], low - BELOW * (top - low)), top)
     axes.set_ylabel("Mean test accuracy (%)")
 
