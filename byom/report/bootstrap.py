@@ -79,6 +79,20 @@ def gain_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> tupl
     return _ends([_resampled_gains([(a[task], b[task]) for a, b in pairs], task, rng) for task in pairs[0][0]])
 
 
+def mean_interval(runs: Sequence[Scores], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a model's score over test examples, averaged over runs and over tasks.
+
+    Args:
+        runs: Task to score, for each seed of the run on the same examples.
+        seed: Of the 2000 resamples.
+
+    Returns:
+        The lower and the upper end, as fractions.
+    """
+    rng = np.random.default_rng(seed)
+    return _ends([_resampled_scores([run[task] for run in runs], task, rng) for task in runs[0]])
+
+
 def relative_interval(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of what one model scores divided by another, averaged over pairs and over tasks.
 
@@ -108,6 +122,14 @@ def _resampled_gains(pairs: Sequence[tuple[TaskScore, TaskScore]], task: str, rn
         return _resampled_means(np.mean([points(a, task) - points(b, task) for a, b in pairs], axis=0), rng)
     places = rng.integers(first.examples, size=(RESAMPLES, first.examples))
     return np.mean([_rescored(a, places) - _rescored(b, places) for a, b in pairs], axis=0)
+
+
+def _resampled_scores(scores: Sequence[TaskScore], task: str, rng: np.random.Generator) -> np.ndarray:
+    first = scores[0]
+    if first.hits or first.points:
+        return _resampled_means(np.mean([points(score, task) for score in scores], axis=0), rng)
+    places = rng.integers(first.examples, size=(RESAMPLES, first.examples))
+    return np.mean([_rescored(score, places) for score in scores], axis=0)
 
 
 def _resampled_ratios(pairs: Sequence[tuple[TaskScore, TaskScore]], task: str, rng: np.random.Generator) -> np.ndarray:

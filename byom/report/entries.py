@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from byom.errors import ByomError
 from byom.report.bootstrap import relative_interval
 from byom.report.evidence import Course, Entry
 from byom.report.report import Runs, Tables
 from byom.report.rows import Row, flatten, full
 from byom.report.scaling import summarised
+from byom.report.stored import stored_of
 from byom.storage.record import Record
 
 DIGITS = 6  # of fractions, beyond which machines may differ
@@ -43,7 +43,7 @@ def entry(row: Row, tables: Tables, results: str, command: Command) -> Entry:
         command: How it is run.
     """
     first, needs = row.records[0], row.needs
-    model, shared, routing, each = _bytes(row, tables.rows)
+    stored = stored_of(row, tables.rows)
     lower, upper = _interval(row, tables.rows)
     merges = first.choices.merge != "pretrained"
     return Entry(
@@ -68,10 +68,10 @@ def entry(row: Row, tables: Tables, results: str, command: Command) -> Entry:
         mix=first.routed.mix if first.routed else "",
         stores=command.stores,
         tasks=len(first.test),
-        model=model,
-        shared=shared,
-        routing=routing,
-        each=each,
+        model=round(stored.model),
+        shared=round(stored.shared),
+        routing=round(stored.routing),
+        each=round(stored.each),
         accuracy=_mean(record.mean for record in row.records),
         relative=_mean(record.summary["test"].normalised for record in row.records),
         lower=lower,
@@ -101,41 +101,6 @@ def _interval(row: Row, rows: Sequence[Row]) -> tuple[float | None, float | None
         return None, None
     lower, upper = relative_interval(pairs)
     return (None, None) if np.isnan(lower) else (round(lower, DIGITS), round(upper, DIGITS))
-
-
-def _bytes(row: Row, rows: Sequence[Row]) -> tuple[int, int, int, int]:
-    """Return the bytes of one model, of what else all tasks share, of a router among it, and of each task."""
-    alone = [record.storage.bytes for one in rows if one.one_model for record in one.records]
-    parts = [_stored(record, alone) for record in row.records]
-    shared, each = (float(np.mean(part)) for part in zip(*parts, strict=True))
-    model = min(alone, default=shared)
-    routers = float(np.mean([record.storage.router_bytes for record in row.records]))
-    return round(model), round(max(0.0, shared - model) + routers), round(routers), round(each)
-
-
-def _stored(record: Record, alone: Sequence[float]) -> tuple[float, float]:
-    """Return the bytes that all tasks share and those of each, which the oldest records say in one number.
-
-    Args:
-        record: The record.
-        alone: Bytes of rows that are one model and nothing else, whose sizes are the same.
-    """
-    storage, tasks = record.storage, len(record.test)
-    values = sum(storage.task_parameters.values())
-    if storage.task_bytes:
-        each = sum(storage.task_bytes.values())
-    elif values == storage.parameters:
-        each = storage.bytes
-    elif values == 0:
-        each = 0
-    elif alone:
-        each = storage.bytes - min(alone)
-    else:
-        raise ByomError(
-            f"record {record.signature} does not say what it stores for each task; run `byom run merge=pretrained "
-            f"byom=none suite={record.choices.suite}` beside it, whose record says what one model takes"
-        )
-    return storage.bytes - each, each / tasks
 
 
 def courses(every: Sequence[Runs], results: str, suite: str) -> list[Course]:

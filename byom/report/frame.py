@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byom.report.rows import Row, flatten, full, told_apart
+from byom.errors import ByomError
+from byom.report.bootstrap import mean_interval
+from byom.report.rows import KILOBYTES, Row, flatten, full, told_apart
+from byom.report.stored import stored_of
 
 HEADS = {
     "mean": "Mean", "normalised": "Normalised mean", "parameters": "Parameters (M)", "bytes": "Bytes (MB)",
     "chosen": "λ / searched", "seeds": "Seeds",
 }  # fmt: skip
-DRAWN = ("kind", "base", "one_model", "given", "models", "curve")
+DRAWN = ("kind", "base", "one_model", "given", "models", "curve", "along", "task_bytes", "test_lower", "test_upper")
 """Columns for figures alone, which no file holds."""
+BY_BYTES = ("task_bytes", "test_lower", "test_upper")
 MISSING = "—"
 
 
@@ -28,13 +32,30 @@ def numbers(rows: Iterable[Row]) -> pd.DataFrame:
     Returns:
         One row per method and density. Task columns are ``accuracy_<task>`` and ``accuracy_<task>_std``, whatever
         the task's metric; the columns of `DRAWN` are for figures alone. ``models`` is the size in models' worth of
-        parameters, and ``curve`` the name that rows share which differ in the size they were asked for.
+        parameters, and ``curve`` the name that rows share which differ in nothing but the setting ``along``, a size.
+        Where that is a number of kilobytes, ``task_bytes`` is what a task takes beside one model, and ``test_lower``
+        and ``test_upper`` are the interval over test examples of rows of one seed; otherwise they are NaN.
     """
     every = list(rows)
-    sized = [row for row in every if row.size is not None]
+    sized = [row for row in every if row.along]
     alike = zip(sized, told_apart([row.sizeless for row in sized]), strict=True)
-    curves = {id(row): {"curve": one.label, "base": one.base} for row, one in alike}
-    return pd.DataFrame([_numbers(row) | curves.get(id(row), {"curve": ""}) for row in every])
+    curves = {id(row): {"curve": one.label, "base": one.base, "along": row.along} for row, one in alike}
+    by_bytes = any(row.along == KILOBYTES for row in every)
+    stored = [_by_bytes(row, every) if by_bytes else dict.fromkeys(BY_BYTES, np.nan) for row in every]
+    made = [_numbers(row) | curves.get(id(row), {"curve": "", "along": ""}) for row in every]
+    return pd.DataFrame([one | two for one, two in zip(made, stored, strict=True)])
+
+
+def _by_bytes(row: Row, rows: Sequence[Row]) -> dict[str, float]:
+    """Return bytes and intervals, which take a while, for the figure against bytes alone."""
+    try:
+        beside = stored_of(row, rows).beside(len(row.records[0].test))
+    except ByomError:  # one of the oldest records, which do not say it: such a figure leaves it out
+        beside = np.nan
+    test = row.records[0].test
+    known = len(row.records) == 1 and all(one.hits or one.points or one.predictions for one in test.values())
+    ends = mean_interval([test]) if known else (np.nan, np.nan)
+    return dict(zip(BY_BYTES, (beside, *ends), strict=True))
 
 
 def _numbers(row: Row) -> dict[str, Any]:

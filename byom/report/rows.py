@@ -16,7 +16,7 @@ from byom.storage.parts import Needs
 from byom.storage.record import Record
 
 MERGES = ("pretrained", "average", "task_arithmetic", "ties")  # first in the table; all others follow by name
-SIZE = "byom.size"
+SIZE, KILOBYTES = "byom.size", "byom.kilobytes"  # what curves run along: models' worth, or 1000 bytes for a task
 KINDS = ("pretrained", "single_task", "merged", "post_pruning", "fft")
 
 
@@ -68,7 +68,8 @@ class Row:
     @property
     def label(self) -> str:
         """The row's name in full; two rows of one table that share it differ in their density."""
-        return self.name + self.apart
+        kilobytes = self.settings.get(KILOBYTES)
+        return self.name + self.apart + ("" if kilobytes is None else f", {kilobytes:.15g} kB")
 
     @property
     def named(self) -> str:
@@ -88,14 +89,14 @@ class Row:
         return float(self.settings.get("byom.density", np.nan)) if self.variant != "none" else np.nan
 
     @property
-    def size(self) -> float | None:
-        """The number of models' worth of parameters that was asked for; None where nothing is chosen by it."""
-        return self.settings.get(SIZE)
+    def along(self) -> str:
+        """The setting along which a curve of such rows runs, `SIZE` or `KILOBYTES`; empty where there is none."""
+        return next((name for name in (SIZE, KILOBYTES) if self.settings.get(name) is not None), "")
 
     @property
     def sizeless(self) -> Row:
-        """The row as one of those that differ in nothing but the size that was asked for."""
-        return replace(self, settings={name: value for name, value in self.settings.items() if name != SIZE})
+        """The row as one of those that differ in nothing but the setting of `along`."""
+        return replace(self, settings={name: value for name, value in self.settings.items() if name != self.along})
 
     @property
     def one_model(self) -> bool:
@@ -203,22 +204,28 @@ def told_apart(rows: Sequence[Row]) -> list[Row]:
 
 
 def _difference(row: Row, others: Sequence[Row]) -> str:
-    words = [_word(name, row.settings.get(name)) for name in _telling(others)]
+    words = [_word(name, row.settings.get(name)) for name in _telling(_unsaid(others))]
     spelled = [text for text in words if text]
     return f" ({', '.join(spelled)})" if spelled else ""
 
 
-def _telling(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the fewest settings that tell rows apart, words before numbers."""
-    every = {name for row in rows for name in row.settings}
-    apart = [n for n in sorted(every) if len({repr(row.settings.get(n)) for row in rows}) > 1]
-    apart.sort(key=lambda n: any(isinstance(row.settings.get(n), int | float) for row in rows))
+def _unsaid(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the different settings of some rows, less the kilobytes, which every label says."""
+    every = [{name: value for name, value in row.settings.items() if name != KILOBYTES} for row in rows]
+    return list({repr(sorted(one.items())): one for one in every}.values())
+
+
+def _telling(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the fewest names of settings that tell these apart, words before numbers."""
+    every = {name for one in settings for name in one}
+    apart = [n for n in sorted(every) if len({repr(one.get(n)) for one in settings}) > 1]
+    apart.sort(key=lambda n: any(isinstance(one.get(n), int | float) for one in settings))
     sets = (some for size in range(len(apart)) for some in combinations(apart, size))
-    return next((some for some in sets if _distinct(rows, some)), tuple(apart))
+    return next((some for some in sets if _distinct(settings, some)), tuple(apart))
 
 
-def _distinct(rows: Sequence[Row], names: Sequence[str]) -> bool:
-    return len({repr([row.settings.get(n) for n in names]) for row in rows}) == len(rows)
+def _distinct(settings: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
+    return len({repr([one.get(n) for n in names]) for one in settings}) == len(settings)
 
 
 def _word(name: str, value: Any) -> str:

@@ -18,11 +18,12 @@ from byom.cli.evidence import _command, digest, options_of
 from byom.errors import ByomError, OptionError
 from byom.report import advice
 from byom.report.bootstrap import relative_interval
-from byom.report.entries import _stored, entry
+from byom.report.entries import entry
 from byom.report.evidence import FILE, Course, Entry, Evidence
 from byom.report.recommend import Candidate, Question, answer, candidates, number, unfit
 from byom.report.report import Tables, read_runs
 from byom.report.rows import rows
+from byom.report.stored import record_bytes
 from byom.storage.parts import TaskScore
 from byom.storage.record import Record
 from experiments import evidence as experiment
@@ -278,9 +279,9 @@ def test_own_records_are_read_and_old_ones_say_what_a_task_takes(made, capsys, m
 
 def test_bytes_that_no_record_tells_apart_are_refused():
     one = Record.lift(synthetic.record("ties", "fft", 0, 0.1))
-    assert _stored(one, [4 * synthetic.SIZE])[0] == 4 * synthetic.SIZE
+    assert record_bytes(one, [4 * synthetic.SIZE])[0] == 4 * synthetic.SIZE
     with pytest.raises(ByomError, match="does not say what it stores for each task"):
-        _stored(one, [])
+        record_bytes(one, [])
 
 
 def test_the_evidence_is_that_of_the_committed_records(monkeypatch):

@@ -250,7 +250,7 @@ def test_csv_keeps_full_precision(tmp_path, records, frame):
     path = next(p for p in generate(tmp_path, SUITE).files if p.suffix == ".csv")
     read = pd.read_csv(path)
     read["chosen"] = read["chosen"].fillna("")
-    drawn = ["kind", "base", "one_model", "models", "curve"]
+    drawn = ["kind", "base", "one_model", "models", "curve", "along", "task_bytes", "test_lower", "test_upper"]
     pd.testing.assert_frame_equal(read, frame.drop(columns=drawn), rtol=1e-15)
 
 

@@ -46,6 +46,14 @@ def test_rows_are_told_apart_by_a_word_where_a_number_differs_too():
     assert {row.label for row in synthetic.tables(records).rows} == {"TIES (mode mean)", "TIES (mode sum)"}
 
 
+def test_rows_of_one_setting_at_several_kilobytes_are_told_apart_by_those_alone():
+    both = [("none", 90.0), ("train", 90.0), ("train", 10_000.0)]
+    records = [made(variant="budget", byom={"kilobytes": size, "inputs": inputs}) for inputs, size in both]
+    labels = [row.label for row in synthetic.tables(records).rows]
+    assert labels == [f"Budget on TIES (inputs {inputs}), {size:g} kB" for inputs, size in both]
+    assert [row.label for row in synthetic.tables(records[1:]).rows] == [f"Budget on TIES, {n} kB" for n in (90, 10000)]
+
+
 def of_svc(then: dict | str, **titles) -> dict:
     """Make a record of what calibrates another method, in the shape of its time."""
     one = synthetic.record("ties", "none", 0)

@@ -8,25 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from byom.report.figures.parts import curves_along
 from byom.report.figures.style import LOOKS, Look, blank, errorbar, legend, looks, reference_line, styled
+from byom.report.rows import SIZE
 
-FEWEST = 3  # sizes of a curve
 
-
-def has_curves(frame: pd.DataFrame) -> bool:
-    """Say whether some rows are a curve by the number of models.
+def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows that differ in their size alone, by name, each curve by size; those of few sizes are left out.
 
     Args:
         frame: A frame made by `byom.report.frame.numbers`.
     """
-    return bool(curves(frame))
-
-
-def curves(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows that differ in their size alone, by name, each curve by size; those of few sizes are left out."""
-    sized = pd.DataFrame(frame.loc[frame["curve"].ne("") & frame["models"].notna()])
-    parts = {str(name): part.sort_values(by="models") for name, part in sized.groupby("curve", sort=False)}
-    return {name: part for name, part in parts.items() if len(set(part["models"])) >= FEWEST}
+    return curves_along(frame, SIZE, "models")
 
 
 @styled

@@ -95,19 +95,20 @@ def looks(keys: Mapping[str, str]) -> dict[str, Look]:
     return out
 
 
-def blank(height: float, entries: Iterable[str]) -> tuple[Figure, Axes]:
+def blank(height: float, entries: Iterable[str], width: float = COLUMN) -> tuple[Figure, Axes]:
     """Return an empty figure one print column wide.
 
     Args:
         height: Of everything but the legend, in inches.
         entries: Names in the legend, which stands below.
+        width: Of all, in inches, where it is not one column.
 
     Returns:
         The figure and its axes.
     """
     names = list(entries)
     height += 0.16 * -(-len(names) // _columns(names))
-    figure = Figure(figsize=(COLUMN, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -174,13 +175,14 @@ def size_axis(axes: Axes, sizes: Any, longest: int) -> None:
     axes.set_xscale("log")
     low, high, room = sizes.min(), sizes.max() * 1.15, min(0.5, 0.06 + LETTER * longest)
     axes.set_xlim(low * (high / low) ** (-room / (1 - room)), high)
-    axes.xaxis.set_major_locator(FixedLocator(_round_sizes(sizes.min(), sizes.max())))
+    axes.xaxis.set_major_locator(FixedLocator(round_sizes(sizes.min(), sizes.max())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("Stored for all tasks (MB)")
 
 
-def _round_sizes(low: float, high: float) -> list[float]:
+def round_sizes(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten from `low` to `high`."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     return [d * 10.0**e for e in decades for d in (1, 2, 5) if 0.95 * low <= d * 10.0**e <= 1.05 * high]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from byom.report.figures.models import accuracy_by_models, has_curves
+from byom.report.figures import bytes as by_bytes
+from byom.report.figures import models as by_models
+from byom.report.figures.parts import alone, pareto_front, where
 from byom.report.figures.style import (
     LOOKS,
     Look,
@@ -30,12 +31,7 @@ from byom.report.frame import percent, task_names
 from byom.report.rows import KINDS
 
 TYPICAL_DENSITY = 0.1
-SAME_SIZE = 0.02
 LABEL_GAP = 0.06  # the height of a line of labels, of the axes
-
-
-def _where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
-    return pd.DataFrame(frame.loc[mask])
 
 
 def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -48,7 +44,7 @@ def families(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
         For each name such as ``BYOM-FFT on TIES`` its rows by density; any variant that has a density and stores
         something for each task is among them.
     """
-    put_back = _where(frame, (frame["density"] > 0) & ~frame["one_model"])
+    put_back = where(frame, (frame["density"] > 0) & ~frame["one_model"])
     parts = put_back.groupby("method", sort=False)
     return {str(name): part.sort_values(by="density") for name, part in parts}
 
@@ -69,13 +65,6 @@ def _looks(frame: pd.DataFrame) -> dict[str, Look]:
     return {method: drawn[name] for method, name in shared.items()}
 
 
-def _start(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the row of a curve at density 0: the merged model, or the pre-trained one."""
-    alone = _where(frame, (frame["variant"] == "none") & (frame["merge"] == rows["merge"].iloc[0]))
-    named = _where(alone, alone["method"] == rows["base"].iloc[0])
-    return named if len(named) else alone.head(1)
-
-
 @styled
 def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     """Draw the mean accuracy against m, the part put back for each task.
@@ -94,7 +83,7 @@ def accuracy_by_density(frame: pd.DataFrame) -> Figure:
     for name, rows in curves.items():
         style = look[name]
         errorbar(axes, 100 * rows["density"], rows, style, name)
-        _draw_start(axes, _start(frame, rows), zero, 100 * rows["density"].iloc[0], style)
+        _draw_start(axes, alone(frame, rows), zero, 100 * rows["density"].iloc[0], style)
     _density_axis(axes, densities, zero)
     reference_line(axes, frame, "single_task", "Single-task", 1.0)
     reference_line(axes, frame, "pretrained", "Pre-trained", 0.0)
@@ -145,8 +134,8 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     look = _looks(frame)
     for name, rows in curves.items():
         errorbar(axes, rows["bytes"] / 1e6, rows, look[name], name)
-    shared = _where(frame, frame["kind"].isin(["pretrained", "merged"]))
-    _draw_front(axes, pd.concat([*curves.values(), shared, _where(frame, frame["variant"] == "single_task")]))
+    shared = where(frame, frame["kind"].isin(["pretrained", "merged"]))
+    _draw_front(axes, pd.concat([*curves.values(), shared, where(frame, frame["variant"] == "single_task")]))
     _label_single(axes, frame)
     _label_shared(axes, shared, look)
     _label_densities(axes, curves)
@@ -154,19 +143,6 @@ def accuracy_by_size(frame: pd.DataFrame) -> Figure:
     axes.set_ylabel("Mean test accuracy (%)")
     legend(figure, axes)
     return figure
-
-
-def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that no other row beats in mean accuracy at the same or a smaller size, smallest first.
-
-    Sizes within 2 % count as the same: encoded positions differ a little in length.
-    """
-    sizes, means = frame["bytes"].to_numpy(float), frame["mean"].to_numpy(float)
-    margin = (1 + SAME_SIZE) * sizes[:, None]
-    better = (sizes[None, :] <= margin) & (means[None, :] > means[:, None])
-    cheaper = (sizes[None, :] * (1 + SAME_SIZE) < sizes[:, None]) & (means[None, :] >= means[:, None])
-    beaten = (better | cheaper).any(axis=1)
-    return _where(frame, pd.Series(~beaten, index=frame.index)).sort_values(by="bytes")
 
 
 def _draw_front(axes: Axes, frame: pd.DataFrame) -> None:
@@ -188,7 +164,7 @@ def _label_shared(axes: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None
 
 
 def _label_single(axes: Axes, frame: pd.DataFrame) -> None:
-    for row in _where(frame, frame["variant"] == "single_task").head(1).to_dict("records"):
+    for row in where(frame, frame["variant"] == "single_task").head(1).to_dict("records"):
         here, style = (row["bytes"] / 1e6, 100 * row["mean"]), LOOKS["single_task"]
         axes.plot(*here, color=style.color, marker=style.marker, markersize=7)
         spot = {"xytext": (3, -6), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 7}
@@ -250,9 +226,9 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
         Up to five rows by name: pre-trained, best merged model, post-pruning and BYOM-FFT on that merge at
         the density nearest 10 %, single-task.
     """
-    parts = {kind: _where(frame, frame["kind"] == kind) for kind in KINDS}
+    parts = {kind: where(frame, frame["kind"] == kind) for kind in KINDS}
     merged = _best(parts["merged"])
-    same = _where(parts["fft"], parts["fft"]["base"].isin(merged["method"]))
+    same = where(parts["fft"], parts["fft"]["base"].isin(merged["method"]))
     fft = same if len(same) else parts["fft"]
     pruned = _typical(parts["post_pruning"])
     picks = [parts["pretrained"], merged, pruned, _typical(fft), parts["single_task"]]
@@ -262,12 +238,12 @@ def selected(frame: pd.DataFrame) -> dict[str, dict]:
 
 def _typical(rows: pd.DataFrame) -> pd.DataFrame:
     nearest = (rows["density"] - TYPICAL_DENSITY).abs()
-    return _best(_where(rows, nearest == nearest.min()))
+    return _best(where(rows, nearest == nearest.min()))
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the best row on validation data, or the last in table order where validation was not evaluated."""
-    measured = _where(rows, rows["validation"].notna())
+    measured = where(rows, rows["validation"].notna())
     return measured.nlargest(1, columns="validation") if len(measured) else rows.tail(1)
 
 
@@ -280,6 +256,10 @@ FIGURES = {
     "accuracy-by-density": accuracy_by_density,
     "accuracy-by-size": accuracy_by_size,
     "accuracy-by-task": accuracy_by_task,
+}
+CURVES = {  # drawn where there are curves of their sort
+    "accuracy-by-models": (by_models.curves, by_models.accuracy_by_models),
+    "accuracy-by-bytes": (by_bytes.curves, by_bytes.accuracy_by_bytes),
 }
 
 
@@ -296,5 +276,5 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
     """
     several = len(set(frame["method"])) <= MOST and any(p["density"].nunique() > 1 for p in families(frame).values())
     drawn = FIGURES if several else {"accuracy-by-task": accuracy_by_task}
-    drawn = drawn | ({"accuracy-by-models": accuracy_by_models} if has_curves(frame) else {})
+    drawn = drawn | {name: draw for name, (curves, draw) in CURVES.items() if curves(frame)}
     return [path for name, draw in drawn.items() for path in save(draw(frame), folder / f"{stem}--{name}")]
