@@ -169,7 +169,7 @@ class Difference:
         assert self.factors is not None  # vectors have no way with factors
         count = int((self.factors.values > step * (0.5 + DEAD)).sum())
         vectors, values, right = self.factors.left[:, :count], self.factors.values[:count], self.factors.right[:count]
-        one, other = rounded(vectors * values / step), rounded(right * values[:, None] / step)
+        one, other = rounded(vectors * values / step), self._right(right * values[:, None] / step)
         if not count or max(one.abs().max(), other.abs().max()) > tables.LIMIT:
             return None
         kept = (one * vectors).sum(0).square() / one.square().sum(0).clamp_min(1)
@@ -177,6 +177,10 @@ class Difference:
         kept = kept * (weighed * towards).sum(1).square() / weighed.square().sum(1).clamp_min(1e-30)
         worth = values.square() * kept > PRICE * step**2 * (_bits(one.T) + _bits(other) + COMPONENT)
         return self._scaled(one[:, worth], other[worth], weighed[worth], step) if worth.any() else None
+
+    def _right(self, rows: Tensor) -> Tensor:
+        """Round right singular vectors, in steps; `benchmarks.budget_trials` has another way."""
+        return rounded(rows)
 
     def _scaled(self, left: Tensor, right: Tensor, weighed: Tensor, step: float) -> Written | None:
         """Find the scales of the components that leave the least damage; no product of m n n is formed for it."""
