@@ -34,14 +34,14 @@ LEFT = sys.float_info.min  # the damage of what is off by less than fp32 shows
 class ByomBudget(PackingVariant):
     """Spend a number of bytes on each task's difference to a shared model where they do the most.
 
-    Every tensor of ``theta_t - reference`` can be written at many levels: as singular vectors rounded to multiples of
-    a step, as entries rounded so, as both, with finer and finer steps, or as the task's own values; a range coder
-    takes little more than the entropy of the integers. A level costs bits and leaves the damage
-    ``w |(D - D') L|^2``. Each tensor keeps the lower convex hull of its levels, and bytes go where a bit saves the
+    Every tensor of ``D = theta_t - reference`` can be written at many levels: as singular vectors rounded to multiples
+    of a step, as entries rounded so, as both, with finer and finer steps, or as the task's own values; a range coder
+    takes little more than the entropy of the integers. A level costs bits and leaves an error E of the damage
+    ``d = w ||E L||^2``. Each tensor keeps the lower convex hull of its levels, and bytes go where a bit saves the
     most damage (`byom.functional.hull.allocate`): no other choice leaves less damage for as many bytes.
 
-    ``L L'`` stands for the second moment of what the layer multiplies, with a mean diagonal of 1. Without inputs it is
-    ``tau_t' tau_t`` and w is 1; on the pre-trained model, where that is the difference itself, L is the identity. With
+    ``L Lᵀ`` stands for the second moment of what the layer multiplies, with a mean diagonal of 1. Without inputs it is
+    ``tau_tᵀ tau_t`` and w is 1; on the pre-trained model, where that is the difference itself, L is the identity. With
     inputs it is their own, and w the Fisher information of the tensor where it changed, so that the damage stands for
     the divergence of the answers from those of ``theta_t``.
 

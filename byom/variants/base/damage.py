@@ -35,7 +35,7 @@ class Damage(ABC):
 
     @abstractmethod
     def root(self, name: str, columns: int) -> Tensor | None:
-        """Return L, lower triangular in fp32; ``L L'`` is the second moment of inputs, with a mean diagonal of 1.
+        """Return L, lower triangular in fp32; ``L Lᵀ`` is the second moment of inputs, with a mean diagonal of 1.
 
         Args:
             name: The parameter.
@@ -48,7 +48,7 @@ class Damage(ABC):
 
 @dataclass(frozen=True)
 class FromTask(Damage):
-    """Damage by the task vector alone: ``tau_t' tau_t`` stands for the second moment of a layer's inputs.
+    """Damage by the task vector alone: ``tau_tᵀ tau_t`` stands for the second moment of a layer's inputs.
 
     Gradients of a linear map are outer products with its inputs, so the rows of what was learnt lie where inputs are.
 

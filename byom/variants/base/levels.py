@@ -78,7 +78,7 @@ class Written:
 class Difference:
     """A difference to be written, and the metric in which damage is measured.
 
-    The damage of writing D as D' is ``weight |(D - D') L|^2`` with ``L L' = G``, a second moment of the layer's
+    The damage of writing D as D' is ``weight |(D - D') L|^2`` with ``L Lᵀ = G``, a second moment of the layer's
     inputs; without a root, ``weight |D - D'|^2``.
 
     Args:
