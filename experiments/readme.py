@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import lora, selection, true_size
+from benchmarks import budget_trials, floors_2026, lora, selection, true_size
 from byom.cli import config
 from byom.report import render, scaling
 from byom.report.report import Tables, read_runs
@@ -75,6 +75,16 @@ def benchmark(file: Path = ROOT / "benchmarks" / "selection.json") -> str:
 def lora_benchmark(file: Path = ROOT / "benchmarks" / "lora.json") -> str:
     """Return the Markdown tables of the committed benchmark of low-rank factoring."""
     return lora.table(json.loads(file.read_text(encoding="utf-8")))
+
+
+def budget_trials_tables(file: Path = ROOT / "benchmarks" / "budget_trials.json") -> str:
+    """Return the Markdown tables of what was tried for BYOM-Budget and left out."""
+    return budget_trials.table(json.loads(file.read_text(encoding="utf-8")))
+
+
+def floors_of_2026(file: Path = ROOT / "benchmarks" / "floors_2026.json") -> str:
+    """Return the Markdown table of the options of 2025 and 2026 beside their floors."""
+    return floors_2026.table(json.loads(file.read_text(encoding="utf-8")))
 
 
 def options(group: str, root: str = "", short: bool = False) -> str:
@@ -203,6 +213,9 @@ PARTS = {
     "router-options": lambda: options("router", "../", short=True),
     "methods": methods,
     "bytes-per-task": bytes_per_task.table,
+    "budget-choices": lambda: bytes_per_task.table(ROOT / "results" / "budget_choices"),
+    "budget-trials": budget_trials_tables,
+    "floors-2026": floors_of_2026,
 }
 
 
