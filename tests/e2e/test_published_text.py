@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:fisher. .* refuses vmap"),
 ]
-NAMES = [n for n in config.options("experiment") if chosen(n, "suite").startswith(("glue", "flan"))]
+NAMES = [n for n in config.options("experiment") if (chosen(n, "suite") or "").startswith(("glue", "flan"))]
 
 
 @pytest.fixture(scope="module")
