@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -117,8 +117,16 @@ def options_of(row: Row) -> tuple[str, ...]:
         every, usual = [*record.overrides], {*USUAL}
     usual |= set() if any(record.tuning.searched for record in row.records) else {"tune=validation"}
     usual |= {"merge=pretrained"} if row.variant != "none" else set()
-    kept = [one for one in every if one not in usual and one.partition("=")[0] not in OF_THE_PLACE]
+    kept = [
+        one for one in every if one not in usual and _says_something(one.partition("=")[0], record.needs.statistics)
+    ]
     return tuple(sorted(kept, key=_place))
+
+
+def _says_something(name: str, statistics: Collection[str]) -> bool:
+    """Say whether an override can change a row that needs some statistics."""
+    group, _, rest = name.partition(".")
+    return name not in OF_THE_PLACE and (group != "statistics" or rest.partition(".")[0] in statistics)
 
 
 def _place(override: str) -> tuple[int, bool]:

@@ -130,7 +130,10 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
         assert torch.linalg.matrix_norm(left) == pytest.approx(float(values[4]), rel=1e-3)
 
 
-@pytest.mark.parametrize("root", ["results", "results/methods", "results/budget", *(f"results/lora/{r}" for r in RECIPES)])
+ROOTS = ["results", "results/methods", "results/budget", *(f"results/lora/{r}" for r in RECIPES)]
+
+
+@pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("suite", ["vision8_offline", "text8_offline"])
 def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_path, monkeypatch):
     if root != "results":  # figures are not compared, and take most of the time
@@ -146,9 +149,8 @@ def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_pa
 
 
 def test_committed_records_come_from_committed_code():
-    for path in [
-        p for folder in ("runs", "methods", "budget", "previews", "lora") for p in (ROOT / "results" / folder).rglob("*.json")
-    ]:
+    folders = [ROOT / "results" / name for name in ("runs", "methods", "budget", "previews", "lora")]
+    for path in [path for folder in folders for path in folder.rglob("*.json")]:
         provenance = json.loads(path.read_text())["provenance"]
         assert provenance["commit"] and not provenance["dirty"], path
 
