@@ -82,7 +82,7 @@ def _levels(kind: type[Difference], damage, name: str, target: Weights, referenc
     values = target[name].float() - reference[name].float()
     values = values.reshape(values.shape[0], -1) if values.ndim > 1 else values[None]
     weighed = kind(values, damage.root(name, values.shape[1]), damage.weight(name, values))
-    return [level for level, _ in weighed.levels()]
+    return [each.level for each in weighed.levels()]
 
 
 def _least(levels: list[list[Level]], bits: float) -> float:

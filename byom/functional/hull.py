@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,13 +31,13 @@ def lower_hull(levels: Sequence[Level]) -> list[int]:
     for number in order:
         if hull and levels[number].damage >= levels[hull[-1]].damage:
             continue
-        while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= _slope(levels, hull[-1], number):
+        while len(hull) > 1 and slope(levels, hull[-2], hull[-1]) <= slope(levels, hull[-1], number):
             hull.pop()
         hull.append(number)
     return hull
 
 
-def _slope(levels: Sequence[Level], low: int, high: int) -> float:
+def slope(levels: Sequence[Level], low: int, high: int) -> float:
     """Return the damage that is saved for each unit of cost between two levels."""
     cost = levels[high].cost - levels[low].cost
     return (levels[low].damage - levels[high].damage) / cost if cost else float("inf")
@@ -61,7 +62,7 @@ def allocate(items: Sequence[Sequence[Level]], budget: float) -> list[int]:
     chosen = [hull[0] for hull in hulls]
     spent = sum(levels[number].cost for levels, number in zip(items, chosen, strict=True))
     steps = [
-        (-_slope(levels, low, high), item, at, levels[high].cost - levels[low].cost, high)
+        (-slope(levels, low, high), item, at, levels[high].cost - levels[low].cost, high)
         for item, (levels, hull) in enumerate(zip(items, hulls, strict=True))
         for at, (low, high) in enumerate(pairwise(hull))
     ]
@@ -71,3 +72,34 @@ def allocate(items: Sequence[Sequence[Level]], budget: float) -> list[int]:
         spent += cost
         chosen[item] = level
     return chosen
+
+
+class Price:
+    """What a bit saves where a budget ends, as items come in one by one.
+
+    It rises with each item, so that what some of them are worth is a bound for all.
+
+    Args:
+        budget: What may be spent, as for `allocate`.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self._budget = budget
+        self._steps: list[tuple[float, float]] = []  # minus what a unit of cost saves, and the cost; best first
+
+    def add(self, levels: Sequence[Level]) -> None:
+        """Let one more item take part."""
+        hull = lower_hull(levels)
+        self._budget -= levels[hull[0]].cost
+        for low, high in pairwise(hull):
+            insort(self._steps, (-slope(levels, low, high), levels[high].cost - levels[low].cost))
+
+    @property
+    def now(self) -> float:
+        """What a unit of cost saves in the first step that `allocate` would not take; 0 where it takes all."""
+        left = self._budget
+        for saved, cost in self._steps:
+            left -= cost
+            if left < 0:
+                return -saved
+        return 0.0

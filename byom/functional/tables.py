@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 LIMIT = 127  # the largest magnitude that tables know
+PIECE = 1 << 16  # integers that are counted at once: what the caches hold
 TOTAL = 1 << 22  # what the weights of a table add up to, about; each integer has at least 1 of it
 
 
@@ -87,6 +88,8 @@ def histograms(rows: Array) -> Array:
         ``[C, 2 LIMIT + 1]`` int64.
     """
     count, width = len(rows), 2 * LIMIT + 1
+    if count == 1 and rows.size > PIECE:
+        return np.sum([histograms(rows[:, at : at + PIECE]) for at in range(0, rows.size, PIECE)], axis=0)
     shifted = rows.astype(np.int64) + LIMIT + width * np.arange(count)[:, None]
     return np.bincount(shifted.reshape(-1), minlength=count * width).reshape(count, width)
 

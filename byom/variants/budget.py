@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from byom.errors import OptionError, one_of, positive
-from byom.functional.hull import Level, allocate, lower_hull
-from byom.functional.seeding import keyed
-from byom.functional.tensors import wide
+from byom.functional.hull import allocate
 from byom.merge.base import Problem
 from byom.merge.base.needs import Needs
 from byom.merge.base.running import is_running
-from byom.storage import tensor_files as storage
-from byom.variants.base import PackingVariant, Parts, Shared, code, joined, sparse
+from byom.variants.base import PackingVariant, Parts, Shared, joined
 from byom.variants.base.damage import Damage, FromInputs, FromTask
 from byom.variants.base.delta import Delta, Served, own
-from byom.variants.base.levels import FIXED, Difference, Way
 from byom.variants.base.variant import Packing
+from byom.variants.base.written import BYTE, TaskDifference, put_back
 from byom.weights import Weights, matched
-
-BYTE = 8
-LEFT = sys.float_info.min  # the damage of what is off by less than fp32 shows
 
 
 @dataclass(frozen=True)
@@ -106,18 +97,18 @@ class ByomBudget(PackingVariant):
     def plan(self, target: Weights, reference: Weights, base: Weights | None = None) -> dict[str, Parts]:
         """Find the level of every tensor and write it; what is held is what will be stored."""
         room = self.kilobytes * 1000 * BYTE
-        found = self._found(target, reference)
+        difference = TaskDifference(target, reference, self._damage, self.seed)
         shapes = {name: target.shape(name) for name in target.mergeable()}
-        written: dict[tuple[str, Way | None], Parts] = {}
+        written: dict[tuple[str, int], Parts] = {}
         running = _running(target, reference)  # stored whole whatever the budget
         allowed = room - BYTE * _bytes(running)
+        hulls = difference.hulls(allowed)
         while True:  # once for the levels alone, once more less what their names take, seldom again
-            chosen = allocate([each.levels for each in found.values()], allowed)
-            ways = {name: found[name].ways[number] for name, number in zip(found, chosen, strict=True)}
-            for name, way in ways.items():
-                if (name, way) not in written:
-                    written[name, way] = self._written(name, way, target, reference)
-            parts = {name: written[name, way] for name, way in ways.items()}
+            chosen = dict(zip(hulls, allocate([hull.levels for hull in hulls.values()], allowed), strict=True))
+            for name, at in chosen.items():
+                if (name, at) not in written:
+                    written[name, at] = difference.stored(name, hulls[name].ways[at], hulls[name].products[at])
+            parts = {name: written[name, at] for name, at in chosen.items()}
             over = BYTE * _stored(parts | running, shapes) - room
             if over <= 0:
                 return parts
@@ -134,11 +125,7 @@ class ByomBudget(PackingVariant):
 
     def unpack(self, parts: Parts, shared: Shared) -> Tensor:
         """Add the difference to the reference, or put all values back."""
-        reference = shared.reference
-        if "values" in parts:
-            return sparse.assign(parts, reference)
-        difference = code.from_bytes(parts["code"], _sides(reference.shape)).difference().reshape(reference.shape)
-        return (wide(reference) + difference.to(reference.device)).to(reference.dtype)
+        return put_back(parts, shared.reference)
 
     @property
     def _damage(self) -> Damage | None:
@@ -151,67 +138,6 @@ class ByomBudget(PackingVariant):
             f"byom.inputs={self.inputs} needs the statistics {missing}, which the problem lacks; byom statistics "
             f"{missing[0]} suite=... computes and keeps them, and byom run does so by itself"
         )
-
-    def _found(self, target: Weights, reference: Weights) -> dict[str, _Found]:
-        """Return the hulls of all tensors; sizes of a sweep find them in memory."""
-        damage = self._damage
-        weighed = damage.content if damage else []
-        found = _known(storage.digest([target.fingerprint(), reference.fingerprint(), *weighed, self.seed]))
-        names = [name for name in target.mergeable() if not is_running(name)]
-        for name in names:
-            if name not in found:
-                found[name] = self._levels(name, target, reference)
-        return {name: found[name] for name in names}
-
-    def _levels(self, name: str, target: Weights, reference: Weights) -> _Found:
-        """Return the hull of a tensor's levels, and the ways that they are written in."""
-        difference = self._difference(name, target, reference)
-        listed: list[tuple[Level, Way | None]] = [
-            (level if level.damage or self._exact(name, way, target, reference) else Level(level.cost, LEFT), way)
-            for level, way in difference.levels()
-        ]
-        if listed[0][0].damage:
-            bits = FIXED + BYTE * target.dtype(name).itemsize * difference.values.numel()
-            listed.append((Level(bits, 0.0), None))
-        hull = lower_hull([level for level, _ in listed])
-        return _Found([listed[number][0] for number in hull], [listed[number][1] for number in hull])
-
-    def _exact(self, name: str, way: Way, target: Weights, reference: Weights) -> bool:
-        """Say whether a way that leaves no damage in fp32 puts the task's own values back."""
-        parts, shared = self._written(name, way, target, reference), Shared(reference[name])
-        put_back = self.unpack(parts, shared) if parts else shared.reference
-        return torch.equal(put_back, target[name].to(put_back))
-
-    def _written(self, name: str, way: Way | None, target: Weights, reference: Weights) -> Parts:
-        if way is None:
-            return sparse.whole(target[name], reference[name])
-        if not (way.factors or way.entries):
-            return {}
-        written = self._difference(name, target, reference).write(way)
-        assert written is not None  # as it was written when its level was found
-        return {"code": code.to_bytes(written)}
-
-    def _difference(self, name: str, target: Weights, reference: Weights) -> Difference:
-        one, other = target.read_finite(name), reference.read_finite(name)
-        values = (wide(one) - wide(other)).float().reshape(_sides(one.shape)).cpu()
-        damage, seed = self._damage, keyed(self.seed, name)
-        if damage is None:
-            return Difference(values, seed=seed)
-        root = damage.root(name, values.shape[1])
-        return Difference(values, None if root is None else root.cpu(), damage.weight(name, values), seed)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The hull of a tensor's levels, in the order of their costs."""
-
-    levels: list[Level]
-    ways: list[Way | None]  # None is the task's own values
-
-
-@lru_cache(maxsize=32)  # keyed by content; a task's levels are some thousand numbers
-def _known(key: str) -> dict[str, _Found]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -252,15 +178,6 @@ class _Weighed(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self.packing)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a tensor written as a matrix: its first axis longer than 1 against the others."""
-    long = [side for side in shape if side != 1]
-    rest = 1
-    for side in long[1:]:
-        rest *= side
-    return (long[0], rest) if len(long) > 1 else (1, long[0] if long else 1)
 
 
 def _running(target: Weights, reference: Weights) -> dict[str, Parts]:

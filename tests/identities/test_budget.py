@@ -9,9 +9,9 @@ from torch.testing import assert_close
 
 from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
-from byom.functional.hull import lower_hull
+from byom.functional.hull import lower_hull, slope
 from byom.merge.base import Problem
-from byom.variants.base import Shared, code, joined
+from byom.variants.base import Shared, code, joined, written
 from byom.variants.base.damage import FromInputs, FromTask
 from byom.variants.base.delta import Delta
 from byom.variants.base.levels import Difference
@@ -166,14 +166,14 @@ def test_levels_are_what_they_claim(shape, inputs):
     root = torch.linalg.cholesky(gram.T @ gram / len(gram)).float() if inputs else None
     difference = Difference(values, root, 0.7)
     levels = list(difference.levels())
-    assert (levels[0][0].cost, levels[0][0].damage) == (0, difference.damage(values))
-    for level, way in levels[1:]:
+    assert (levels[0].level.cost, levels[0].level.damage) == (0, difference.damage(values))
+    for level, way, _ in levels[1:]:
         data = code.to_bytes(difference.write(way))
         left = values - code.from_bytes(data, shape).difference()
         expected = 0.7 * float((left if root is None else left @ root).double().square().sum())
         assert level.damage == pytest.approx(expected, rel=1e-3)
         assert 8 * len(data) <= level.cost <= 1.02 * 8 * len(data) + 100
-    assert {(way.factors, way.entries) for _, way in levels[1:]} >= ({(0, 1)} if shape[0] == 1 else {(0, 1), (1, 0)})
+    assert {(way.factors, way.entries) for _, way, _ in levels[1:]} >= ({(0, 1)} if shape[0] == 1 else {(0, 1), (1, 0)})
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
@@ -181,7 +181,9 @@ def test_factors_come_near_the_best_of_their_rank_in_the_metric(spread):
     inputs = random(72, MATRIX[1], seed=9) * torch.logspace(-spread, spread, MATRIX[1]).double()
     difference = Difference(drawn(*MATRIX, rank=3), torch.linalg.cholesky(inputs.T @ inputs / 72).float())
     beyond = torch.linalg.svdvals(difference.metric.double())[3:].square().sum()
-    factors = [(level, difference.write(way)) for level, way in difference.levels() if way.factors and not way.entries]
+    factors = [
+        (level, difference.write(way)) for level, way, _ in difference.levels() if way.factors and not way.entries
+    ]
     left = [level.damage / float(beyond) for level, written in factors if len(written.scales) == 3]
     assert left[0] > 5 * left[-1] and 1 <= left[-1] < 3
 
@@ -189,11 +191,80 @@ def test_factors_come_near_the_best_of_their_rank_in_the_metric(spread):
 def test_finer_steps_leave_less_and_mixtures_pay():
     difference = Difference(drawn(*MATRIX, rank=3))
     levels = list(difference.levels())
-    entries = [level for level, way in levels if way.entries and not way.factors]
+    entries = [level for level, way, _ in levels if way.entries and not way.factors]
     assert len(entries) > 10 and all(a.damage > b.damage for a, b in pairwise(entries[3:]))
-    assert entries[-1].damage < 3e-4 * levels[0][0].damage
-    ways = [levels[number][1] for number in lower_hull([level for level, _ in levels])]
+    assert entries[-1].damage < 3e-4 * levels[0].level.damage
+    ways = [levels[number][1] for number in lower_hull([level for level, *_ in levels])]
     assert {(way.factors, way.entries) for way in ways[1:]} >= {(True, False), (True, True)}
+
+
+UNLIKE = {
+    "low rank": drawn(*MATRIX, rank=3),
+    "noise": drawn(*MATRIX),
+    "heavy tails": drawn(*MATRIX) ** 5,
+    "few entries": drawn(*MATRIX) * (random(*MATRIX, seed=5) > 2).float(),
+    "a lattice": drawn(*MATRIX, noise=2).round() * 0.25,
+    "a vector": drawn(1, 300),
+}
+
+
+def corners(levels, price):
+    """Return the hull's levels that are reached by steps worth more than a price."""
+    hull = lower_hull(levels)
+    steep = [high for low, high in pairwise(hull) if slope(levels, low, high) > price]
+    return [levels[number] for number in [hull[0], *steep]]
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_down_to_a_price_the_hull_is_that_of_all_levels(kind):
+    difference = Difference(UNLIKE[kind])
+    every = [level for level, *_ in difference.levels()]
+    hull = lower_hull(every)
+    counts = []
+    for price in [slope(every, low, high) * 1.01 for low, high in pairwise(hull)]:
+        some = [level for level, *_ in difference.levels(price)]
+        assert corners(some, price) == corners(every, price)
+        counts.append(len(some))
+    assert counts == sorted(counts) and counts[0] < len(every) / 2 and len(counts) > 4
+
+
+@pytest.mark.parametrize("inputs", ["none", "train"])
+def test_every_order_of_a_sweep_packs_the_same(inputs):
+    given = weighed(differences(), {"attention.weight": torch.eye(MATRIX[1]) + 0.5})
+
+    def delta(size):
+        return ByomBudget(size, inputs=inputs).streamed(given, given.pretrained).deltas["t"]
+
+    def alone(size):
+        written._known.cache_clear()
+        return delta(size)
+
+    expected = [alone(size) for size in SIZES]
+    for order in (1, -1):
+        written._known.cache_clear()
+        again = [delta(size) for size in SIZES[::order]][::order]
+        for one, other in zip(expected, again, strict=True):
+            assert one.parts.keys() == other.parts.keys()
+            for name, parts in one.parts.items():
+                assert {key: bits(part) for key, part in parts.items()} == {
+                    key: bits(part) for key, part in other.parts[name].items()
+                }
+
+
+def test_what_costs_too_much_is_not_priced_and_factors_are_found_once(monkeypatch):
+    priced, found = [], []
+    for seen, name in ((priced, "damage"), (found, "product")):
+        real = getattr(Difference, name)
+        monkeypatch.setattr(Difference, name, lambda *args, seen=seen, real=real: seen.append(1) or real(*args))
+    target, reference = pair({f"w{k}": drawn(*MATRIX, rank=3, seed=k) for k in range(8)})
+    counts = []
+    for size in (100, 0.5):
+        written._known.cache_clear()
+        packed(size, target, reference)
+        counts.append((len(priced), len(found)))
+    assert counts[1][0] - counts[0][0] < counts[0][0] / 2
+    packed(0.3, target, reference)  # less than before: all is known
+    assert (len(priced), len(found)) == counts[1]
 
 
 def test_one_axis_longer_than_one_makes_rows():
@@ -352,7 +423,7 @@ def test_less_than_an_empty_list_takes_is_refused():
 
 def coded():
     difference = Difference(drawn(*MATRIX, rank=3))
-    way = next(way for _, way in reversed(list(difference.levels())) if way.factors and way.entries)
+    way = next(way for _, way, _ in reversed(list(difference.levels())) if way.factors and way.entries)
     return code.to_bytes(difference.write(way))
 
 

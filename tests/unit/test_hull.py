@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from byom.functional.hull import Level, allocate, lower_hull
+from byom.functional.hull import Level, Price, allocate, lower_hull, slope
 
 LEVEL = st.builds(Level, st.integers(0, 12), st.integers(0, 12))
 ITEMS = st.lists(st.lists(LEVEL, min_size=1, max_size=5), min_size=1, max_size=4)
@@ -109,3 +109,20 @@ def test_the_cheapest_levels_are_taken_even_beyond_the_budget():
     assert allocate([[Level(7, 1), Level(9, 0)], STEEP], 3) == [0, 0]
     assert allocate([], 5) == []
     assert allocate([[Level(0, 0)], STEEP], float("inf")) == [0, 2]
+
+
+@given(ITEMS, st.integers(0, 50))
+@settings(max_examples=150, deadline=None)
+def test_a_price_parts_the_steps_that_are_taken_from_the_others(items, budget):
+    price, prices = Price(budget), []
+    for item in items:
+        price.add(item)
+        prices.append(price.now)
+    assert all(one <= other for one, other in pairwise(prices))  # few items are a bound for all
+    taken, left = [], []
+    for item, number in zip(items, allocate(items, budget), strict=True):
+        hull = lower_hull(item)
+        for at, (low, high) in enumerate(pairwise(hull)):
+            (taken if at < hull.index(number) else left).append(slope(item, low, high))
+    assert all(each >= prices[-1] for each in taken) and all(each <= prices[-1] for each in left)
+    assert prices[-1] == max(left, default=0)

@@ -22,6 +22,7 @@ SHARE = 6  # one in so many singular values may be written as factors; what is b
 RARE = 8  # entries are written from steps of so many times their root mean square on: coarser ones keep next to none
 FINEST = 0.03  # the last step, as a share of the entries' root mean square: some 7 bits an entry
 COMPONENT = 32  # bits of a component beside its integers: a scale in fp16 and the numbers of two tables
+SLACK = 1 + 1e-9  # for the rounding of costs and damages that are compared
 FIXED = 144  # bits of a tensor beside its components: head, one more table, and the words in which a stream ends
 
 
@@ -41,6 +42,14 @@ class Way(NamedTuple):
     factors: bool
     entries: bool
     """Whether entries are written: of the difference, or of what the factors leave."""
+
+
+class Priced(NamedTuple):
+    """A level, how it is written, and the factors that are written at its step."""
+
+    level: Level
+    way: Way
+    product: Written | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,11 @@ class Written:
 
     def difference(self) -> Tensor:
         """Return what is put back, ``[m, n]`` in fp32."""
+        entries = None if self.entries is None else self.entries.float().mul_(self.step)
+        if not len(self.scales) and entries is not None:
+            return entries
         product = (self.left.float() * (self.scales.float() * self.step)) @ self.right.float()
-        return product if self.entries is None else product + self.entries.float() * self.step
+        return product if entries is None else product.add_(entries)
 
 
 @dataclass(frozen=True)
@@ -97,34 +109,49 @@ class Difference:
         """Return the damage of an error ``[m, n]``."""
         return self.weight * float(self._weighed(error).square().sum(dtype=torch.float64))
 
-    def levels(self) -> Iterator[tuple[Level, Way]]:
+    def levels(self, price: float = 0.0) -> Iterator[Priced]:
         """Write the difference with finer and finer steps, in every way.
 
-        Yields:
-            What a way costs in bits and the damage that it leaves, and the way; the first writes nothing.
-        """
-        yield Level(0.0, self.damage(self.values)), Way(0.0, False, False)
-        for step in _steps(self.values):
-            for way in self._ways(step):
-                if written := self.write(way):
-                    yield self._priced(written), way
+        Args:
+            price: Damage per bit. Left out are levels that cannot be on the hull where a bit saves as much or more.
 
-    def write(self, way: Way) -> Written | None:
-        """Quantise the difference; None where that leaves nothing, or an integer is beyond what tables know."""
-        none = torch.empty(0, dtype=torch.int8)
-        rows, columns = self.values.shape
-        written = Written(none.reshape(rows, 0), none.reshape(0, columns), none.half(), None, way.step)
-        if way.factors:
-            if (product := self._product(way.step)) is None:
-                return None
-            written = product
+        Yields:
+            The levels; the first writes nothing.
+        """
+        first = Priced(Level(0.0, self.damage(self.values)), Way(0.0, False, False), None)
+        yield first
+        least = first.level.damage  # of all levels, with their bits at that price
+        for step in _steps(self.values):
+            product = self.product(step) if self._several else None
+            bits = []
+            for way in self._ways(step, product):
+                if written := self.write(way, product):
+                    bits.append(_cost(written))
+                    if price * bits[-1] <= SLACK * least:  # else not even without any damage
+                        level = Level(bits[-1], self._left_by(written))
+                        least = min(least, level.damage + price * level.cost)
+                        yield Priced(level, way, product)
+            if bits and price * min(bits) > SLACK * least and step <= self._coarsest:  # finer steps cost more
+                return
+
+    def write(self, way: Way, product: Written | None = None) -> Written | None:
+        """Quantise the difference; None where that leaves nothing, or an integer is beyond what tables know.
+
+        Args:
+            way: How it is written.
+            product: Its factors at the way's step, where they are known.
+        """
+        if way.factors and product is None and (product := self.product(way.step)) is None:
+            return None
         if not way.entries:
-            return written if way.factors else None
-        entries = rounded((self.values - written.difference()) / way.step)
+            return product if way.factors else None
+        first = product if way.factors else None
+        entries = rounded((self.values if first is None else self.values - first.difference()) / way.step)
         low, high = entries.aminmax()
         if not (low or high) or max(-low, high) > tables.LIMIT:
             return None
-        return Written(written.left, written.right, written.scales, entries.to(torch.int8), way.step)
+        left, right, scales = self._nothing if first is None else (first.left, first.right, first.scales)
+        return Written(left, right, scales, entries.to(torch.int8), way.step)
 
     @cached_property
     def factors(self) -> Factors | None:
@@ -152,19 +179,32 @@ class Difference:
     def _energy(self) -> Tensor:
         return self.metric.square().sum(dtype=torch.float64)
 
-    def _ways(self, step: float) -> Iterator[Way]:
-        several = min(self.values.shape) > 1
-        if several:
+    @property
+    def _nothing(self) -> tuple[Tensor, Tensor, Tensor]:
+        none, (rows, columns) = torch.empty(0, dtype=torch.int8), self.values.shape
+        return none.reshape(rows, 0), none.reshape(0, columns), none.half()
+
+    @cached_property
+    def _several(self) -> bool:
+        return min(self.values.shape) > 1
+
+    @cached_property
+    def _coarsest(self) -> float:
+        """The step from which on entries are written."""
+        return RARE * float(self.values.norm()) / math.sqrt(self.values.numel())
+
+    def _ways(self, step: float, product: Written | None) -> Iterator[Way]:
+        if product:
             yield Way(step, factors=True, entries=False)
-        if step <= RARE * float(self.values.norm()) / math.sqrt(self.values.numel()):
+        if step <= self._coarsest:
             yield Way(step, factors=False, entries=True)
-            if several:
+            if product:
                 yield Way(step, factors=True, entries=True)
 
     def _weighed(self, rows: Tensor) -> Tensor:
         return rows if self.root is None else rows @ self.root
 
-    def _product(self, step: float) -> Written | None:
+    def product(self, step: float) -> Written | None:
         """Quantise the factors, keeping the components that are worth their bits; None where none is."""
         assert self.factors is not None  # vectors have no way with factors
         count = int((self.factors.values > step * (0.5 + DEAD)).sum())
@@ -194,17 +234,13 @@ class Difference:
         left_over = float(self._energy - 2 * exact @ aim + exact @ normal @ exact)
         return Written(left.to(torch.int8), right.to(torch.int8), scales, None, step, self.weight * max(0.0, left_over))
 
-    def _priced(self, written: Written) -> Level:
-        bits = FIXED + COMPONENT * len(written.scales) + float(_bits(written.left.T).sum() + _bits(written.right).sum())
-        if written.entries is not None:
-            bits += float(_bits(written.entries.reshape(1, -1)))
-        known = written.damage
-        return Level(bits, self.damage(self.values - written.difference()) if known is None else known)
+    def _left_by(self, written: Written) -> float:
+        return self.damage(self.values - written.difference()) if written.damage is None else written.damage
 
 
 def rounded(values: Tensor) -> Tensor:
     """Round to integers, to 0 a little more often than to the nearest: by `DEAD`."""
-    return values.sign() * (values.abs() + (0.5 - DEAD)).floor()
+    return values.abs().add_(0.5 - DEAD).floor_().copysign_(values)
 
 
 def _steps(values: Tensor) -> Iterator[float]:
@@ -215,6 +251,12 @@ def _steps(values: Tensor) -> Iterator[float]:
         yield from (
             float(np.float32(2 ** (number / 2))) for number in range(math.ceil(2 * math.log2(norm)), last - 1, -1)
         )
+
+
+def _cost(written: Written) -> float:
+    """Return the bits of integers under their best tables, with what stands beside them."""
+    bits = FIXED + COMPONENT * len(written.scales) + float(_bits(written.left.T).sum() + _bits(written.right).sum())
+    return bits if written.entries is None else bits + float(_bits(written.entries.reshape(1, -1)))
 
 
 def _bits(rows: Tensor) -> Tensor:
