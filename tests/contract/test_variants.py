@@ -355,6 +355,7 @@ def test_buffers_and_ties_are_those_of_the_reference(variant):
         assert put_back.ties == TIED and put_back.keys() == reference.keys()
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_dtypes_and_shapes_are_those_of_the_reference(variant, dtype):
     given, reference, served = usual(variant, dtype)
     for task in given.tasks:
@@ -374,6 +375,7 @@ def test_putting_back_is_lazy(variant):
 # degenerate problems
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_models_that_no_task_changed_are_served_as_they_are(variant, dtype):
     base, _ = models(0, dtype)
     unchanged = {task: Weights.of(base, task) for task in ("a", "b")}
@@ -382,6 +384,7 @@ def test_models_that_no_task_changed_are_served_as_they_are(variant, dtype):
     assert all(bits(served.weights(task)[name]) == bits(base[name]) for task in unchanged for name in FLOATS)
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_a_task_that_changed_nothing_is_served_the_pretrained_model(variant, dtype):
     if variant.on == "merged":
         return  # it is served what the others moved
@@ -431,6 +434,7 @@ def test_a_plan_is_not_reused_for_other_values_or_another_scope(ranked):
 # what is stored
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
 def test_reported_sizes_are_those_of_the_tensors(variant, dtype, tmp_path):
     given, reference, _ = usual(variant, dtype)
     served = [one.serve(given, reference) for one in each(variant, 0.0, 0.1, 0.5, 1.0)]
@@ -443,6 +447,7 @@ def test_reported_sizes_are_those_of_the_tensors(variant, dtype, tmp_path):
         assert {tensor.dtype for key, tensor in stored.items() if key.endswith("//values")} <= {dtype}
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
 def test_a_delta_comes_back_from_disk(variant, dtype, tmp_path):
     given, reference, _ = usual(variant, dtype)
     for one in each(variant, 0.0, 0.1, 1.0):
@@ -454,6 +459,7 @@ def test_a_delta_comes_back_from_disk(variant, dtype, tmp_path):
         assert same(opened.apply(served.reference, served.base), served.weights("task2"))
 
 
+@pytest.mark.parametrize("dtype", NARROW_AND_WIDE, ids=str)
 def test_what_is_stored_is_accounted_for(variant, dtype):
     given, reference, served = usual(variant, dtype)
     said = measure.stored(served, given)
@@ -582,6 +588,7 @@ def test_a_bundle_comes_back_from_disk(bundle, tmp_path):
     assert same(Bundle.open(opened.save(tmp_path / "bundle")).reference, bundle.reference)
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_a_live_model_that_is_switched_has_the_bits_of_what_is_unpacked(variant, dtype):
     served = usual(variant, dtype)[2]
     live = module(served.reference.state())
@@ -592,6 +599,7 @@ def test_a_live_model_that_is_switched_has_the_bits_of_what_is_unpacked(variant,
         assert all(bits(tensor) == bits(weights[name]) for name, tensor in live.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_entries_that_are_assigned_in_place_give_what_is_unpacked(variant, dtype):
     served = usual(variant, dtype)[2]
     for task, delta in served.deltas.items():
