@@ -132,7 +132,7 @@ ROWS = {
     "ultradelta": Row("UltraDelta", packed(UltraDelta()), norms, 2 * TASKS),
     "dts": Row("DTS", packed(DecompositionThresholdingScaling()), lambda m, n: (TASKS * svd(m, n), 0), 2 * TASKS),
     "flex": Row("FlexMerge, size 4", packed(FlexMerge(size=4.0)), similar, TASKS + 1),
-    "budget": Row("BYOM-Budget", packed(ByomBudget()), budget, 2 * TASKS),
+    "budget": Row("BYOM-Budget, 300 kB", packed(ByomBudget(300 / LAYERS)), budget, 2 * TASKS),
 }
 
 
