@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -82,12 +82,17 @@ class ByomBudget(PackingVariant):
         if self.inputs == "none" and self.reference == "pretrained":  # of which the task vector is all there is
             return served
         if self.inputs == "none":
-            return Served(served.reference, _Weighed(served.deltas, self._from_tasks(problem)), served.base)
+            return self._weighed(served, self._from_tasks(problem))
         if missing := sorted(self.needs.statistics - set(problem.statistics)):
             raise self._lacks(missing)
         fisher, gram = problem.statistics["fisher"], problem.statistics["gram"]
-        damages = {task: FromInputs(fisher[task], gram[task]) for task in problem.tasks}
-        return Served(served.reference, _Weighed(served.deltas, damages), served.base)
+        return self._weighed(served, {task: FromInputs(fisher[task], gram[task]) for task in problem.tasks})
+
+    def _weighed(self, served: Served, damages: Mapping[str, Damage]) -> Served:
+        packing = served.deltas
+        assert isinstance(packing, Packing)  # see PackingVariant.streamed
+        weighed = _Weighed(packing.variant, packing.finetuned, packing.reference, packing.base, damages=damages)
+        return Served(served.reference, weighed, served.base)
 
     def _from_tasks(self, problem: Problem) -> dict[str, Damage]:
         """Return damages by the task vectors, of the tasks that have the names and shapes of theta_0."""
@@ -152,32 +157,19 @@ class _Informed(ByomBudget):
 
 
 @dataclass(frozen=True)
-class _Weighed(Mapping[str, Delta]):
+class _Weighed(Packing):
     """Packed differences, each in the metric of its task.
 
     Args:
-        packing: The differences, packed without inputs.
         damages: Task to the metric of its errors.
     """
 
-    packing: Mapping[str, Delta]
-    damages: Mapping[str, Damage]
+    damages: Mapping[str, Damage] = field(kw_only=True)
 
     def __getitem__(self, task: str) -> Delta:
-        packing = self.packing
-        assert isinstance(packing, Packing) and isinstance(packing.variant, ByomBudget)  # see ByomBudget.streamed
-        options = {each.name: getattr(packing.variant, each.name) for each in fields(packing.variant)}
+        options = {each.name: getattr(self.variant, each.name) for each in fields(self.variant)}
         informed = _Informed(**options, damage=self.damages[task])
-        return replace(replace(packing, variant=informed)[task], variant=packing.variant)
-
-    def __contains__(self, task: object) -> bool:
-        return task in self.packing
-
-    def __iter__(self) -> Any:
-        return iter(self.packing)
-
-    def __len__(self) -> int:
-        return len(self.packing)
+        return replace(Packing(informed, self.finetuned, self.reference, self.base)[task], variant=self.variant)
 
 
 def _running(target: Weights, reference: Weights) -> dict[str, Parts]:

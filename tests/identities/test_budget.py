@@ -11,13 +11,15 @@ from byom.checkpoint.bundle import Bundle
 from byom.errors import CheckpointError, OptionError
 from byom.functional.hull import lower_hull, slope
 from byom.merge.base import Problem
+from byom.merge.task_arithmetic import TaskArithmetic
 from byom.variants.base import Shared, code, joined, written
 from byom.variants.base.damage import FromInputs, FromTask
 from byom.variants.base.delta import Delta
 from byom.variants.base.levels import Difference
 from byom.variants.budget import ByomBudget
+from byom.variants.fft import ByomFft
 from byom.weights import Weights
-from tests.problems import bits, models, problem, random, same
+from tests.problems import bits, counted, models, problem, random, same
 
 MATRIX = (48, 36)
 SIZES = [0.1 * 1.3**k for k in range(20)]  # kB: from little more than names to all values in fp32
@@ -366,6 +368,18 @@ def test_streamed_and_served_are_the_same_and_keep_no_inputs():
         assert lazily.deltas[task].variant == once.deltas[task].variant == variant
         assert type(lazily.deltas[task].variant) is ByomBudget
         assert same(once.weights(task), lazily.weights(task))
+
+
+def test_a_merged_model_is_read_as_often_as_by_byom_fft_and_then_from_its_file(tmp_path):
+    given = problem(*models(3))
+    merged = TaskArithmetic(0.5)(given)
+    reads = []
+    for at, variant in enumerate([ByomFft(), ByomBudget(0.6), ByomBudget(0.6, inputs="train")]):
+        watched, read = counted(merged)
+        served = variant.streamed(given, watched)
+        Bundle(served.reference, served.deltas, served.base).save(tmp_path / str(at))
+        reads.append(sorted(read))
+    assert reads[0] == reads[1] == reads[2]
 
 
 def test_levels_are_found_anew_for_other_inputs():
