@@ -1,4 +1,4 @@
-"""The table of accuracy against bytes per task, from the records of ``byom table budget_offline``."""
+"""The table of accuracy against bytes per task, from the records of ``budget_offline`` or ``budget_choices``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from byom.report.report import Tables, read_runs
 from byom.report.rows import Row
 
 ROOT = Path(__file__).parents[1] / "results" / "budget"
+CHOICES = ROOT.with_name("budget_choices")
 SUITES = {"vision8_offline": "vit_small_dinov2", "text8_offline": "minilm"}
 TITLES = {"vision8_offline": "images, ViT-S/14", "text8_offline": "texts, MiniLM-L6"}
 

@@ -213,6 +213,7 @@ PARTS = {
     "router-options": lambda: options("router", "../", short=True),
     "methods": methods,
     "bytes-per-task": bytes_per_task.table,
+    "budget-choices": lambda: bytes_per_task.table(bytes_per_task.CHOICES),
     "budget-trials": budget_trials_tables,
     "floors-2026": floors_of_2026,
 }

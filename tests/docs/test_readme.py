@@ -130,7 +130,9 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
         assert torch.linalg.matrix_norm(left) == pytest.approx(float(values[4]), rel=1e-3)
 
 
-ROOTS = ["results", "results/methods", "results/budget", *(f"results/lora/{r}" for r in RECIPES)]
+ROOTS = ["results"]
+ROOTS += [f"results/{name}" for name in ("methods", "budget", "budget_choices", "flex")]
+ROOTS += [f"results/lora/{recipe}" for recipe in RECIPES]
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -149,7 +151,7 @@ def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_pa
 
 
 def test_committed_records_come_from_committed_code():
-    folders = [ROOT / "results" / name for name in ("runs", "methods", "budget", "previews", "lora")]
+    folders = [ROOT / "results" / name for name in ("runs", "methods", "budget", "budget_choices", "flex", "previews", "lora")]
     for path in [path for folder in folders for path in folder.rglob("*.json")]:
         provenance = json.loads(path.read_text())["provenance"]
         assert provenance["commit"] and not provenance["dirty"], path
