@@ -157,7 +157,12 @@ def settings(record: Record) -> dict[str, Any]:
     """Return what identifies a row: choices and hyperparameters, less seeds and tuned values."""
     tuned = {full(name) for name, _ in flatten(record.tuning.chosen)}
     every = {**record.choices.named, **dict(flatten(record.hyperparameters))}
-    return {k: v for k, v in every.items() if k not in tuned and k.rpartition(".")[2] != "seed"}
+    return {k: v for k, v in every.items() if k not in tuned and k.rpartition(".")[2] != "seed" and not _alike(k, v)}
+
+
+def _alike(name: str, value: Any) -> bool:
+    """Say whether a hyperparameter gives all tasks the same weight or density; records older than these lack them."""
+    return name.rpartition(".")[2] in ("weights", "densities") and not value
 
 
 def full(name: str) -> str:

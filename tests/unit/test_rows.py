@@ -41,6 +41,12 @@ def test_the_seed_of_a_method_is_the_seed_of_the_run():
     assert synthetic.tables(records).frame["seeds"].tolist() == [3]
 
 
+def test_a_record_from_before_weights_and_densities_per_task_is_of_the_same_row():
+    alike = {"weights": [], "densities": []}
+    records = [made(seed=0), made(seed=1, merge=alike), made(seed=2, merge=alike | {"weights": [1.0, 2.0]})]
+    assert sorted(synthetic.tables(records).frame["seeds"].tolist()) == [1, 2]
+
+
 def test_rows_are_told_apart_by_a_word_where_a_number_differs_too():
     records = [made(merge={"density": number, "mode": word}) for number, word in ((0.1, "sum"), (0.2, "mean"))]
     assert {row.label for row in synthetic.tables(records).rows} == {"TIES (mode mean)", "TIES (mode sum)"}
