@@ -63,7 +63,7 @@ bench: $(READY) ## speed of the exact selection beside torch's own, and of BYOM-
 	@$(BIN)/python -m benchmarks.lora --check
 
 tables: $(READY) ## regenerate the committed tables, figures and README parts from the committed records
-	@for results in results results/methods results/budget results/budget_choices results/flex results/lora/adapters \
+	@for results in results results/methods results/budget results/budget_choices results/lora/adapters \
 	  results/lora/full results/lora/rank1 results/lora/ia3 results/lora/bottleneck; do for suite in vision8_offline text8_offline; do \
 	  $(BIN)/byom report suite=$$suite results=$$results || exit 1; done; done
 	@$(BIN)/python -m experiments.evidence

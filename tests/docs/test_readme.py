@@ -131,7 +131,7 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
 
 
 ROOTS = ["results"]
-ROOTS += [f"results/{name}" for name in ("methods", "budget", "budget_choices", "flex")]
+ROOTS += [f"results/{name}" for name in ("methods", "budget", "budget_choices")]
 ROOTS += [f"results/lora/{recipe}" for recipe in RECIPES]
 
 
@@ -151,7 +151,7 @@ def test_committed_tables_are_those_of_the_committed_records(suite, root, tmp_pa
 
 
 def test_committed_records_come_from_committed_code():
-    folders = [ROOT / "results" / name for name in ("runs", "methods", "budget", "budget_choices", "flex", "previews", "lora")]
+    folders = [ROOT / "results" / name for name in ("runs", "methods", "budget", "budget_choices", "previews", "lora")]
     for path in [path for folder in folders for path in folder.rglob("*.json")]:
         provenance = json.loads(path.read_text())["provenance"]
         assert provenance["commit"] and not provenance["dirty"], path
