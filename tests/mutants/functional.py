@@ -195,8 +195,8 @@ FUNCTIONAL = (
     Mutant(
         "a-hull-keeps-levels-above-its-lines",
         "functional",
-        "while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= _slope(levels, hull[-1], number):",
-        "while len(hull) > 1 and _slope(levels, hull[-2], hull[-1]) <= 0:",
+        "while len(hull) > 1 and slope(levels, hull[-2], hull[-1]) <= slope(levels, hull[-1], number):",
+        "while len(hull) > 1 and slope(levels, hull[-2], hull[-1]) <= 0:",
         ("tests/unit/test_hull.py",),
     ),
     Mutant(

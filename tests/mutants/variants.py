@@ -241,8 +241,15 @@ VARIANTS = (
     Mutant(
         "a-difference-that-rounds-is-the-target",
         "variants",
-        "level if level.damage or self._exact(name, way, target, reference) else Level(level.cost, LEFT)",
-        "level",
+        "return priced._replace(level=Level(priced.level.cost, LEFT))",
+        "return priced",
+        ("tests/identities/test_budget.py",),
+    ),
+    Mutant(
+        "a-level-is-left-out-that-is-on-the-hull",
+        "variants",
+        "if price * bits[-1] <= SLACK * least:",
+        "if 2 * price * bits[-1] <= SLACK * least:",
         ("tests/identities/test_budget.py",),
     ),
     Mutant(
