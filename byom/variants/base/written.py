@@ -151,7 +151,4 @@ def put_back(parts: Parts, reference: Tensor) -> Tensor:
 def sides(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return rows and columns of a tensor written as a matrix: its first axis longer than 1 against the others."""
     long = [side for side in shape if side != 1]
-    rest = 1
-    for side in long[1:]:
-        rest *= side
-    return (long[0], rest) if len(long) > 1 else (1, long[0] if long else 1)
+    return (long[0], math.prod(long[1:])) if len(long) > 1 else (1, math.prod(long))
