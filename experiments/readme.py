@@ -159,7 +159,8 @@ def _by_label(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _costs(row: pd.Series) -> str:
     seconds = row["statistics_seconds"] + row["merge_seconds"] + row["variant_seconds"]
-    accuracy = f"{100 * row['mean']:.1f} | {100 * row['normalised']:.1f} %"
+    spread = "" if pd.isna(row["mean_std"]) else f" ± {100 * row['mean_std']:.1f}"
+    accuracy = f"{100 * row['mean']:.1f}{spread} | {100 * row['normalised']:.1f} %"
     return f"{accuracy} | {row['bytes'] / 1e6:.0f} MB | {seconds:.1f}"
 
 

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,12 @@ from byom.merge.base import Member, Problem
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.weights import Spec, Weights
 from tests.probes import TinyProbe
+
+
+def slow(*values):
+    """Return parameters that `make test` leaves out: a law that holds at the others nearly always holds at them."""
+    return [pytest.param(value, marks=pytest.mark.slow, id=str(value)) for value in values]
+
 
 FLOATS = {
     "embed": (7, 5),
@@ -25,6 +32,11 @@ FLOATS = {
 }
 TIED = {"head": "embed"}
 BUFFERS = ["counter", "flags"]
+DTYPES = [torch.bfloat16, *slow(torch.float16, torch.float32, torch.float64)]
+IN_AND_OUT_OF_PLACE = [torch.float32, *slow(torch.bfloat16, torch.float64)]
+"""What is cast to fp32 or fp64 is a copy or the tensor itself; float16 is cast as bfloat16 is."""
+NARROW_AND_WIDE = [torch.bfloat16, *slow(torch.float32)]
+"""Storage and order of reading know bytes alone."""
 QUICK = {  # laws of methods that adapt hold after any number of steps; more would take time and test nothing else
     "adamerging": {"steps": 3},
     "adarank": {"steps": 3, "learning_rate": 0.05},  # far enough for components to be turned off

@@ -16,6 +16,7 @@ from byom.cli import config, sweeps
 from byom.data.suite import Suite
 from byom.errors import OptionError
 from tests.e2e.published import kind, plan
+from tests.problems import slow
 
 ROOT = Path(__file__).parents[2]
 PAIRED = {"merge": "merge", "byom": "variants"}
@@ -110,13 +111,13 @@ def longest_cell(name):
     return max(sweeps.cells(plan(name)["rows"], plan(name)["common"]), key=len)
 
 
-@cache
-def of_a_kind():
-    """Return one experiment of those whose longest cells differ in nothing but numbers, backbone and experts."""
-    return {kind(longest_cell(name)): name for name in config.options("experiment")}.values()
+OF_A_KIND = {kind(longest_cell(name)): name for name in config.options("experiment")}.values()
+"""One experiment of those whose longest cells differ in nothing but numbers, backbone and experts."""
+OFFLINE = [name for name in config.options("experiment") if "offline" in str(plan(name))]
+EXPERIMENTS = [*OFFLINE, *slow(*(name for name in config.options("experiment") if name not in OFFLINE))]
 
 
-@pytest.mark.parametrize("name", config.options("experiment"))
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_expands_to_cells_that_compose_and_build(name, monkeypatch):
     monkeypatch.setattr(Suite, "available", lambda suite: suite)  # whether or not the data is here
     plan = config.resolve([f"experiment={name}"], "table").values["experiment"]
@@ -124,10 +125,11 @@ def test_an_experiment_expands_to_cells_that_compose_and_build(name, monkeypatch
     assert len(cells) == len({tuple(cell) for cell in cells})
     assert sum("seed=0" in cell for cell in cells) == sum("seed=1" in cell for cell in cells) == len(cells) // 2
     longest = max(cells, key=len)
-    if name in of_a_kind():
+    if name in OF_A_KIND:
         composed = config.compose(longest)
         assert config.resolve(longest) == (config.plain(composed), dict(composed.hydra.runtime.choices)), longest
-    for cell in (c for c in cells if "seed=0" in c or c == longest):
+    of_a_kind = {kind(cell): cell for cell in cells}.values()
+    for cell in of_a_kind:  # others differ in numbers
         assert config.settings(cell).overrides == tuple(cell)
 
 

@@ -14,7 +14,10 @@ from byom.merge.base.needs import Needs
 from byom.weights import Weights
 from tests.problems import (
     BUFFERS,
+    DTYPES,
     FLOATS,
+    IN_AND_OUT_OF_PLACE,
+    NARROW_AND_WIDE,
     TIED,
     bits,
     counted,
@@ -26,15 +29,11 @@ from tests.problems import (
     problem,
     same,
     scaled,
+    slow,
 )
 
 METHODS = options("merge")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-SIZES = [(torch.float32, 2), (torch.float64, 7), (torch.bfloat16, 3)]
-IN_AND_OUT_OF_PLACE = [torch.bfloat16, torch.float32, torch.float64]
-"""What is cast to fp32 or fp64 is a copy or the tensor itself; float16 is cast as bfloat16 is."""
-NARROW_AND_WIDE = [torch.bfloat16, torch.float32]
-"""Storage and order of reading know bytes alone."""
+BLOCKS = [(torch.float32, 2), *slow((torch.float64, 7), (torch.bfloat16, 3))]
 EXEMPT = {
     "test_what_has_no_parameter_merges_to_the_pretrained": {
         "awd": "one task has nothing in common with another; more tasks are in identities",
@@ -207,23 +206,20 @@ def test_several_threads_give_the_bits_of_one(method, threads):
     assert same(merged, usual(method)[1])
 
 
-def test_merging_by_blocks_gives_the_bits_of_the_whole(method, monkeypatch):
-    whole, asked, blocks = {}, [], merging.Group.blocks
+@pytest.mark.parametrize("dtype_and_size", BLOCKS, ids=str)
+def test_merging_by_blocks_gives_the_bits_of_the_whole(method, dtype_and_size, monkeypatch):
+    (dtype, size), asked, blocks = dtype_and_size, [], merging.Group.blocks
 
     def counted_blocks(group, *given, **named):
         asked.append(group)
         return blocks(group, *given, **named)
 
     monkeypatch.setattr(merging.Group, "blocks", counted_blocks)
-    for dtype, size in SIZES:
-        models_ = models(tasks=9, dtype=dtype)
-        if dtype not in whole:
-            whole[dtype] = method(problem(*models_)).state()
-            if not asked:
-                return  # it takes whole tensors: the size of blocks is nothing to it
-        with monkeypatch.context() as patch:
-            patch.setattr(merging, "BLOCK", size)
-            assert same(method(problem(*models_)).state(), whole[dtype]), f"{dtype} in blocks of {size}"
+    given = problem(*models(tasks=9, dtype=dtype))
+    whole = method(given).state()
+    if asked:  # else it takes whole tensors: the size of blocks is nothing to it
+        monkeypatch.setattr(merging, "BLOCK", size)
+        assert same(method(problem(*models(tasks=9, dtype=dtype))).state(), whole)
 
 
 def test_key_order_does_not_matter(method):

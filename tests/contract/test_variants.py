@@ -27,7 +27,10 @@ from byom.weights import Weights
 from byom.weights import cuts as trim
 from tests.problems import (
     BUFFERS,
+    DTYPES,
     FLOATS,
+    IN_AND_OUT_OF_PLACE,
+    NARROW_AND_WIDE,
     TIED,
     bits,
     counted,
@@ -52,12 +55,7 @@ SPARSE = {
 }
 """Those that put back the target's own values; what rescales or rounds them is in identities."""
 RANKED = {name: variant for name, variant in SPARSE.items() if isinstance(variant, TopMagnitude)}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DENSITIES = [0.0, 0.01, 0.05, 0.1, 0.29, 0.5, 0.75, 1.0]
-IN_AND_OUT_OF_PLACE = [torch.bfloat16, torch.float32, torch.float64]
-"""What is cast to fp32 or fp64 is a copy or the tensor itself; float16 is cast as bfloat16 is."""
-NARROW_AND_WIDE = [torch.bfloat16, torch.float32]
-"""Storage knows bytes alone."""
 EXEMPT = {
     "test_everything_kept_is_the_target": {
         "none": "it keeps nothing",

@@ -131,7 +131,7 @@ def test_the_python_block_on_adapters_runs(tmp_path, monkeypatch):
 
 
 ROOTS = ["results"]
-ROOTS += [f"results/{name}" for name in ("methods", "budget", "budget_choices")]
+ROOTS += [f"results/{name}" for name in ("methods", "budget", "budget_choices", "flex")]
 ROOTS += [f"results/lora/{recipe}" for recipe in RECIPES]
 
 

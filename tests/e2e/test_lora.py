@@ -85,6 +85,7 @@ def test_a_merged_reference_is_another_cell(settings):
     assert near["signature"] != far["signature"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ia3", "bottleneck"])
 def test_other_recipes_run_and_store_what_they_add(settings, recipe):
     record = run(settings(f"finetune={recipe}", "evaluate=test", "byom=single_task"))

@@ -40,6 +40,7 @@ def add(tree, chapter, python, option):
         place.write_text(re.search(rf"```{kind}\n(.*?)```", part, re.S)[1], encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_a_new_method_and_a_new_variant_are_one_python_file_and_one_yaml_each(tmp_path):
     tree = tmp_path / "tree"

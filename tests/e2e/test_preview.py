@@ -15,6 +15,7 @@ from byom.pipeline import preview, scorer
 from byom.pipeline.run import run
 from byom.storage.preview import PreviewRecord, accuracies
 from tests.e2e.tiny import KEPT, overrides
+from tests.problems import slow
 
 pytestmark = pytest.mark.data
 OPTIONS = ("steps=4", "joint=2", "components=2")
@@ -79,7 +80,7 @@ def test_every_method_is_previewed_at_every_weighting(record):
     assert [row["weights"] for row in record["joint"]] == [[0.5, 0.5], [0.75, 0.25]]
 
 
-@pytest.mark.parametrize("method", ["average", "hessian_weighted", "mixture"])
+@pytest.mark.parametrize("method", ["average", *slow("hessian_weighted", "mixture")])
 def test_a_point_scores_what_a_run_with_its_weights_scores(record, folder, method):
     point = record["points"][method][1]
     members = ["merge.members=2"] if method == "mixture" else []
@@ -99,6 +100,7 @@ def test_the_centre_is_the_uniform_average_and_a_corner_the_expert(record, folde
     assert record["pretrained"]["accuracy"]["validation"] == single_run(folder, "merge=pretrained")
 
 
+@pytest.mark.slow
 def test_joint_points_are_those_of_joint_fine_tuning(record, folder):
     equal, weighted = (row["accuracy"]["validation"] for row in record["joint"])
     assert equal == single_run(folder, "merge=mtl")
@@ -119,6 +121,7 @@ def test_a_finished_preview_is_shown_again_without_work(command, record, monkeyp
     assert status == 0 and read(shown) == record
 
 
+@pytest.mark.slow
 def test_a_finished_preview_says_the_same_again(command):
     options = ("steps=1", "joint=0", "methods=[hessian_weighted,average]", "examples=6", "evaluate=both")
     fresh, again = command(*options)[1].out, command(*options)[1].out
@@ -139,6 +142,7 @@ def interrupted_after(scored, monkeypatch):
     return count
 
 
+@pytest.mark.slow
 def test_an_interrupted_preview_goes_on_where_it_was(command, folder, record, monkeypatch):
     options = ("steps=8", "joint=0", "methods=[average,hessian_weighted]")
     interrupted_after(3, monkeypatch)
@@ -156,6 +160,7 @@ def test_an_interrupted_preview_goes_on_where_it_was(command, folder, record, mo
         assert [row["accuracy"] for row in rows[::2]] == [row["accuracy"] for row in record["points"][method]]
 
 
+@pytest.mark.slow
 def test_fewer_examples_are_the_first_ones_and_another_record(command, record):
     made = read(command("steps=1", "joint=0", "methods=average", "examples=5", "evaluate=both")[1])
     assert made["signature"] != record["signature"]

@@ -43,6 +43,7 @@ def only_tests(decode):
     return decoded
 
 
+@pytest.mark.slow
 def test_a_fetch_brings_what_a_plan_names_and_a_run_then_needs_nothing_else(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Column, "__getitem__", only_tests(Column.__getitem__))
     with visit(home, monkeypatch):

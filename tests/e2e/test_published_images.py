@@ -7,10 +7,12 @@ from tests.e2e.published import cells, check, chosen, kind, plan, run
 from tests.hub import build, once, shared
 from tests.published_models import add_experts, pickled_experts
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 NAMES = [n for n in config.options("experiment") if chosen(n, "experts") and chosen(n, "suite").startswith("vision")]
 LARGER = [name for name in NAMES if any(size in name for size in ("vitb16", "vitl14"))]
 ROWS = ("byom=single_task", "byom=post_pruning", "byom=lora", "byom=emr", "merge=ties")
+SAMPLE = ("density_sweep", "vision8_vitl14_lora")
+"""What `make test` runs of them: a sweep, and adapters of a larger backbone."""
 QUESTIONS = {
     "number_of_tasks", "diverse_tasks", "byom_vs_joint_training", "density_sweep", "rank_sweep", "prune_then_merge",
 }  # fmt: skip
@@ -19,7 +21,9 @@ QUESTIONS = {
 def by_family(names):
     """Parametrise by experiment; those whose id begins alike share a results folder and run in one process."""
     ids = {name: f"{chosen(name, 'results').rpartition('/')[2]}-{name}" for name in names}
-    return pytest.mark.parametrize("name", [pytest.param(n, id=ids[n]) for n in sorted(names, key=ids.get)])
+    marks = {name: () if name in SAMPLE else pytest.mark.slow for name in names}
+    every = [pytest.param(n, id=ids[n], marks=marks[n]) for n in sorted(names, key=ids.get)]
+    return pytest.mark.parametrize("name", every)
 
 
 @pytest.fixture(scope="module")

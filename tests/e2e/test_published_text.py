@@ -5,13 +5,15 @@ import pytest
 from byom.cli import config
 from tests.e2e.published import check, chosen, run
 from tests.hub import build
+from tests.problems import slow
 from tests.published_models import add_experts, add_flan_t5, add_roberta
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:fisher. .* refuses vmap"),
 ]
+SAMPLE = ("glue8_roberta_fft",)
+"""What `make test` runs of them."""
 NAMES = [n for n in config.options("experiment") if (chosen(n, "suite") or "").startswith(("glue", "flan"))]
 
 
@@ -26,7 +28,7 @@ def home(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*SAMPLE, *slow(*sorted({*NAMES} - {*SAMPLE}))])
 def test_it_runs_to_its_end_and_its_table_has_published_columns(name, home, monkeypatch):
     tasks = [t.name for t in config.option("suite", chosen(name, "suite")).tasks]
     extra = [f"suite.tasks.{task}.validation=4" for task in tasks]

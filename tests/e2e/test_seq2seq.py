@@ -16,6 +16,7 @@ from byom.functional.metrics import value_of
 from byom.pipeline.labs import laboratory
 from byom.pipeline.run import run
 from byom.weights.lowrank import Adapted
+from tests.problems import slow
 from tests.tiny_t5 import tiny_t5
 
 pytestmark = pytest.mark.data  # of the default suite, whose settings are what these start from
@@ -64,6 +65,7 @@ def test_experts_learn_to_say_the_answers_and_a_merged_model_runs(settings):
     assert read(put_back, "mood") >= read(run(settings("byom=none", "merge=task_arithmetic")), "mood")
 
 
+@pytest.mark.slow
 def test_adapters_learn_too_and_stay_small(settings):
     lora = ["finetune=lora", "finetune.rank=4", "finetune.learning_rate=0.03", "finetune.epochs=8"]
     scored = {"answer": "scored"}
@@ -77,7 +79,10 @@ def test_adapters_learn_too_and_stay_small(settings):
 @pytest.mark.filterwarnings("ignore:fisher. Answering refuses vmap")
 @pytest.mark.parametrize(
     "options",
-    [["merge=fisher", "statistics.fisher.examples=16"], ["merge=adamerging", "merge.steps=4"], ["merge=regmean"]],
+    [
+        ["merge=regmean"],
+        *slow(["merge=fisher", "statistics.fisher.examples=16"], ["merge=adamerging", "merge.steps=4"]),
+    ],
 )
 def test_methods_that_look_at_inputs_see_likelihoods_of_answers(settings, options):
     merged = run(settings("byom=none", *options, answer="scored"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byom.__main__ import main
 from tests.folders.architectures import ARCHITECTURES, opened, saved
+from tests.problems import slow
 
 State = dict[str, Tensor]
 
@@ -41,6 +42,7 @@ def ties(name, states, base):
     return base[name] + mean.reshape(base[name].shape)
 
 
+USUAL = ("llama_tied", "bert", "t5", "clip", "mixtral", "convnext")
 METHODS: dict[str, tuple[list[str], Callable[..., Tensor]]] = {
     "average": (["merge=average"], average),
     "arithmetic": (["merge=task_arithmetic", "merge.scale=0.4", "merge.weights=[1,-0.5,0.25]"], arithmetic),
@@ -48,7 +50,7 @@ METHODS: dict[str, tuple[list[str], Callable[..., Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*USUAL, *slow(*(name for name in ARCHITECTURES if name not in USUAL))])
 def test_a_merged_folder_opens_and_equals_plain_torch(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = saved(name, tmp_path)

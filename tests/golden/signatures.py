@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("signatures.json")
 SEEDS = ("seed=0,1,2",)
 NAMES = [f"{suite}8_{part}" for suite in ("vision", "text") for part in ("offline", "methods", "lora")]
-NAMES += ["number_of_tasks_offline", "budget_offline", "budget_choices", "methods_2026"]
+NAMES += ["number_of_tasks_offline", "budget_offline", "budget_choices", "methods_2026", "flexmerge_offline"]
 
 
 def committed() -> set[str]:

@@ -11,7 +11,7 @@ from byom.merge.base import Problem
 from byom.merge.task_arithmetic import TaskArithmetic
 from byom.merge.ties import Ties
 from byom.weights import Weights
-from tests.problems import configured, counted, grid, models, problem, same
+from tests.problems import IN_AND_OUT_OF_PLACE, configured, counted, grid, models, problem, same
 
 SCOPES = ["global", "tensor"]
 
@@ -127,7 +127,7 @@ def test_a_scope_of_tensors_disentangles_each_alone():
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", IN_AND_OUT_OF_PLACE, ids=str)
 def test_idle_experts_give_no_nan(scope, dtype):
     method = AdaptiveWeightDisentanglement(scope=scope)
     base, finetuned = models(2, dtype)

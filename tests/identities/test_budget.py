@@ -19,7 +19,7 @@ from byom.variants.base.levels import Difference
 from byom.variants.budget import ByomBudget
 from byom.variants.fft import ByomFft
 from byom.weights import Weights
-from tests.problems import bits, counted, models, problem, random, same
+from tests.problems import bits, counted, models, problem, random, same, slow
 
 MATRIX = (48, 36)
 SIZES = [0.1 * 1.3**k for k in range(20)]  # kB: from little more than names to all values in fp32
@@ -230,7 +230,7 @@ def test_down_to_a_price_the_hull_is_that_of_all_levels(kind):
     assert counts == sorted(counts) and counts[0] < len(every) / 2 and len(counts) > 4
 
 
-@pytest.mark.parametrize("inputs", ["none", "train"])
+@pytest.mark.parametrize("inputs", ["train", *slow("none")])
 def test_every_order_of_a_sweep_packs_the_same(inputs):
     given = weighed(differences(), {"attention.weight": torch.eye(MATRIX[1]) + 0.5})
 

@@ -160,3 +160,12 @@ def test_a_report_has_the_figure_where_there_are_curves(made, tmp_path, monkeypa
     monkeypatch.setattr(figures, "save", lambda figure, stem: [stem])
     names = {path.name for path in figures.save_all(numbers(made), tmp_path, "s")}
     assert ("s--accuracy-by-bytes" in names) == (len(made) > 5)
+
+
+@pytest.mark.parametrize("more", [[], sweep()])
+def test_beside_it_no_front_is_drawn_of_those_with_a_density_alone(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", lambda figure, stem: [stem])
+    dense = [one for one in synthetic.records((0,)) if not more or one["choices"]["byom"] == "fft"]
+    names = {path.name for path in figures.save_all(numbers([*dense, *more]), tmp_path, "s")}
+    assert "s--accuracy-by-density" in names
+    assert ("s--accuracy-by-size" in names) != ("s--accuracy-by-bytes" in names) == bool(more)

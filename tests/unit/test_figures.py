@@ -66,6 +66,7 @@ def curves(figure: Figure) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for name, line in pairs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", DRAWN)
 @pytest.mark.parametrize("rows", [SWEEP, ONE_SEED, TWO_SETTINGS])
 def test_no_text_overlaps_or_leaves_the_page(draw, rows):
@@ -185,6 +186,7 @@ def test_without_densities_only_the_task_figure_is_drawn(tmp_path):
     assert [path.name for path in files] == ["s--accuracy-by-task.png", "s--accuracy-by-task.pdf"]
 
 
+@pytest.mark.slow
 def test_files_are_the_same_each_time(tmp_path, frame):
     one, two = (figures.save_all(frame, tmp_path / name, "s") for name in "ab")
     assert [path.suffix for path in one] == [".png", ".pdf"] * 3

@@ -60,6 +60,7 @@ def test_tables_figures_and_page_are_made_from_records(results, tmp_path):
     assert set(csv["expert"]) == set(lora.TITLES.values())
 
 
+@pytest.mark.slow
 def test_what_is_made_depends_on_records_alone(results, tmp_path):
     page = lora.fill(PAGE, results)
     assert lora.fill(page, results) == page
@@ -68,6 +69,7 @@ def test_what_is_made_depends_on_records_alone(results, tmp_path):
     assert one == two and len(one) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [("none",), ("single_task",), ("lora",), ("lora", "fft"), ("none", "fft")])
 @pytest.mark.parametrize("count", [1, 30])
 def test_some_rows_are_enough(wanted, count, tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def correlated(seed, noise):
     return TaskScore.lift(Score(noisy, labels, "spearman").to_json())
 
 
+@pytest.mark.slow
 def test_a_correlations_interval_holds_its_gain_and_not_zero_where_one_model_is_far_better():
     good, bad = {"stsb": correlated(0, 1)}, {"stsb": correlated(1, 60)}
     low, high = gain_interval([(good, bad)])

@@ -60,6 +60,7 @@ def _beyond(axis):
     return [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
 
 
+@pytest.mark.slow
 def test_no_text_overlaps_or_leaves_the_page(figure):
     boxes = [(text.get_text(), text.get_window_extent()) for text in words(figure)]
     page = figure.bbox
@@ -176,6 +177,7 @@ def test_the_split_that_weights_are_chosen_on_is_drawn(splits):
     assert axes.get_ylabel() == f"mnist: {splits[0]} accuracy (%)"
 
 
+@pytest.mark.slow
 def test_files_are_named_after_the_record_and_the_same_each_time(tmp_path):
     made = [figures.save_all(RECORDS["two"], tmp_path / f / "previews" / "s" / "b" / "a+b--01.json") for f in "xy"]
     stem = "vision8_offline--vit_small_dinov2--preview--a+b--01"

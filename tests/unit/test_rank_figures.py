@@ -66,6 +66,7 @@ def curves(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for name, line in pairs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_no_text_overlaps_or_leaves_the_page(name):
     figure = drawn(name)

@@ -24,6 +24,7 @@ from byom.statistics.fisher import ESTIMATES, Fisher
 from byom.statistics.gram import Gram, GramFitter, grams, order
 from byom.statistics.ivon import Ivon
 from byom.weights import Weights
+from tests.problems import slow
 
 CLASSES, EXAMPLES = 4, 7
 NAMES = ("vit", "clip", "bert", "roberta", "t5", "gpt2", "torch")
@@ -403,7 +404,7 @@ def test_half_precision_models_get_a_fisher_in_single_precision():
 @pytest.mark.parametrize(
     "statistic", [Gram(), *(Fisher(estimate=e) for e in ESTIMATES), Ivon(steps=3, batch_size=4)], ids=str
 )
-@pytest.mark.parametrize("name", ["vit", "t5"])
+@pytest.mark.parametrize("name", ["vit", *slow("t5")])
 def test_a_statistic_depends_neither_on_batches_nor_on_order(name, statistic):
     module = encoder(name)
     readout = head(module, name)
@@ -486,6 +487,7 @@ def test_a_value_out_of_range_is_refused(make, said):
 # ivon
 
 
+@pytest.mark.slow
 def test_ivon_finds_the_hessian_of_a_logistic_model():
     pytest.importorskip("ivon")
     module, held, terms = logistic()

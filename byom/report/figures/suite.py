@@ -272,9 +272,12 @@ def save_all(frame: pd.DataFrame, folder: Path, stem: str) -> list[Path]:
         stem: What their names begin with.
 
     Returns:
-        The paths written; those against density and bytes need several densities, and at most `MOST` methods.
+        The paths written; those against density and size need several densities, and at most `MOST` methods, and where
+        accuracy against bytes per task is drawn, the one against size is not.
     """
     several = len(set(frame["method"])) <= MOST and any(p["density"].nunique() > 1 for p in families(frame).values())
     drawn = FIGURES if several else {"accuracy-by-task": accuracy_by_task}
     drawn = drawn | {name: draw for name, (curves, draw) in CURVES.items() if curves(frame)}
+    if "accuracy-by-bytes" in drawn:  # which has every method; the front of those with a density alone would mislead
+        drawn = {name: draw for name, draw in drawn.items() if name != "accuracy-by-size"}
     return [path for name, draw in drawn.items() for path in save(draw(frame), folder / f"{stem}--{name}")]
