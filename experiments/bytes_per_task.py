@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from byom.report.report import Tables, read_runs
 from byom.report.rows import Row
+from byom.report.stored import stored_of
 
 ROOT = Path(__file__).parents[1] / "results" / "budget"
 CHOICES = ROOT.with_name("budget_choices")
@@ -26,7 +28,7 @@ def table(root: Path = ROOT) -> str:
 
 def _suite(root: Path, suite: str) -> str:
     rows = Tables(read_runs(root, suite, SUITES[suite])).rows
-    sized = sorted(((kilobytes(row), row) for row in rows), key=lambda pair: (pair[0], pair[1].named))
+    sized = sorted(((kilobytes(row, rows), row) for row in rows), key=lambda pair: (pair[0], pair[1].named))
     lines = [f"| {TITLES[suite]} | kB per task | accuracy | relative | seeds |", "|---|--:|--:|--:|--:|"]
     for size, row in sized:
         means = [100 * record.mean for record in row.records]
@@ -36,7 +38,11 @@ def _suite(root: Path, suite: str) -> str:
     return "\n".join(lines)
 
 
-def kilobytes(row: Row) -> float:
-    """Return what is stored for a task beside the shared models, in 1000 bytes, the mean over tasks and seeds."""
-    stored = [record.storage.task_bytes for record in row.records]
-    return float(np.mean([sum(one.values()) / len(one) for one in stored])) / 1000
+def kilobytes(row: Row, rows: Sequence[Row]) -> float:
+    """Return what a task takes beside one model, its part of what else is shared included, in 1000 bytes.
+
+    Args:
+        row: The row.
+        rows: All rows of its table.
+    """
+    return stored_of(row, rows).beside(len(row.records[0].test)) / 1000

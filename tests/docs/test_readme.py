@@ -177,6 +177,20 @@ def test_the_generated_parts_are_current():
         assert fill(page.read_text()) == page.read_text(), page.name
 
 
+def test_bytes_per_task_have_their_part_of_a_second_model_that_tasks_share():
+    """EMR-Merging keeps the pre-trained and the unified model; BYOM-FFT keeps the merged one alone."""
+    from byom.report.report import Tables, read_runs
+    from experiments.bytes_per_task import ROOT as budget
+    from experiments.bytes_per_task import kilobytes
+
+    rows = Tables(read_runs(budget, "vision8_offline", "vit_small_dinov2")).rows
+    sizes = {row.named: (kilobytes(row, rows) * 1000, row.records[0].storage) for row in rows}
+    model = sizes["ASWUDI (rest mean)"][1].bytes
+    for name, second in (("EMR-Merging", model), ("BYOM-FFT on TIES, 1 %", 0)):
+        size, storage = sizes[name]
+        assert size == pytest.approx((second + sum(storage.task_bytes.values())) / 8, rel=1e-3), name
+
+
 def test_the_page_of_proofs_lists_every_option_and_no_failure():
     proved = (ROOT / "docs" / "verification.md").read_text()
     for group in ("merge", "byom", "router"):

@@ -52,10 +52,12 @@ def test_no_module_needs_a_posix_library_to_be_imported():
 
 
 def test_text_is_utf8_whatever_the_system_says():
-    """Ruff sees it where it knows the type; here it is any call of that name."""
+    """Ruff sees it where it knows the type; here it is any call of that name but a distribution's, which is UTF-8."""
     for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                if ast.unparse(node) == "package.read_text('METADATA')":
+                    continue
                 assert "encoding" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
 
 

