@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -27,6 +28,7 @@ SWEEPS = ("density_sweep", "rank_sweep")
 Cells = list[list[str]]
 
 
+@cache
 def plan(name: str) -> dict:
     """Return an experiment as its yaml has it."""
     return yaml.safe_load((config.folder() / "experiment" / f"{name}.yaml").read_text())

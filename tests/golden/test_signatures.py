@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +22,7 @@ GIVEN = {
     "experts=files": ["experts.family=f", 'experts.path_of="{task}"'],
     "experts=hub": ["experts.family=f", "experts.repositories={mnist:me/mnist}"],
 }
+CLASS = re.compile(r"_target_: *([\w.]+)")
 FREE = ("Console", "Wandb")  # loggers say nothing of the result
 CELLS: dict[str, dict[str, list[str]]] = json.loads(FILE.read_text())
 
@@ -53,13 +55,24 @@ def choices(value: Any) -> Iterator[Any]:
             yield from choices(each)
 
 
+def classes(file: str) -> set[str]:
+    """Return the classes that an option's yaml names, those of a suite's tasks included."""
+    text = (config.folder() / f"{file}.yaml").read_text(encoding="utf-8")
+    tasks = re.findall(r"^ *- /task@[\w.]+: *(\w+)", text, re.M)
+    return set(CLASS.findall(text)).union(*(classes(f"task/{task}") for task in tasks))
+
+
 @cache
 def described() -> dict[str, Any]:
     """Return one instance of every class that reaches `describe`, by class name."""
-    cells = [f"{group}={name}" for group in GROUPS for name in config.options(group)]
-    cells = [
-        c for c in cells if not c.startswith("experts=") or c in (*GIVEN, "experts=trained")
-    ]  # public sets are hubs
+    cells, seen = [], set()
+    for group in GROUPS:
+        for name in config.options(group):
+            written = classes(f"{group}/{name}")
+            kept = group != "experts" or f"experts={name}" in (*GIVEN, "experts=trained")  # public sets are hubs
+            if kept and not written <= seen:
+                cells.append(f"{group}={name}")
+                seen |= written
     settings = [config.settings([cell, *GIVEN.get(cell, ())]) for cell in cells]
     values = [getattr(each, field.name) for each in settings for field in dataclasses.fields(each)]
     return {type(each).__name__: each for value in values for each in choices(value) if type(each).__name__ not in FREE}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,11 @@ EXAMPLES = 300
 
 
 def _score(task: str, reached: float, seed: int, split: str) -> dict:
+    return dict(_drawn(task, reached, seed, split))
+
+
+@cache
+def _drawn(task: str, reached: float, seed: int, split: str) -> dict:
     """Draw hits from difficulties every model shares, so that comparisons are paired."""
     rng = np.random.default_rng([zlib.crc32(task.encode()), len(split)])
     difficulty = rng.uniform(size=EXAMPLES)

@@ -70,6 +70,7 @@ def test_no_text_overlaps_or_leaves_the_page(figure):
     assert not [(a, b) for (a, one), (b, two) in combinations(boxes, 2) if one.padded(-0.5).overlaps(two)]
 
 
+@pytest.mark.slow
 def test_the_legend_stands_outside_the_data_and_names_nothing_twice(figure):
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
