@@ -21,7 +21,7 @@ $(READY): pyproject.toml data-requirements.txt data-archives.txt
 	@$(PYTHON) -c 'import sys; sys.exit("byom needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else 0'
 	@test ! -L .venv || { echo ".venv is a link to $$(readlink -f .venv): installing here would change the byom of that checkout."; \
 	  echo "Remove the link, and make builds an environment of this checkout's own."; exit 1; }
-	@echo "byom needs about 6 GB of disk for .venv, and takes 3 to 4 minutes to set up on a fast network."
+	@echo "byom needs about 8 GB of disk for .venv, and takes 3 to 6 minutes to set up on a fast network."
 	@echo "[1/3] environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "[2/3] byom and its packages (torch and what it needs are most of it)"
