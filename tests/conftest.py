@@ -17,6 +17,7 @@ import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # numbers do not depend on how many processors there are
     os.environ[name] = "1"
+gc.disable()  # until all is imported and collected: nothing of it is garbage
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of a hundred processes compiles byom again
@@ -94,6 +95,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
+    gc.enable()
 
 
 def missing_data() -> list[str]:

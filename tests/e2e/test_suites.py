@@ -7,11 +7,14 @@ from byom.cli import config
 from byom.data import splits as data
 from byom.data.draw import Draws
 from tests.hub import SIZES, build, tasks, visit
+from tests.problems import slow
 
 WORDS = {
     "yes", "no", "entailment", "neutral", "contradiction", "acceptable", "unacceptable", "positive", "negative",
 }  # fmt: skip
 SUITES = ("vision8", "vision14", "vision20", "glue8", "glue8_text", "flan4")
+PARTS = ("vision8", "vision14")
+"""Suites whose tasks are among another's."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ class Plain:
         }
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [*(suite for suite in SUITES if suite not in PARTS), *slow(*PARTS)])
 def test_every_task_of_a_suite_is_read_as_published(home, monkeypatch, tmp_path, suite):
     with visit(home, monkeypatch):
         for task in tasks(suite):

@@ -16,7 +16,7 @@ from byom.variants.base.delta import READOUT
 from byom.variants.symerge import ModelTinting, Predictions, trusted
 from byom.weights import Weights
 from tests.probes import TinyProbe, networks
-from tests.problems import bits, same
+from tests.problems import bits, same, slow
 
 LEARNT = ModelTinting(steps=10)
 LAYERS = ["head", "3.", "2.weight"]
@@ -59,7 +59,7 @@ def test_without_steps_it_is_adamerging_without_steps(layer):
 # what moves
 
 
-@pytest.mark.parametrize("plus_plus", [False, True])
+@pytest.mark.parametrize("plus_plus", [False, *slow(True)])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_predictions_come_nearer_to_those_of_the_experts(layer, plus_plus):
     held = networks(3)
