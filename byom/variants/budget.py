@@ -40,10 +40,12 @@ class ByomBudget(PackingVariant):
         kilobytes: What a task may take, in 1000 bytes, names and shapes included.
         reference: ``merged`` or ``pretrained``: the shared model that differences are taken to.
         inputs: ``none``, or ``train``: a few unlabelled inputs weigh the damage (statistics ``fisher`` and ``gram``).
+        metric: ``moments``, the damage as above, or ``identity``: plain squared errors (L is the identity, w is 1).
         seed: Seeds the search for singular vectors of large matrices.
 
     Raises:
-        OptionError: If a hyperparameter is out of range, or the bytes do not suffice for running statistics.
+        OptionError: If a hyperparameter is out of range, the bytes do not suffice for running statistics, or inputs
+            are asked for that ``identity`` would ignore.
 
     References:
         Ours, to be read beside optimal bit allocation over convex hulls: Shoham and Gersho, Efficient Bit Allocation
@@ -53,6 +55,7 @@ class ByomBudget(PackingVariant):
     kilobytes: float = 300.0
     reference: Literal["merged", "pretrained"] = field(default="merged", kw_only=True)
     inputs: Literal["none", "train"] = field(default="none", kw_only=True)
+    metric: Literal["moments", "identity"] = field(default="moments", kw_only=True)
     seed: int = field(default=0, kw_only=True)
 
     title = "BYOM-Budget"
@@ -68,6 +71,12 @@ class ByomBudget(PackingVariant):
         positive("byom.kilobytes", self.kilobytes, "300")
         one_of("byom.reference", self.reference, ("merged", "pretrained"))
         one_of("byom.inputs", self.inputs, ("none", "train"))
+        one_of("byom.metric", self.metric, ("moments", "identity"))
+        if self.metric == "identity" and self.inputs != "none":
+            raise OptionError(
+                f"byom.metric=identity weighs errors by nothing, so byom.inputs={self.inputs} would be ignored; use "
+                "byom.inputs=none, or byom.metric=moments"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -79,8 +88,8 @@ class ByomBudget(PackingVariant):
     def streamed(self, problem: Problem, reference: Weights) -> Served:
         """Pack a task each time its difference is asked for; see `Variant.streamed`."""
         served = super().streamed(problem, reference)
-        if self.inputs == "none" and self.reference == "pretrained":  # of which the task vector is all there is
-            return served
+        if self.metric == "identity" or (self.inputs == "none" and self.reference == "pretrained"):
+            return served  # of the pre-trained model the task vector is all there is
         if self.inputs == "none":
             return self._weighed(served, self._from_tasks(problem))
         if missing := sorted(self.needs.statistics - set(problem.statistics)):

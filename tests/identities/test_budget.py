@@ -320,9 +320,26 @@ def test_on_a_merged_model_directions_that_the_task_did_not_learn_are_left_out_f
     merged = target + 3 * (left[:, 1:] @ others).float()  # what other tasks put there, along inputs that this one lacks
     given = Problem(Weights.of({"w": base}), {"t": Weights.of({"w": target})}, {}, {})
     moved = merged - (left[:, :1] @ own).float()  # and half of its own change is lost
-    served = ByomBudget(0.12).serve(given, Weights.of({"w": moved})).weights("t")["w"]
-    error = (served - target).double()
-    assert float((error @ own.T).norm()) < 0.2 and float((error @ others.T).norm()) > 2.5
+    errors = {}
+    for metric in ("moments", "identity"):
+        served = ByomBudget(0.12, metric=metric).serve(given, Weights.of({"w": moved})).weights("t")["w"]
+        errors[metric] = [float(((served - target).double() @ axis.T).norm()) for axis in (own, others)]
+    assert errors["moments"][0] < 0.2 and errors["moments"][1] > 2.5
+    assert errors["identity"][0] > 0.7 and errors["identity"][1] < 0.7
+
+
+def test_plain_squared_errors_are_those_of_the_pretrained_reference_and_take_no_inputs():
+    given = weighed({"a": drawn(*MATRIX), "b": drawn(*MATRIX, seed=1)}, {})
+    one, other = (
+        ByomBudget(0.6, reference="pretrained", metric=metric).serve(given, given.pretrained).deltas["t"].parts
+        for metric in ("moments", "identity")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name][key], other[name][key]) for name in one for key in one[name])
+    with pytest.raises(OptionError, match="byom.inputs=train would be ignored; use byom.inputs=none"):
+        ByomBudget(inputs="train", metric="identity")
+    with pytest.raises(OptionError, match="byom.metric"):
+        ByomBudget(metric="gram")
 
 
 def test_damage_from_a_task_golden():
