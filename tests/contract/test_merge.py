@@ -27,6 +27,7 @@ from tests.problems import (
     options,
     posed,
     problem,
+    rows,
     same,
     scaled,
     slow,
@@ -75,7 +76,7 @@ EXEMPT = {
 }
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=rows("merge"))
 def method(request):
     reasons = EXEMPT.get(request.function.__name__, {})
     if reason := reasons.get(request.param) or reasons.get(request.param.split("-")[0]):

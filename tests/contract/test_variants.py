@@ -41,11 +41,13 @@ from tests.problems import (
     options,
     posed,
     problem,
+    rows,
     same,
 )
 
 VARIANTS = options("byom")
-VARIANTS |= {"tvq-shared_bits=3": replace(VARIANTS["tvq"], shared_bits=3)}  # shares a model of its own making
+SHARING = "tvq-shared_bits=3"  # shares a model of its own making
+VARIANTS |= {SHARING: replace(VARIANTS["tvq"], shared_bits=3)}
 SPARSE = {
     name: variant
     for name, variant in VARIANTS.items()
@@ -91,7 +93,7 @@ def exempt(law, option):
     return reasons.get(option) or reasons.get(option.split("-")[0])
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*rows("byom"), SHARING])
 def variant(request):
     if reason := exempt(request.function.__name__, request.param):
         pytest.skip(reason)

@@ -19,7 +19,7 @@ from byom.merge.ties import Ties
 from byom.variants.base.sparse import TopMagnitude
 from byom.weights import Weights, placed
 from byom.weights.lowrank import Adapted, Piece
-from tests.problems import FLOATS, TIED, DrawnProbe, bits, counted, grams, members_of, models, options, precisions
+from tests.problems import FLOATS, TIED, DrawnProbe, bits, counted, grams, members_of, models, options, precisions, rows
 
 METHODS = options("merge")
 VARIANTS = options("byom")
@@ -138,7 +138,7 @@ def lie(state):
     return {tensor.device for tensor in state.values()}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows("merge"))
 def test_models_on_a_device_are_merged_there(name, device):
     state = METHODS[name](posed(device, device)).state()
     assert lie(state) == {device}
@@ -161,7 +161,7 @@ def test_a_card_gives_the_same_bits_twice(device):
         assert all(bits(once[each].cpu()) == bits(twice[each].cpu()) for each in FLOATS), name
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", rows("byom"))
 def test_models_on_a_device_are_served_there(name, device, tmp_path):
     found = served(VARIANTS[name], posed(device, device))
     assert all(lie(parts) == {CPU} for delta in found.deltas.values() for parts in delta.parts.values())
@@ -184,7 +184,7 @@ def test_an_encoder_on_a_device_serves_variants_on_the_cpu(name, device):
 # where merging computes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rows("merge"))
 def test_models_on_the_cpu_are_merged_on_a_device_and_come_back(name, device):
     merged = METHODS[name](posed(CPU, device).on(device))
     assert set(merged) == set(merged_here(name)) and merged.ties == TIED
@@ -193,7 +193,7 @@ def test_models_on_the_cpu_are_merged_on_a_device_and_come_back(name, device):
     near(state, merged_here(name), name)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", rows("byom"))
 def test_models_on_the_cpu_are_packed_on_a_device_and_come_back(name, device):
     found = served(VARIANTS[name], posed(CPU, device).on(device))
     for task, state in states(found).items():
