@@ -69,6 +69,6 @@ class Package(Root):
 
 
 def _version(package: Distribution) -> str | None:
-    """Return the version; `Distribution.version` parses the description too, which takes ten times as long."""
+    """Return the version; `Distribution.version` parses the description too, which is most of its time."""
     headers, _, _ = (package.read_text("METADATA") or "").partition("\n\n")
     return HeaderParser().parsestr(headers)["Version"] or package.version
